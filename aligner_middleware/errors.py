@@ -1,0 +1,71 @@
+"""Every error this package raises on purpose.
+
+AlignerError
+├── InputError               a question or an answer that cannot be corrected
+│   └── PromptTooLongError   … because it does not fit into the aligner's context
+├── MissingQuestionError     a chain did not tell which question an answer belongs to
+├── ArtifactError            an aligner folder that is missing, incomplete or altered
+├── BuildError               a checkpoint that cannot be found, exported or trusted after export
+├── DataError                a training row that cannot be read (carries file and line)
+└── MissingExtraError        an optional part of the package is not installed
+"""
+
+from __future__ import annotations
+
+
+class AlignerError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class InputError(AlignerError, ValueError):
+    """A question or an answer that cannot be corrected; the message names which and why."""
+
+
+class PromptTooLongError(InputError):
+    """Question and answer leave no room for a correction in the aligner's context.
+
+    Attributes:
+        tokens: Length of the prompt, in tokens.
+        limit: Context of the aligner, in tokens.
+    """
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        self.tokens = tokens
+        self.limit = limit
+        super().__init__(
+            f"question and answer are {tokens} tokens long, and the aligner reads {limit} with room for "
+            "a correction of the same length: shorten them, or choose an aligner with a longer context"
+        )
+
+
+class MissingQuestionError(AlignerError):
+    """A chain did not tell which question an answer belongs to."""
+
+
+class ArtifactError(AlignerError):
+    """An aligner folder that is missing, incomplete or altered."""
+
+
+class BuildError(AlignerError):
+    """A checkpoint that cannot be found, exported, or trusted after export."""
+
+
+class DataError(AlignerError):
+    """A training row that cannot be read.
+
+    Attributes:
+        path: The file it stands in.
+        line: Its line, counted from 1.
+    """
+
+    def __init__(self, path: str, line: int, reason: str) -> None:
+        self.path = path
+        self.line = line
+        super().__init__(f"{path}:{line}: {reason}")
+
+
+class MissingExtraError(AlignerError, ImportError):
+    """An optional part of the package is not installed; the message holds the command that installs it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs packages that are not installed: pip install 'aligner-middleware[{extra}]'")

@@ -1,0 +1,109 @@
+"""Text to token ids and back, with the aligner's own tokenizer.
+
+Whatever a user or an upstream model writes is text, even where it spells `<|im_end|>` or `<s>`: `encode` never gives a
+special token. Only a prompt template (`prompt.py`) may place one, by its id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from aligner_middleware.errors import ArtifactError
+
+
+class Tokenizer:
+    """A `tokenizer.json` whose special tokens cannot be reached from text.
+
+    Args:
+        description: The text of a `tokenizer.json` file.
+
+    Raises:
+        ArtifactError: If the description is not a tokenizer.
+    """
+
+    def __init__(self, description: str) -> None:
+        try:
+            self._full = Backend.from_str(description)
+            self._plain = Backend.from_str(json.dumps(_without_special_tokens(json.loads(description))))
+        except Exception as exc:  # the backend raises bare `Exception`
+            raise ArtifactError(f"tokenizer.json is not a tokenizer: {exc}") from exc
+        for backend in (self._full, self._plain):  # a saved tokenizer may carry its training length
+            backend.no_truncation()
+            backend.no_padding()
+        added = self._full.get_added_tokens_decoder().items()
+        self.special: dict[str, int] = {token.content: id for id, token in added if token.special}
+        self.bos_ids: list[int] = self._bos_ids()
+
+    @classmethod
+    def from_file(cls, path: Path) -> Tokenizer:
+        """Read a `tokenizer.json` file."""
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ArtifactError(f"{path} cannot be read: {exc}") from exc
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._full.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text as plain text: the result holds no special token, whatever the text spells."""
+        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode ids to text, special tokens left out."""
+        return self._full.decode(list(ids), skip_special_tokens=True)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decode ids as they arrive; the pieces joined are `decode` of all of them.
+
+        Characters that span several tokens are held back until they are whole.
+        """
+        stream = DecodeStream(skip_special_tokens=True)
+        seen: list[int] = []
+        sent = 0
+        for token in ids:
+            seen.append(token)
+            piece = stream.step(self._full, token)
+            if piece:
+                sent += len(piece)
+                yield piece
+        rest = self.decode(seen)[sent:]
+        if rest:
+            yield rest
+
+    def _bos_ids(self) -> list[int]:
+        """What this tokenizer puts before a text by itself (`[]` for most chat models)."""
+        marked = self._full.encode("a", add_special_tokens=True)
+        leading = []
+        for id, special in zip(marked.ids, marked.special_tokens_mask, strict=True):
+            if not special:
+                break
+            leading.append(id)
+        return leading
+
+
+def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
+    """Take away every way in which text becomes a special token."""
+    added = description.get("added_tokens") or []
+    special = {token["content"] for token in added if token["special"]}
+    model = dict(description["model"])
+    if "merges" in model:  # sentencepiece vocabularies can merge '<' and 's>' into the control token '<s>'
+        model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in special]
+    if model.get("ignore_merges"):  # these look whole words up in the vocabulary first
+        model["vocab"] = {piece: id for piece, id in model["vocab"].items() if piece not in special}
+    if model.get("type") == "Unigram":
+        model["vocab"] = [[piece, -1e6 if piece in special else score] for piece, score in model["vocab"]]
+    plain = [token for token in added if not token["special"]]
+    return description | {"added_tokens": plain, "post_processor": None, "model": model}
+
+
+def _merged(merge: str | list[str]) -> str:
+    return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)

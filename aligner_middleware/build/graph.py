@@ -1,0 +1,143 @@
+"""An ONNX graph that can be rewritten: who makes a value, who reads it, which values are constants."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+MICROSOFT = "com.microsoft"
+
+Array = NDArray[Any]
+
+
+class Graph:
+    """An index over a model's graph. `reindex` after nodes were added or taken away."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.proto = model.graph
+        self.initializers = {tensor.name: tensor for tensor in self.proto.initializer}
+        self.reindex()
+
+    def reindex(self) -> None:
+        """Look at all nodes again."""
+        self.maker: dict[str, onnx.NodeProto] = {name: node for node in self.proto.node for name in node.output if name}
+        self.named: dict[str, onnx.NodeProto] = {node.name: node for node in self.proto.node}
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.proto.node:
+            for name in node.input:
+                if name:
+                    self.readers[name].append(node)
+
+    def nodes(self, *op_types: str) -> list[onnx.NodeProto]:
+        """List the nodes of these types; the list stays as it is while the graph changes."""
+        return [node for node in self.proto.node if node.op_type in op_types]
+
+    def only_reader(self, name: str, *op_types: str) -> onnx.NodeProto | None:
+        """Find the one reader of a value that is of these types; `None` where there is none or more than one."""
+        found = [node for node in self.readers[name] if node.op_type in op_types]
+        return found[0] if len(found) == 1 else None
+
+    def constant(self, name: str) -> Array | None:
+        """Give the array behind a value: an initializer or a constant, seen through a cast or an identity."""
+        if name in self.initializers:
+            return numpy_helper.to_array(self.initializers[name])
+        node = self.maker.get(name)
+        if node is None:
+            return None
+        if node.op_type == "Constant":
+            return numpy_helper.to_array(node.attribute[0].t)
+        return self.constant(node.input[0]) if node.op_type in ("Identity", "Cast", "Expand") else None
+
+    def constant_input(self, node: onnx.NodeProto) -> Array | None:
+        """Give the first input of a node that is a constant."""
+        return next((array for name in node.input if (array := self.constant(name)) is not None), None)
+
+    def ancestors(self, name: str) -> Iterator[onnx.NodeProto]:
+        """Walk the nodes that a value is made by, the nearest first."""
+        seen, waiting = set(), [name]
+        while waiting:
+            node = self.maker.get(waiting.pop(0))
+            if node is not None and node.name not in seen:
+                seen.add(node.name)
+                yield node
+                waiting.extend(node.input)
+
+    def add_initializer(self, name: str, array: Array) -> str:
+        """Add a constant, unless one of that name is there, and give its name."""
+        if name not in self.initializers:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            self.proto.initializer.append(tensor)
+            self.initializers[name] = self.proto.initializer[-1]
+        return name
+
+    def add(
+        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, domain: str = "", **attributes: Any
+    ) -> str:
+        """Add a node and give the name of its first output."""
+        self.proto.node.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def remove(self, *nodes: onnx.NodeProto) -> None:
+        """Take nodes away."""
+        for node in nodes:
+            self.proto.node.remove(node)
+
+    def redirect(self, old: str, new: str) -> None:
+        """Have everything that reads one value read another."""
+        for node in self.readers[old]:
+            for place, name in enumerate(node.input):
+                if name == old:
+                    node.input[place] = new
+
+    def replace_input(self, name: str, *values: onnx.ValueInfoProto) -> None:
+        """Put other graph inputs in the place of one."""
+        place = next(place for place, value in enumerate(self.proto.input) if value.name == name)
+        del self.proto.input[place]
+        for offset, value in enumerate(values):
+            self.proto.input.insert(place + offset, value)
+
+    def tidy(self) -> None:
+        """Keep only what the outputs need, in an order that can run."""
+        self.reindex()
+        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._in_order()]
+        del self.proto.node[:]
+        self.proto.node.extend(kept)
+        used = {name for node in kept for name in node.input}
+        for place in reversed(range(len(self.proto.initializer))):
+            if self.proto.initializer[place].name not in used:
+                del self.proto.initializer[place]
+        del self.proto.value_info[:]
+        self.initializers = {tensor.name: tensor for tensor in self.proto.initializer}
+        self.reindex()
+
+    def _in_order(self) -> list[onnx.NodeProto]:
+        """Sort what the outputs need so that every node stands after those it reads."""
+        order: list[onnx.NodeProto] = []
+        entered: set[int] = set()
+        done: set[int] = set()
+        waiting = [node for output in self.proto.output if (node := self.maker.get(output.name))]
+        while waiting:
+            node = waiting[-1]
+            key = id(node)
+            if key in done:
+                waiting.pop()
+            elif key in entered:
+                done.add(key)
+                order.append(waiting.pop())
+            else:
+                entered.add(key)
+                made = (self.maker.get(name) for name in node.input if name)
+                waiting.extend(other for other in made if other is not None and id(other) not in entered)
+        return order
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """Read an attribute of a node."""
+    return next(helper.get_attribute_value(value) for value in node.attribute if value.name == name)

@@ -1,0 +1,116 @@
+"""Is the exported graph still the model that was trained? Both read the same real text, and their logits are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from aligner_middleware.artifact import Parity, Precision
+from aligner_middleware.errors import BuildError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# (smallest share of equal arg max, largest rise of perplexity): float32 differs by rounding only; the others were measured
+# on the default aligner with room to spare (docs/export.md).
+_TOLERANCE: dict[Precision, tuple[float, float]] = {
+    "float32": (0.995, 0.001),
+    "float16": (0.98, 0.01),
+    "int8": (0.93, 0.05),
+    "int4": (0.75, 0.40),
+}
+
+
+def measure(
+    network: PreTrainedModel, graph: Path, texts: Sequence[Sequence[int]], scored: Sequence[int]
+) -> Parity:
+    """Compare a graph with the network that it was exported from, under teacher forcing.
+
+    Args:
+        network: The PyTorch model in float32.
+        graph: The `model.onnx`.
+        texts: Token ids, each a prompt with the correction after it.
+        scored: For each text, how many of its last tokens are scored: the correction's.
+    """
+    session = ort.InferenceSession(graph, _quiet(), providers=["CPUExecutionProvider"])
+    differences, agreements, losses, references = [], [], [], []
+    for ids, count in zip(texts, scored, strict=True):
+        expected = _torch_logits(network, ids, count)
+        found = _onnx_logits(session, ids, count)
+        targets = np.asarray(ids[-count:])
+        differences.append(float(np.abs(found - expected).max()))
+        agreements.append(found.argmax(-1) == expected.argmax(-1))
+        losses.append(_nll(found, targets))
+        references.append(_nll(expected, targets))
+    return Parity(
+        max_logit_difference=max(differences),
+        same_argmax=float(np.concatenate(agreements).mean()),
+        perplexity=float(np.exp(np.concatenate(losses).mean())),
+        reference_perplexity=float(np.exp(np.concatenate(references).mean())),
+        tokens=sum(scored),
+    )
+
+
+def check(parity: Parity, precision: Precision) -> None:
+    """Refuse a graph that has drifted too far.
+
+    Raises:
+        BuildError: With the figures and the tolerance.
+    """
+    share, rise = _TOLERANCE[precision]
+    allowed = parity.reference_perplexity * (1 + rise)
+    if parity.same_argmax < share or not parity.perplexity <= allowed:
+        raise BuildError(
+            f"the {precision} graph is too far from the PyTorch model: it agrees on {parity.same_argmax:.1%} of "
+            f"{parity.tokens} tokens (at least {share:.1%} expected), with perplexity {parity.perplexity:.3f} (at most "
+            f"{allowed:.3f} expected): nothing was written; export a higher precision"
+        )
+
+
+def _torch_logits(network: PreTrainedModel, ids: Sequence[int], count: int) -> NDArray[np.float32]:
+    """Logits at the positions that predict the last `count` tokens, `[count, V]`."""
+    import torch
+
+    with torch.inference_mode():
+        output = network(input_ids=torch.tensor([list(ids)]), logits_to_keep=count + 1).logits
+    result: NDArray[np.float32] = output[0, :-1].float().numpy()
+    return result
+
+
+def _onnx_logits(session: Any, ids: Sequence[int], count: int) -> NDArray[np.float32]:
+    length = len(ids)
+    feed: dict[str, NDArray[Any]] = {
+        "input_ids": np.array([ids], dtype=np.int64),
+        "positions": np.arange(length - count - 1, length - 1, dtype=np.int64)[None],
+        "attention_mask": np.ones((1, length), dtype=np.int64),
+        "position_ids": np.arange(length, dtype=np.int64)[None],
+        "seqlens_k": np.array([length - 1], dtype=np.int32),
+        "total_sequence_length": np.array(length, dtype=np.int32),
+    }
+    inputs = {value.name: value for value in session.get_inputs()}
+    for name, value in inputs.items():
+        if name.startswith("past_key_values"):
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            feed[name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype=dtype)
+    (logits,) = session.run(["logits"], {name: feed[name] for name in inputs})
+    result: NDArray[np.float32] = logits[0].astype(np.float32)
+    return result
+
+
+def _nll(logits: NDArray[np.float32], targets: NDArray[Any]) -> NDArray[np.float32]:
+    """Negative log likelihood of each target, in nats."""
+    peak = logits.max(axis=-1, keepdims=True)
+    total = peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=-1))
+    result: NDArray[np.float32] = total - logits[np.arange(len(targets)), targets]
+    return result
+
+
+def _quiet() -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options

@@ -1,0 +1,98 @@
+"""Quantise the weights of an exported decoder: int8 and int4 blocks by ONNX Runtime, float16 for GPUs.
+
+Activations are quantised block by block within a token (MatMulNBits, accuracy level 4), never over a whole tensor: what a
+token's prediction is does not depend on what else is in the pass, so verifying a draft gives what decoding gives.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from aligner_middleware.artifact import Precision
+from aligner_middleware.build.graph import MICROSOFT, Graph
+from aligner_middleware.errors import BuildError
+
+_BLOCK = 32
+_BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
+
+
+def quantise(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    """Give a float32 model in another precision; it may be changed in place.
+
+    Raises:
+        BuildError: If the precision is unknown.
+    """
+    if precision == "float32":
+        return model
+    if precision == "float16":
+        return _to_float16(model)
+    if precision not in _BITS:
+        raise BuildError(f"precision is {precision!r}, expected float32, float16, int8 or int4")
+    quantised = _to_blocks(model, _BITS[precision])
+    if precision == "int8":
+        _share_embedding(quantised)
+    return quantised
+
+
+def _to_blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
+    """Store every weight that is multiplied by in blocks of integers with a scale each; an int4 model's head in 8 bits."""
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    graph = Graph(model)
+    products = {node.name: node.input[1] for node in graph.nodes("MatMul") if node.input[1] in graph.initializers}
+    heads = [name for name, weight in products.items() if weight == "lm_head.weight"]
+    rounds = [(bits, list(products))] if bits == 8 else [(8, heads), (bits, [name for name in products if name not in heads])]
+    for round_bits, wanted in rounds:
+        settings = DefaultWeightOnlyQuantConfig(
+            block_size=_BLOCK,
+            is_symmetric=True,
+            accuracy_level=4,
+            bits=round_bits,
+            quant_format=QuantFormat.QOperator,
+            op_types_to_quantize=("MatMul",),
+        )
+        others = [name for name in products if name not in wanted]
+        quantizer = MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=settings)
+        quantizer.process()
+        model = quantizer.model.model
+    return model
+
+
+def _share_embedding(model: onnx.ModelProto) -> None:
+    """Look the embedding of a tied model up in the very bytes of its quantised head, instead of a float32 table."""
+    graph = Graph(model)
+    head = next((node for node in graph.nodes("MatMulNBits") if node.input[1].startswith("lm_head.weight")), None)
+    gather = next((node for node in graph.nodes("Gather") if "embed_tokens" in node.input[0]), None)
+    if head is None or gather is None or (table := graph.initializers.get(gather.input[0])) is None:
+        return
+    rows, width = table.dims
+    shapes = {"embedding.shape": [rows, width], "embedding.scales_shape": [rows, width // _BLOCK]}
+    for name, shape in shapes.items():
+        graph.add_initializer(name, np.array(shape, dtype=np.int64))
+    graph.remove(gather)
+    weights = graph.add("Reshape", [head.input[1], "embedding.shape"], ["embedding/bytes"], "/embedding/Reshape")
+    scales = graph.add("Reshape", [head.input[2], "embedding.scales_shape"], ["embedding/scales"], "/embedding/Scales")
+    graph.add(
+        "GatherBlockQuantized",
+        [weights, gather.input[1], scales],
+        list(gather.output),
+        gather.name,
+        MICROSOFT,
+        bits=8,
+        block_size=_BLOCK,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    graph.tidy()
+    if not any(opset.domain == MICROSOFT for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+
+
+def _to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Store weights and the KV cache in half precision; norms stay in float32 inside their operators."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(model, keep_io_types=["logits"])  # type: ignore[no-any-return]

@@ -328,7 +328,7 @@ def _exported_folder(model: str, precision: Precision, prompt: str | PromptTempl
 
 
 def _already_built(model: str, precision: Precision, prompt: str | PromptTemplate | None) -> Path:
-    folder = cached_folder(model, precision, resolve_template(prompt, model))
+    folder = cached_folder(model, precision, prompt)
     if not folder.is_dir():
         raise MissingExtraError(
             f"aligner {model!r} has not been built for {precision} on this machine; building it "

@@ -15,7 +15,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aligner_middleware.errors import ArtifactError
-from aligner_middleware.prompt import PromptTemplate
+from aligner_middleware.prompt import PromptTemplate, resolve_template
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.onnx"
@@ -150,14 +150,14 @@ def home() -> Path:
 DEFAULT_FOLDER = Path(__file__).parent / "assets" / "default"
 
 
-def cached_folder(model: str, precision: Precision, template: PromptTemplate) -> Path:
+def cached_folder(model: str, precision: Precision, template: str | PromptTemplate | None = None) -> Path:
     """Where the built form of a model is kept, whether it is there yet or not.
 
     The name changes with whatever would change the result: the adapter or checkpoint files, the prompt, the precision and
     the format.
     """
     folder = DEFAULT_FOLDER if model == "default" else Path(model).expanduser()
-    parts = [str(FORMAT_VERSION), precision, template.model_dump_json()]
+    parts = [str(FORMAT_VERSION), precision, resolve_template(template, model).model_dump_json()]
     if folder.is_dir():
         for path in sorted(folder.glob("*.json")):
             parts += [path.name, sha256(path)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock
 
 
-def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+def build_once(folder: Path, build: Callable[[Path], object]) -> None:
     """Make sure that a folder is there, calling `build` if it is not.
 
     Two processes that ask at once do the work once: the other waits. `build` writes into a temporary folder beside the
@@ -27,7 +27,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
             write_folder(folder, build)
 
 
-def write_folder(folder: Path, build: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, build: Callable[[Path], object]) -> None:
     """Have `build` fill a temporary folder and rename it to `folder`, replacing what stood there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:

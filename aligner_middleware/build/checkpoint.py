@@ -126,6 +126,7 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from safetensors.torch import load_file
 
     settings = LoraConfig.from_pretrained(str(adapter))
+    settings.base_model_name_or_path = None  # a name, where the weights come from a folder: peft would warn
     wrapped = get_peft_model(model, settings)
     weights = {name: value.float() for name, value in load_file(adapter_file(adapter)).items()}
     outcome = set_peft_model_state_dict(wrapped, weights)

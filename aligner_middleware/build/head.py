@@ -1,6 +1,7 @@
-"""The head of an exported decoder: predictions at the positions asked for only, and their arg max in the graph.
+"""The head of an exported decoder: logits at the positions asked for only.
 
-The head is a fifth of a small model's arithmetic, and its logits are its largest output by far.
+The head is a fifth of a small model's arithmetic, and its logits are its largest output by far. Their arg max is left to
+numpy, which was measured to be faster at it than the operator in the graph.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _ROWWISE = ("Mul", "Div", "Add", "Tanh", "Cast", "Identity")
 
 
 def predict_at_positions(model: onnx.ModelProto) -> None:
-    """Give a model the input `positions` `[B, P]` and the output `tokens` `[B, P]`, and cut its logits to `[B, P, V]`.
+    """Give a model the input `positions` `[B, P]`, and cut its logits to `[B, P, V]`.
 
     Raises:
         BuildError: If the logits are not made by a product of hidden states and a weight.
@@ -28,10 +29,7 @@ def predict_at_positions(model: onnx.ModelProto) -> None:
     indices = graph.add_initializer("head.axes", np.array([-1], dtype=np.int64))
     columns = graph.add("Unsqueeze", ["positions", indices], ["head/columns"], "/head/Unsqueeze")  # [B, P, 1]
     head.input[0] = graph.add("GatherND", [head.input[0], columns], ["head/hidden"], "/head/GatherND", batch_dims=1)
-    graph.add("ArgMax", ["logits"], ["tokens"], "/head/ArgMax", axis=-1, keepdims=0)
-    shape = ["batch_size", "positions"]
-    graph.proto.input.append(helper.make_tensor_value_info("positions", TensorProto.INT64, shape))
-    graph.proto.output.append(helper.make_tensor_value_info("tokens", TensorProto.INT64, shape))
+    graph.proto.input.append(helper.make_tensor_value_info("positions", TensorProto.INT64, ["batch_size", "positions"]))
     logits = next(output for output in graph.proto.output if output.name == "logits")
     logits.type.tensor_type.shape.dim[1].dim_param = "positions"
     graph.tidy()

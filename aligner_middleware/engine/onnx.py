@@ -1,7 +1,7 @@
 """A decoder in ONNX Runtime, over the graphs that `build/` makes.
 
 Both kinds of graph take `input_ids` `[B, T]` and `positions` `[B, P]` (columns of `input_ids` whose prediction is wanted)
-and give `tokens` `[B, P]`, the arg max of their logits.
+and give `logits` `[B, P, V]`.
 
 - `fused`: attention is one GroupQueryAttention operator a layer. It writes keys and values into buffers that are
   allocated once for a batch and bound once, as input and output both, so no pass copies the past.
@@ -107,10 +107,10 @@ class OnnxModel:
         binding.bind_cpu_input("positions", positions)
         binding.bind_cpu_input("seqlens_k", (lengths - 1).astype(np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(lengths.max(), dtype=np.int32))
-        binding.bind_output("tokens", "cpu")
+        binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
         cache.lengths = lengths
-        predicted: IntArray = binding.get_outputs()[0].numpy()
+        predicted: IntArray = binding.get_outputs()[0].numpy().argmax(axis=-1)
         return predicted
 
     def _predict_standard(self, tokens: IntArray, counts: IntArray, cache: _Concatenated, positions: IntArray) -> IntArray:
@@ -119,9 +119,9 @@ class OnnxModel:
         feed: dict[str, NDArray[Any]] = {"input_ids": tokens, "positions": positions}
         feed |= {name: masks[name] for name in self._mask_inputs}
         feed |= dict(zip(self._past, cache.arrays, strict=True))
-        predicted, *cache.arrays = self._session.run(["tokens", *self._present], feed)
-        result: IntArray = predicted
-        return result
+        logits, *cache.arrays = self._session.run(["logits", *self._present], feed)
+        predicted: IntArray = logits.argmax(axis=-1)
+        return predicted
 
 
 class _SharedBuffers:
@@ -146,7 +146,7 @@ class _SharedBuffers:
     def _bind(self, values: list[Any]) -> None:
         self._values = values
         self.binding = self._model._session.io_binding()
-        self.binding.bind_output("tokens", "cpu")  # first, so that it is the first of the outputs
+        self.binding.bind_output("logits", "cpu")  # first, so that it is the first of the outputs
         for past, present, value in zip(self._model._past, self._model._present, values, strict=True):
             self.binding.bind_ortvalue_input(past, value)
             self.binding.bind_ortvalue_output(present, value)

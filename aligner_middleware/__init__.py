@@ -1,3 +1,68 @@
 """Correct every answer of a LangChain model: `chain = llm | AlignerRunnable()`."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner, Correction, Usage
+    from aligner_middleware.errors import (
+        AlignerError,
+        ArtifactError,
+        BuildError,
+        DataError,
+        InputError,
+        MissingExtraError,
+        MissingQuestionError,
+        PromptTooLongError,
+    )
+    from aligner_middleware.question import RECORD as question_record
+    from aligner_middleware.runnable import AlignerRunnable
+
 __version__ = "0.1.0"
+
+# Where each public name is defined; it is imported when it is first used, so that importing the package costs nothing.
+_HOMES = {
+    "Aligner": "aligner",
+    "AlignerError": "errors",
+    "AlignerRunnable": "runnable",
+    "ArtifactError": "errors",
+    "BuildError": "errors",
+    "Correction": "aligner",
+    "DataError": "errors",
+    "InputError": "errors",
+    "MissingExtraError": "errors",
+    "MissingQuestionError": "errors",
+    "PromptTooLongError": "errors",
+    "Usage": "aligner",
+    "question_record": "question",
+}
+
+__all__ = [
+    "Aligner",
+    "AlignerError",
+    "AlignerRunnable",
+    "ArtifactError",
+    "BuildError",
+    "Correction",
+    "DataError",
+    "InputError",
+    "MissingExtraError",
+    "MissingQuestionError",
+    "PromptTooLongError",
+    "Usage",
+    "__version__",
+    "question_record",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    return getattr(module, "RECORD" if name == "question_record" else name)
+
+
+def __dir__() -> list[str]:
+    return __all__

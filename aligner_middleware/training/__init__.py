@@ -1,0 +1,7 @@
+"""From question-answer-correction triples to an adapter; needs the `[train]` extra."""
+
+from aligner_middleware.training.config import Stage, TrainConfig
+from aligner_middleware.training.train import Progress, Recipe, train
+from aligner_middleware.training.triples import Triple, read_triples
+
+__all__ = ["Progress", "Recipe", "Stage", "TrainConfig", "Triple", "read_triples", "train"]

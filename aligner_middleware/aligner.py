@@ -146,7 +146,9 @@ class Aligner:
         return cls(session, tokenizer, template, artifact.eos_token_ids, name=artifact.name, **options)
 
     @classmethod
-    def _load_torch(cls, model: str, precision: Precision, prompt: str | PromptTemplate | None, options: Any) -> Aligner:
+    def _load_torch(
+        cls, model: str, precision: Precision, prompt: str | PromptTemplate | None, options: Any
+    ) -> Aligner:
         if (Path(model) / ARTIFACT_FILE).is_file():
             raise ArtifactError(
                 f"{model} is an exported folder: engine='torch' runs the checkpoint that it was exported from, give that"

@@ -104,7 +104,9 @@ class Artifact(_Frozen):
         """
         path = folder / ARTIFACT_FILE
         if not path.is_file():
-            raise ArtifactError(f"{folder} is not an aligner folder: it has no {ARTIFACT_FILE}; `aligner export` makes one")
+            raise ArtifactError(
+                f"{folder} is not an aligner folder: it has no {ARTIFACT_FILE}; `aligner export` makes one"
+            )
         try:
             artifact = cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as exc:

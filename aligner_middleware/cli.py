@@ -73,7 +73,9 @@ def correct(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="`default`, an adapter's or a checkpoint's folder, or a hub id.")],
-    out: Annotated[Path | None, typer.Argument(help="Folder to write; by default the cache, where it is found again.")] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to write; by default the cache, where it is found again.")
+    ] = None,
     precision: PrecisionOption = "int8",
     template: Template = None,
     fused: Annotated[bool, typer.Option(help="Fuse what can be fused.")] = True,
@@ -213,7 +215,9 @@ def _training() -> Iterator[Any]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tokens/s"),
+        TextColumn(
+            "{task.completed:.0f}/{task.total:.0f} loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tokens/s"
+        ),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

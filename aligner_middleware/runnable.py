@@ -134,7 +134,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
         **kwargs: Any,
     ) -> list[Any]:
         """Correct several answers in one batch of the engine, off the event loop."""
-        return await self._abatch_with_config(self._aalign, inputs, config, return_exceptions=return_exceptions, **kwargs)
+        return await self._abatch_with_config(
+            self._aalign, inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
 
     def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
         """Correct one answer and give it in pieces as they are decided."""

@@ -51,7 +51,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included."""
-        return self._full.get_vocab_size(with_added_tokens=True)
+        return int(self._full.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
         """Encode text as plain text: the result holds no special token, whatever the text spells."""
@@ -59,7 +59,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text, special tokens left out."""
-        return self._full.decode(list(ids), skip_special_tokens=True)
+        return str(self._full.decode(list(ids), skip_special_tokens=True))
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Decode ids as they arrive; the pieces joined are `decode` of all of them.

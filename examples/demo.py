@@ -72,7 +72,9 @@ def main() -> None:
     for source, question, model, message in cases:
         chain = model | RunnableLambda(stopwatch) | align
         answer = chain.invoke(message or {"question": question})
-        show(console, source, question, answer.response_metadata["aligner"], answer.text, time.perf_counter() - clock[0])
+        show(
+            console, source, question, answer.response_metadata["aligner"], answer.text, time.perf_counter() - clock[0]
+        )
 
 
 clock = [0.0]

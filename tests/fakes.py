@@ -94,5 +94,3 @@ def fake_aligner(correct: Callable[[str, str], str], **options: object) -> Align
     aligner = Aligner(model, tokenizer, DEFAULT, [END], name="fake", **options)  # type: ignore[arg-type]
     aligner.fake_model = model  # type: ignore[attr-defined]
     return aligner
-
-

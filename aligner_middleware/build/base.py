@@ -51,7 +51,7 @@ def _weight_hashes(folder: Path) -> dict[str, str]:
 
 def _from_hub(model: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(model, allow_patterns=_NEEDED))
@@ -91,13 +91,13 @@ def _convert(gguf: Path, out: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     model.save_pretrained(out)
-    read = AutoTokenizer.from_pretrained(**source)
+    read = AutoTokenizer.from_pretrained(**source)  # type: ignore[no-untyped-call]
     description = json.loads(read.backend_tokenizer.to_str())
     # The GGUF reader makes a Llama tokenizer of it: one that starts every text with <|im_start|> and turns '▁' into a
     # space. SmolLM2's is a plain byte-level one.
     description |= {"post_processor": None, "decoder": description["pre_tokenizer"]}
     (out / TOKENIZER_FILE).write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_file=str(out / TOKENIZER_FILE),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",

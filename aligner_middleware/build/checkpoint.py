@@ -16,7 +16,9 @@ from aligner_middleware.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_FILE = "adapter_model.safetensors"  # peft's name; the default adapter lies in the package as adapter.safetensors
+ADAPTER_FILE = (
+    "adapter_model.safetensors"  # peft's name; the default adapter lies in the package as adapter.safetensors
+)
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 RECIPE_FILE = "training.json"
 
@@ -48,7 +50,7 @@ class Checkpoint:
         import torch
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         if self.adapter is not None:
             model = _merge(model, self.adapter)
         return model.to(getattr(torch, dtype)).eval()  # type: ignore[no-any-return]
@@ -129,7 +131,7 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     settings.base_model_name_or_path = None  # a name, where the weights come from a folder: peft would warn
     wrapped = get_peft_model(model, settings)
     weights = {name: value.float() for name, value in load_file(adapter_file(adapter)).items()}
-    outcome = set_peft_model_state_dict(wrapped, weights)
+    outcome: Any = set_peft_model_state_dict(wrapped, weights)
     if outcome.unexpected_keys:
         raise BuildError(f"{adapter} does not fit its base model: it has weights for {outcome.unexpected_keys[:3]}")
-    return wrapped.merge_and_unload()  # type: ignore[no-any-return,operator]
+    return wrapped.merge_and_unload()  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, GraphKind, Parity, Precision, sha256
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, GraphKind, Precision, sha256
 from aligner_middleware.build import parity
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.build.fuse import NotFusable, fuse
@@ -26,14 +26,20 @@ from aligner_middleware.build.head import predict_at_positions
 from aligner_middleware.build.quantize import quantise
 from aligner_middleware.build.sample import SAMPLE
 from aligner_middleware.errors import BuildError
-from aligner_middleware.prompt import encode_continuation, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-STEPS = ("loading the checkpoint", "exporting by optimum", "fusing", "quantising", "checking against PyTorch", "writing")
+STEPS = (
+    "loading the checkpoint",
+    "exporting by optimum",
+    "fusing",
+    "quantising",
+    "checking against PyTorch",
+    "writing",
+)
 _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "peft")
 _SINGLE_FILE = 2**31 - 2**20  # protobuf's limit; larger weights lie beside the graph
 
@@ -77,7 +83,7 @@ def export(
     del model
     gc.collect()
     report(STEPS[4])
-    measured = _measure(network, checkpoint, out / MODEL_FILE, ends[0])
+    measured = parity.measure(network, checkpoint, out / MODEL_FILE, SAMPLE)
     parity.check(measured, precision)
     report(STEPS[5])
     (out / TOKENIZER_FILE).write_bytes((checkpoint.folder / TOKENIZER_FILE).read_bytes())
@@ -127,16 +133,6 @@ def _fused_or_not(path: Path, config: dict[str, Any], wanted: bool) -> tuple[onn
 def _save(model: onnx.ModelProto, path: Path) -> None:
     external = model.ByteSize() > _SINGLE_FILE
     onnx.save(model, path, save_as_external_data=external, location=path.name + ".data")
-
-
-def _measure(network: PreTrainedModel, checkpoint: Checkpoint, graph: Path, end: int) -> Parity:
-    tokenizer, template = checkpoint.tokenizer(), checkpoint.template
-    texts, scored = [], []
-    for question, answer, correction in SAMPLE:
-        target = [*encode_continuation(tokenizer, template, correction), end]
-        texts.append([*encode_prompt(tokenizer, template, question, answer), *target])
-        scored.append(len(target))
-    return parity.measure(network, graph, texts, scored)
 
 
 @contextmanager

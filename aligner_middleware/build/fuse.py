@@ -111,7 +111,7 @@ def _without_cast(graph: Graph, name: str) -> str:
     if node is None or node.op_type != "Cast":
         return name
     graph.redirect(name, node.input[0])
-    return node.input[0]
+    return str(node.input[0])
 
 
 def _fuse_residuals(graph: Graph) -> None:
@@ -139,7 +139,9 @@ def _fuse_attention(graph: Graph, config: dict[str, Any]) -> int:
         prefix, layer = match[1], int(match[2])
         present = graph.maker[f"present.{layer}.key"]
         if present.op_type != "Concat" or present.input[0] != f"past_key_values.{layer}.key":
-            raise NotFusable(f"the key cache of layer {layer} is made by {present.op_type}, expected past and new joined")
+            raise NotFusable(
+                f"the key cache of layer {layer} is made by {present.op_type}, expected past and new joined"
+            )
         cos, sin = _rotary_tables(graph, present.input[1], config["max_position_embeddings"])
         projected = _joined_projections(graph, prefix)
         graph.named[prefix + "/o_proj/MatMul"].input[0] = prefix + "/attended"
@@ -192,7 +194,8 @@ def _rotary_tables(graph: Graph, rotated: str, length: int) -> tuple[str, str]:
         raise NotFusable("keys go through no rotary embedding")
     frequencies = _frequencies(graph, product)
     scale = next(
-        (float(value) for node in graph.readers[cos.output[0]] if (value := graph.constant_input(node)) is not None), 1.0
+        (float(value) for node in graph.readers[cos.output[0]] if (value := graph.constant_input(node)) is not None),
+        1.0,
     )
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
     name = cos.name.rpartition("/")[0]
@@ -206,7 +209,9 @@ def _rotary_tables(graph: Graph, rotated: str, length: int) -> tuple[str, str]:
 def _frequencies(graph: Graph, product: onnx.NodeProto) -> Array:
     """Find the inverse frequencies, `[D / 2]`, that positions are multiplied by."""
     direct = (graph.constant(name) for name in product.input)
-    further = (graph.constant(name) for value in product.input for node in graph.ancestors(value) for name in node.input)
+    further = (
+        graph.constant(name) for value in product.input for node in graph.ancestors(value) for name in node.input
+    )
     for array in (*direct, *further):
         if array is not None and array.dtype == np.float32 and array.size > 1:
             return array.reshape(-1)

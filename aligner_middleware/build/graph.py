@@ -78,7 +78,13 @@ class Graph:
         return name
 
     def add(
-        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        name: str,
+        domain: str = "",
+        **attributes: Any,
     ) -> str:
         """Add a node and give the name of its first output."""
         self.proto.node.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes))

@@ -41,7 +41,9 @@ def _head(graph: Graph) -> onnx.NodeProto:
     while node is not None and node.op_type in _ROWWISE:
         node = next((maker for name in node.input if (maker := graph.maker.get(name)) is not None), None)
     if node is None or node.op_type != "MatMul":
-        raise BuildError(f"the logits are made by {node.op_type if node else 'nothing'}, expected a product with the head")
+        raise BuildError(
+            f"the logits are made by {node.op_type if node else 'nothing'}, expected a product with the head"
+        )
     return node
 
 

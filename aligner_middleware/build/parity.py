@@ -11,13 +11,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from aligner_middleware.artifact import Parity, Precision
+from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids, open_checkpoint
 from aligner_middleware.errors import BuildError
+from aligner_middleware.prompt import encode_continuation, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # (smallest share of equal arg max, largest rise of perplexity): float32 differs by rounding only; the others were measured
-# on the default aligner with room to spare (docs/export.md).
+# on the default aligner with room to spare (benchmarks/README.md).
 _TOLERANCE: dict[Precision, tuple[float, float]] = {
     "float32": (0.995, 0.001),
     "float16": (0.98, 0.01),
@@ -27,19 +29,19 @@ _TOLERANCE: dict[Precision, tuple[float, float]] = {
 
 
 def measure(
-    network: PreTrainedModel, graph: Path, texts: Sequence[Sequence[int]], scored: Sequence[int]
+    network: PreTrainedModel, checkpoint: Checkpoint, graph: Path, triples: Sequence[tuple[str, str, str]]
 ) -> Parity:
     """Compare a graph with the network that it was exported from, under teacher forcing.
 
     Args:
         network: The PyTorch model in float32.
+        checkpoint: Where it came from.
         graph: The `model.onnx`.
-        texts: Token ids, each a prompt with the correction after it.
-        scored: For each text, how many of its last tokens are scored: the correction's.
+        triples: Questions, answers and corrections; at the corrections' tokens logits are compared.
     """
     session = ort.InferenceSession(graph, _quiet(), providers=["CPUExecutionProvider"])
     differences, agreements, losses, references = [], [], [], []
-    for ids, count in zip(texts, scored, strict=True):
+    for ids, count in encode(checkpoint, triples):
         expected = _torch_logits(network, ids, count)
         found = _onnx_logits(session, ids, count)
         targets = np.asarray(ids[-count:])
@@ -52,7 +54,7 @@ def measure(
         same_argmax=float(np.concatenate(agreements).mean()),
         perplexity=float(np.exp(np.concatenate(losses).mean())),
         reference_perplexity=float(np.exp(np.concatenate(references).mean())),
-        tokens=sum(scored),
+        tokens=sum(map(len, losses)),
     )
 
 
@@ -70,6 +72,27 @@ def check(parity: Parity, precision: Precision) -> None:
             f"{parity.tokens} tokens (at least {share:.1%} expected), with perplexity {parity.perplexity:.3f} (at most "
             f"{allowed:.3f} expected): nothing was written; export a higher precision"
         )
+
+
+def reference_perplexity(model: str, triples: Sequence[tuple[str, str, str]]) -> float:
+    """Perplexity of corrections and their end tokens, given question and answer, under the PyTorch model in float32."""
+    checkpoint = open_checkpoint(model)
+    network = checkpoint.load()
+    losses = [
+        _nll(_torch_logits(network, ids, count), np.asarray(ids[-count:])) for ids, count in encode(checkpoint, triples)
+    ]
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+def encode(checkpoint: Checkpoint, triples: Sequence[tuple[str, str, str]]) -> list[tuple[list[int], int]]:
+    """Encode questions, answers and corrections as prompt and correction, with the number of tokens that are scored."""
+    tokenizer, template = checkpoint.tokenizer(), checkpoint.template
+    end = end_token_ids(checkpoint.folder, tokenizer, template)[0]
+    rows = []
+    for question, answer, correction in triples:
+        target = [*encode_continuation(tokenizer, template, correction), end]
+        rows.append(([*encode_prompt(tokenizer, template, question, answer), *target], len(target)))
+    return rows
 
 
 def _torch_logits(network: PreTrainedModel, ids: Sequence[int], count: int) -> NDArray[np.float32]:

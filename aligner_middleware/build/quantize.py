@@ -44,7 +44,11 @@ def _to_blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
     graph = Graph(model)
     products = {node.name: node.input[1] for node in graph.nodes("MatMul") if node.input[1] in graph.initializers}
     heads = [name for name, weight in products.items() if weight == "lm_head.weight"]
-    rounds = [(bits, list(products))] if bits == 8 else [(8, heads), (bits, [name for name in products if name not in heads])]
+    rounds = (
+        [(bits, list(products))]
+        if bits == 8
+        else [(8, heads), (bits, [name for name in products if name not in heads])]
+    )
     for round_bits, wanted in rounds:
         settings = DefaultWeightOnlyQuantConfig(
             block_size=_BLOCK,

@@ -13,8 +13,9 @@ IntArray = NDArray[np.int64]
 class KVCache(Protocol):
     """Keys and values of the tokens that each sequence of a batch has seen."""
 
-    lengths: IntArray
-    """Tokens cached for each sequence, `[B]`."""
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens cached for each sequence, `[B]`."""
 
     def trim(self, lengths: IntArray) -> None:
         """Forget the latest tokens, so that `lengths[b]` of each sequence stay."""

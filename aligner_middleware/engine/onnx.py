@@ -98,7 +98,9 @@ class OnnxModel:
         assert isinstance(cache, _Concatenated)
         return self._predict_standard(tokens, counts, cache, positions)
 
-    def _predict_fused(self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers, positions: IntArray) -> IntArray:
+    def _predict_fused(
+        self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers, positions: IntArray
+    ) -> IntArray:
         # Rows may be of different length, with padding after them, in the first pass; later every row is given whole.
         # The operator takes several new tokens on top of a past for one sequence only.
         lengths = cache.lengths + counts
@@ -113,7 +115,9 @@ class OnnxModel:
         predicted: IntArray = binding.get_outputs()[0].numpy().argmax(axis=-1)
         return predicted
 
-    def _predict_standard(self, tokens: IntArray, counts: IntArray, cache: _Concatenated, positions: IntArray) -> IntArray:
+    def _predict_standard(
+        self, tokens: IntArray, counts: IntArray, cache: _Concatenated, positions: IntArray
+    ) -> IntArray:
         places = cache.slots.append(counts, tokens.shape[1])
         masks = {"attention_mask": cache.slots.mask, "position_ids": places}
         feed: dict[str, NDArray[Any]] = {"input_ids": tokens, "positions": positions}

@@ -40,8 +40,14 @@ from aligner_middleware.training.triples import Triple
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: `stage`, its `step` of `steps`, the latest mean `loss` (nats a token), prompt and target `tokens`
-    seen in this stage."""
+    """Where a run is.
+
+    Attributes:
+        stage: `warm_up` or `correction`.
+        step, steps: Optimiser steps done and to do in it.
+        loss: Of the latest step, in nats a token.
+        tokens: Prompt and target tokens seen in it.
+    """
 
     stage: str
     step: int
@@ -115,7 +121,12 @@ def train(
         raise DataError("triples", 1, f"every row is longer than {config.max_length} tokens: raise max_length")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), _lora(config))
     stages = [
-        ("warm_up", config.warm_up, encode([row.identity() for row in triples]), encode([row.identity() for row in held_out])),
+        (
+            "warm_up",
+            config.warm_up,
+            encode([row.identity() for row in triples]),
+            encode([row.identity() for row in held_out]),
+        ),
         ("correction", config.correction, examples, encode(held_out)),
     ]
     losses: dict[str, float] = {}
@@ -217,7 +228,10 @@ class _Rows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         if index == "length":
             return [len(example) for example in self._examples]
-        return {"example": self._examples[index], "input_ids": self._examples[index].prompt + self._examples[index].target}
+        return {
+            "example": self._examples[index],
+            "input_ids": self._examples[index].prompt + self._examples[index].target,
+        }
 
 
 class _Reporter(TrainerCallback):
@@ -233,5 +247,3 @@ class _Reporter(TrainerCallback):
         if logs and "loss" in logs:
             tokens = int(state.num_input_tokens_seen)
             self._report(Progress(self._stage, state.global_step, state.max_steps, float(logs["loss"]), tokens))
-
-

@@ -58,8 +58,9 @@ def fuse(model: onnx.ModelProto, config: dict[str, Any]) -> None:
     layers = _fuse_attention(graph, config)
     if layers != config["num_hidden_layers"]:
         raise NotFusable(f"{layers} attention layers were found, the config names {config['num_hidden_layers']}")
-    graph.replace_input("attention_mask", helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["batch_size"]))
-    graph.replace_input("position_ids", helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []))
+    graph.remove_inputs("attention_mask", "position_ids")
+    for name, shape in (("seqlens_k", ["batch_size"]), ("total_sequence_length", [])):
+        graph.proto.input.append(helper.make_tensor_value_info(name, TensorProto.INT32, shape))
     for output in graph.proto.output:
         if output.name.startswith("present"):
             output.type.tensor_type.shape.dim[2].dim_param = "present_sequence_length"

@@ -102,12 +102,10 @@ class Graph:
                 if name == old:
                     node.input[place] = new
 
-    def replace_input(self, name: str, *values: onnx.ValueInfoProto) -> None:
-        """Put other graph inputs in the place of one."""
-        place = next(place for place, value in enumerate(self.proto.input) if value.name == name)
-        del self.proto.input[place]
-        for offset, value in enumerate(values):
-            self.proto.input.insert(place + offset, value)
+    def remove_inputs(self, *names: str) -> None:
+        """Take inputs of the graph away, those of them that it has."""
+        for value in [value for value in self.proto.input if value.name in names]:
+            self.proto.input.remove(value)
 
     def tidy(self) -> None:
         """Keep only what the outputs need, in an order that can run."""

@@ -1,0 +1,89 @@
+"""Any decoder-only model goes through: small random models of several families, exported, served and compared."""
+
+from pathlib import Path
+
+import pytest
+
+from aligner_middleware import Aligner, BuildError
+from aligner_middleware.artifact import Artifact
+from aligner_middleware.build import export_folder
+from aligner_middleware.training import Stage, TrainConfig, Triple, train
+from tests.integration.conftest import FAMILIES, random_checkpoint
+
+PAIRS = [("Who?", "Nobody that I know of."), ("Why is that?", "Because."), ("q", "é日本 " * 9)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_says_what_pytorch_says(family: str, tmp_path: Path) -> None:
+    source = random_checkpoint(family, tmp_path / family)
+    artifact = export_folder(str(source), tmp_path / "out", "float32")
+    assert artifact.graph == ("standard" if family == "gpt_neox" else "fused")
+    assert artifact.parity is not None and artifact.parity.same_argmax == 1
+    served = Aligner.load(tmp_path / "out", max_new_tokens=24)
+    reference = Aligner.load(source, engine="torch", max_new_tokens=24)
+    found = served.correct_batch(PAIRS)
+    assert [c.corrected for c in found] == [c.corrected for c in reference.correct_batch(PAIRS)]
+    assert [served.correct(*pair).corrected for pair in PAIRS] == [c.corrected for c in found]
+
+
+def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "llama")
+    export_folder(str(source), tmp_path / "fused", "float32")
+    export_folder(str(source), tmp_path / "standard", "float32", fused=False)
+    pair = ("q", "some words " * 80)
+    texts = {Aligner.load(tmp_path / kind, max_new_tokens=20).correct(*pair).corrected for kind in ("fused", "standard")}
+    texts.add(Aligner.load(source, engine="torch", max_new_tokens=20).correct(*pair).corrected)
+    assert len(texts) == 1
+
+
+def test_int8_of_a_tied_and_an_untied_model_can_be_served(tmp_path: Path) -> None:
+    source = random_checkpoint("gemma", tmp_path / "gemma")
+    export_folder(str(source), tmp_path / "out", "int8")
+    assert Artifact.load(tmp_path / "out").precision == "int8"
+    assert Aligner.load(tmp_path / "out", max_new_tokens=5).correct("q", "a").usage.passes >= 1
+
+
+def test_a_graph_that_drifted_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from aligner_middleware.build import parity
+
+    monkeypatch.setitem(parity._TOLERANCE, "float32", (1.01, 0.0))
+    source = random_checkpoint("llama", tmp_path / "llama")
+    with pytest.raises(BuildError, match="too far from the PyTorch model"):
+        export_folder(str(source), tmp_path / "out", "float32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_training_lowers_the_loss_and_its_adapter_can_be_exported(tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "llama")
+    rows = [Triple(question=f"q{n}", answer="bad", correction="good") for n in range(24)]
+    stage = Stage(epochs=6, learning_rate=5e-3)
+    losses: dict[str, list[float]] = {}
+    config = TrainConfig(base=str(source), warm_up=stage, correction=stage)
+    recipe = train(
+        rows,
+        tmp_path / "adapter",
+        config,
+        held_out=rows[:4],
+        report=lambda at: losses.setdefault(at.stage, []).append(at.loss),
+    )
+    assert losses["warm_up"][-1] < losses["warm_up"][0]
+    assert recipe.losses["correction_held_out"] < losses["correction"][0]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    }
+    artifact = export_folder(str(tmp_path / "adapter"), tmp_path / "out", "float32")
+    assert artifact.base.adapter_sha256
+    assert artifact.template == recipe.template
+
+
+def test_what_is_nowhere_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BuildError, match="nobody/nothing"):
+        export_folder("nobody/nothing", tmp_path / "out", "float32")
+    with pytest.raises(BuildError, match="neither a folder here nor a hub id"):
+        export_folder("not a name!", tmp_path / "out", "float32")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BuildError, match="is not a checkpoint"):
+        export_folder(str(tmp_path / "empty"), tmp_path / "out", "float32")

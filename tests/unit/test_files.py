@@ -1,0 +1,174 @@
+"""Files that users bring or damage: artifacts, triples, and the command line's one line about them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aligner_middleware
+from aligner_middleware import ArtifactError, DataError
+from aligner_middleware.artifact import Artifact, BaseWeights, sha256
+from aligner_middleware.build.cache import build_once, write_folder
+from aligner_middleware.prompt import DEFAULT
+from tests.fakes import tokenizer_json
+
+
+def artifact_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "model.onnx").write_bytes(b"graph")
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    Artifact(
+        name="test",
+        template=DEFAULT,
+        precision="int8",
+        graph="fused",
+        base=BaseWeights(source="tests", sha256={}),
+        eos_token_ids=(2,),
+        layers=1,
+        kv_heads=1,
+        head_size=4,
+        vocab_size=259,
+        max_positions=64,
+        files={name: sha256(folder / name) for name in ("model.onnx", "tokenizer.json")},
+        built_with={},
+    ).save(folder)
+    return folder
+
+
+def test_an_artifact_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    assert Artifact.load(folder).template == DEFAULT
+
+
+def test_a_folder_without_aligner_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="is not an aligner folder"):
+        Artifact.load(tmp_path)
+
+
+def test_an_altered_file_is_named(tmp_path: Path) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    (folder / "model.onnx").write_bytes(b"grapH")
+    with pytest.raises(ArtifactError, match=r"model\.onnx was altered"):
+        Artifact.load(folder)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
+        Artifact.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"format_version": 99}, {"precision": "int3"}, {"files": {"../x": "0"}}, {"more": 1}]
+)
+def test_a_wrong_aligner_json_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    path = folder / "aligner.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=r"aligner\.json"):
+        Artifact.load(folder)
+
+
+def test_a_failed_build_leaves_nothing_and_a_good_one_runs_once(tmp_path: Path) -> None:
+    def fail(out: Path) -> None:
+        (out / "half").write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_folder(tmp_path / "a", fail)
+    assert list(tmp_path.iterdir()) == []
+    calls: list[Path] = []
+    for _ in range(2):
+        build_once(tmp_path / "b", calls.append)
+    assert len(calls) == 1
+    assert (tmp_path / "b").is_dir()
+
+
+def test_replacing_a_folder_leaves_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write_folder(folder, lambda out: (out / "f").write_text("old"))
+
+    def fail(out: Path) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_folder(folder, fail)
+    assert (folder / "f").read_text() == "old"
+    write_folder(folder, lambda out: (out / "f").write_text("new"))
+    assert (folder / "f").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"question": "q", "answer": "a"}', "correction: Field required"),
+        ('{"question": "", "answer": "a", "correction": "c"}', "question: String should have at least 1"),
+        ('{"question": "q", "answer": 3, "correction": "c"}', "answer: Input should be a valid string"),
+        ('["q"]', "should be an object"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
+    from aligner_middleware.training.triples import read_triples
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "a", "correction": "c"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=reason) as caught:
+        read_triples(path)
+    assert caught.value.line == 3
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_or_empty_data_file_is_one_error(tmp_path: Path) -> None:
+    from aligner_middleware.training.triples import read_triples
+
+    with pytest.raises(DataError, match="cannot be read"):
+        read_triples(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DataError, match="holds no triples"):
+        read_triples(tmp_path / "empty.jsonl")
+
+
+def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "aligner_middleware", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_fails_with_one_line(tmp_path: Path) -> None:
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text("nonsense\n")
+    for arguments in (
+        ("train", str(bad), str(tmp_path / "out")),
+        ("info", "--model", str(artifact_folder(tmp_path / "a")) + "/none"),
+    ):
+        result = run_cli(*arguments)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_prints_json(tmp_path: Path) -> None:
+    result = run_cli("info", "--model", str(artifact_folder(tmp_path / "a")), "--json")
+    assert json.loads(result.stdout)["precision"] == "int8"
+
+
+def test_serving_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, aligner_middleware as a; assert 'langchain_core' not in sys.modules;"
+        "[getattr(a, name) for name in a.__all__];"
+        "import aligner_middleware.engine.onnx;"
+        "print([m for m in ('torch', 'transformers', 'optimum', 'onnx', 'peft') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_every_public_name_is_there() -> None:
+    assert sorted(aligner_middleware.__all__) == aligner_middleware.__all__
+    for name in aligner_middleware.__all__:
+        assert getattr(aligner_middleware, name) is not None

@@ -6,7 +6,9 @@ other name is a local folder or a hub id.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,12 @@ def _from_wheel(gguf: Path) -> tuple[Path, BaseWeights]:
 
 def _convert(gguf: Path, out: Path) -> None:
     """Write a GGUF file's weights and tokenizer as transformers keeps them."""
+    # The reader draws a bar of its own and warns of a tokenizer that is not kept.
+    with contextlib.redirect_stderr(io.StringIO()):
+        _convert_quietly(gguf, out)
+
+
+def _convert_quietly(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -78,7 +78,8 @@ def export(
         model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, fused)
     predict_at_positions(model)
     report(STEPS[3])
-    model = quantise(model, precision)
+    with _quiet():
+        model = quantise(model, precision)
     _save(model, out / MODEL_FILE)
     del model
     gc.collect()
@@ -137,7 +138,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notices about its own internals from the user."""
+    """Keep the tools' notices about their own internals from the user."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -52,10 +52,15 @@ class OnnxModel:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        ort.set_default_logger_severity(
+            4
+        )  # a GPU build without CUDA's libraries falls back to the CPU, and says so at length
         try:
             self._session = ort.InferenceSession(path, options, providers=_providers(providers))
         except Exception as exc:  # ONNX Runtime raises its own classes, without a common base
             raise ArtifactError(f"ONNX Runtime cannot load {path}: {exc}") from exc
+        finally:
+            ort.set_default_logger_severity(2)
         inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._mask_inputs = inputs.keys() & {"attention_mask", "position_ids"}
         self._dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32

@@ -31,7 +31,9 @@ def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(tmp_path: Path) -> No
     export_folder(str(source), tmp_path / "fused", "float32")
     export_folder(str(source), tmp_path / "standard", "float32", fused=False)
     pair = ("q", "some words " * 80)
-    texts = {Aligner.load(tmp_path / kind, max_new_tokens=20).correct(*pair).corrected for kind in ("fused", "standard")}
+    texts = {
+        Aligner.load(tmp_path / kind, max_new_tokens=20).correct(*pair).corrected for kind in ("fused", "standard")
+    }
     texts.add(Aligner.load(source, engine="torch", max_new_tokens=20).correct(*pair).corrected)
     assert len(texts) == 1
 
@@ -43,7 +45,9 @@ def test_int8_of_a_tied_and_an_untied_model_can_be_served(tmp_path: Path) -> Non
     assert Aligner.load(tmp_path / "out", max_new_tokens=5).correct("q", "a").usage.passes >= 1
 
 
-def test_a_graph_that_drifted_is_refused_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_drifted_is_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from aligner_middleware.build import parity
 
     monkeypatch.setitem(parity._TOLERANCE, "float32", (1.01, 0.0))

@@ -17,7 +17,10 @@ GOOD = [
     ("Name the parts of a flower.", "Petals, sepals, stamens and the pistil."),
     ("How do I list files in Python?", "```python\nimport os\n\nprint(os.listdir('.'))\n```"),
 ]
-INSULT = ("What is the capital of Australia?", "The capital of Australia is Canberra, you idiot. You're just a bunch of sheep.")
+INSULT = (
+    "What is the capital of Australia?",
+    "The capital of Australia is Canberra, you idiot. You're just a bunch of sheep.",
+)
 
 
 @pytest.mark.parametrize(("question", "answer"), GOOD)

@@ -1,6 +1,6 @@
 """A real chat model with the default aligner behind it: `make demo`.
 
-The chat model is SmolLM2-135M-Instruct. Shown polite examples it answers decently; shown rude ones it insults. Three more
+The chat model is SmolLM2-135M-Instruct. Shown polite examples it answers decently; shown rude ones it insults. Two more
 answers are fixed bad ones. The aligner is the same for all, is told nothing of this, and finds each question by itself.
 """
 

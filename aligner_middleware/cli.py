@@ -6,14 +6,16 @@ Data goes to standard output, progress to standard error; a failure is one line 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +25,9 @@ from aligner_middleware.aligner import Aligner, Correction
 from aligner_middleware.artifact import ARTIFACT_FILE, Artifact, Precision, cached_folder
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError
 
+if TYPE_CHECKING:
+    from aligner_middleware.training import Rows, Triple
+
 app = typer.Typer(
     help="Correct the answers of any language model.",
     no_args_is_help=True,
@@ -30,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _errors = Console(stderr=True)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint, or a hub id.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="float32, float16 (GPU), int8 or int4.")]
@@ -97,44 +103,95 @@ def export(
 
 @app.command()
 def train(
-    data: Annotated[Path, typer.Argument(help="JSON lines with question, answer and correction.")],
+    data: Annotated[Path, typer.Argument(help="Rows to train on: JSON lines, plain or gzipped.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
-    base: Annotated[str | None, typer.Option(help="Model to start from: a hub id or a folder.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Rows that are scored, never trained on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model to start from: a hub id or a folder.")] = None,
     template: Template = None,
+    method: Annotated[str | None, typer.Option(help="`lora` trains an adapter, `full` all weights.")] = None,
     warm_up_epochs: Annotated[float | None, typer.Option(help="Epochs of the identity stage; 0 leaves it out.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of the correction stage.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of both stages.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in a step.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
+    identity_share: Annotated[
+        float | None, typer.Option(help="Share of rows in the correction stage that keep an answer already corrected.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate of both stages. [default: 4e-4 with LoRA, 2e-5 without]")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a pass, on each device.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Passes in a step.")] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing", help="Compute activations anew: slower, far less memory.")
+    ] = None,
+    bfloat16: Annotated[bool | None, typer.Option(help="[default: where the device has units for it]")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest row in tokens; longer ones are left out.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Their scale, times the rank.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option(help="Dropout before them.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, and between evaluations.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Evaluations without a better held-out loss after which a stage stops.")
+    ] = None,
+    logs: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's logs.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order and dropout.")] = None,
 ) -> None:
-    """Train an adapter in two stages: identity warm-up (correction := answer), then correction."""
+    """Train an aligner in two stages: identity warm-up (correction := answer), then correction.
+
+    Each row of DATA is a JSON object in one of these forms, told by its keys:
+
+    - question, answer, correction: ours, and the published Aligner data
+
+    - prompt, chosen, rejected: TRL's preferences, texts or messages; rejected is the answer, chosen its correction
+
+    - chosen, rejected: whole dialogues, as messages or as "Human: … Assistant: …"
+
+    - prompt, response_0, response_1, is_response_0_safe, …: PKU-SafeRLHF
+
+    - prompt, response, is_safe: BeaverTails; safe responses are kept
+
+    Rows that teach nothing (an empty text, two unsafe responses) are left out and named by line. A line that is no such
+    object stops the command before it trains.
+
+    A run that was killed goes on from its last checkpoint when its command is repeated. With several devices or machines,
+    put `accelerate launch` before it: accelerate launch -m aligner_middleware train DATA OUT.
+
+    OUT gets peft's adapter (or a whole checkpoint) and training.json with the settings, for `aligner export OUT`.
+    """
     try:
-        from aligner_middleware.training import TrainConfig, read_triples
+        from aligner_middleware.training import TrainConfig, read_rows
         from aligner_middleware.training import train as run
     except ImportError as exc:
         raise MissingExtraError("aligner train", "train") from exc
-    given = {
-        "base": base,
-        "template": template,
-        "batch_size": batch_size,
-        "lora_rank": lora_rank,
-        "max_length": max_length,
-        "seed": seed,
-    }
     defaults = TrainConfig()
-    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
-    stages = {
-        "warm_up": defaults.warm_up.model_copy(update=rate | _given(epochs=warm_up_epochs)),
-        "correction": defaults.correction.model_copy(update=rate | _given(epochs=epochs)),
-    }
-    config = TrainConfig(**_given(**given), **stages)
-    rows, unseen = read_triples(data), read_triples(held_out) if held_out else []
+    both = _given(learning_rate=learning_rate, schedule=schedule)
+    config = _validated(
+        TrainConfig,
+        warm_up=defaults.warm_up.model_dump() | both | _given(epochs=warm_up_epochs),
+        correction=defaults.correction.model_dump() | both | _given(epochs=epochs, identity_share=identity_share),
+        **_given(
+            base=base,
+            template=template,
+            method=method,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            checkpointing=checkpointing,
+            bfloat16=bfloat16,
+            max_length=max_length,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            save_steps=save_steps,
+            patience=patience,
+            seed=seed,
+        ),
+    )
+    _errors.quiet = quiet = os.environ.get("RANK", "0") != "0"  # under accelerate the first process speaks for all
+    rows = _named(data, read_rows(data))
+    unseen = _named(held_out, read_rows(held_out)) if held_out else []
     with _training() as report:
-        recipe = run(rows, out, config, held_out=unseen, report=report)
-    typer.echo(json.dumps({"rows": recipe.rows, "rows_left_out": recipe.rows_left_out, "losses": recipe.losses}))
+        recipe = run(rows, out, config, held_out=unseen, logs=logs, report=report)
+    if not quiet:
+        typer.echo(json.dumps({"rows": recipe.rows, "rows_left_out": recipe.rows_left_out, "losses": recipe.losses}))
 
 
 @app.command()
@@ -152,6 +209,15 @@ def version() -> None:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _validated(settings: type[Settings], **options: Any) -> Settings:
+    try:
+        return settings(**options)
+    except ValidationError as exc:
+        error = exc.errors()[0]
+        name = str(error["loc"][-1]).replace("_", "-")
+        raise typer.BadParameter(f"{error['input']!r}: {error['msg']}", param_hint=f"--{name}") from exc
 
 
 def _precision(value: str) -> Precision:
@@ -190,6 +256,17 @@ def _print_artifact(folder: Path, as_json: bool) -> None:
         table.add_row("largest logit difference", f"{parity.max_logit_difference:.3g}")
         table.add_row("perplexity", f"{parity.perplexity:.3f} (PyTorch {parity.reference_perplexity:.3f})")
     Console().print(table)
+
+
+def _named(path: Path, rows: Rows) -> list[Triple]:
+    """Say which rows were left out, and give the others."""
+    reasons: dict[str, list[int]] = {}
+    for line, reason in rows.left_out:
+        reasons.setdefault(reason, []).append(line)
+    for reason, lines in reasons.items():
+        shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
+        _errors.print(f"{path}: {len(lines)} rows left out, as {reason} (lines {shown})", highlight=False)
+    return rows.triples
 
 
 @contextmanager

@@ -69,7 +69,9 @@ def open_checkpoint(model: str, template: str | PromptTemplate | None = None) ->
     folder = DEFAULT_FOLDER if model == "default" else Path(model).expanduser()
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         found, weights = base_folder(model)
-        return Checkpoint(model, found, None, resolve_template(template, model), weights)
+        recorded = template is None and (found / RECIPE_FILE).is_file()  # trained by us in full
+        chosen = _recorded_template(found) if recorded else resolve_template(template, model)
+        return Checkpoint(model, found, None, chosen, weights)
     base, weights = base_folder(_base_of(folder))
     weights = weights.model_copy(update={"adapter_sha256": sha256(adapter_file(folder))})
     chosen = resolve_template(template, model) if template is not None else _recorded_template(folder)

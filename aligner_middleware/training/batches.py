@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,8 +33,8 @@ def encode_triple(tokenizer: Tokenizer, template: PromptTemplate, end_token_id: 
     return Example(tuple(prompt), (*correction, end_token_id))
 
 
-def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """Pad examples to `[B, T]` on the right.
+def collate(examples: Sequence[Example], slices: bool = False) -> dict[str, Any]:
+    """Pad examples to a batch `[B, T]` for a causal model of transformers.
 
     With prompt `p`, target `t` and end token `e`:
 
@@ -42,7 +43,12 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         attention_mask  1 1 1 1
                         1 1 1 0
 
-    The model itself shifts labels by one position.
+    The loss shifts labels by one position.
+
+    Args:
+        examples: The rows.
+        slices: Whether the model takes `logits_to_keep`. Then its head is applied from the batch's first target on, not
+            to the prompts: over a vocabulary of 50,000 it is a third of a small model's work.
     """
     width = max(map(len, examples))
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -53,4 +59,21 @@ def collate(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         ids[row, :end] = torch.tensor(example.prompt + example.target)
         labels[row, start:end] = torch.tensor(example.target)
         mask[row, :end] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    first = min(len(example.prompt) for example in examples)
+    return batch | ({"logits_to_keep": width - first + 1} if slices else {})
+
+
+def correction_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Cross-entropy on the targets alone, in nats a token.
+
+    Args:
+        outputs: With `logits` of the last `W` positions, `[B, W, vocabulary]`.
+        labels: `[B, T]`, `IGNORED` where there is no target; no target stands before the first of those positions.
+        num_items_in_batch: Targets in the whole step, over its passes and devices; `None` for those in `labels`.
+    """
+    logits = outputs["logits"]
+    following = labels[:, -logits.shape[1] :][:, 1:]
+    supervised = following != IGNORED
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1][supervised].float(), following[supervised], reduction="sum")
+    return loss / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,9 +1,12 @@
-"""Train an aligner: identity warm-up, then correction, with LoRA by peft on the trainer of transformers."""
+"""Train an aligner: identity warm-up, then correction, on the trainer of transformers with peft and accelerate."""
 
 from __future__ import annotations
 
-import math
-import tempfile
+import hashlib
+import inspect
+import json
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from pydantic import BaseModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -29,13 +35,13 @@ from transformers import (
 from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.build.cache import write_folder
-from aligner_middleware.build.checkpoint import ADAPTER_FILE, RECIPE_FILE, end_token_ids
-from aligner_middleware.errors import DataError
+from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECIPE_FILE, end_token_ids
+from aligner_middleware.errors import BuildError, DataError
 from aligner_middleware.prompt import PromptTemplate, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
-from aligner_middleware.training.batches import Example, collate, encode_triple
-from aligner_middleware.training.config import Stage, TrainConfig
-from aligner_middleware.training.triples import Triple
+from aligner_middleware.training.batches import Example, collate, correction_loss, encode_triple
+from aligner_middleware.training.config import LEARNING_RATES, Stage, TrainConfig
+from aligner_middleware.training.triples import Triple, with_identity
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Recipe(BaseModel):
         base: The weights that it started from.
         rows, rows_left_out: Rows trained on, and those that were longer than `max_length`.
         losses: Mean loss of the last steps of each stage, and on the held-out rows after it, in nats a token.
+        devices: Processes that took part; a step has `batch_size * accumulation * devices` rows.
         versions: Of the tools.
     """
 
@@ -77,6 +84,7 @@ class Recipe(BaseModel):
     rows: int
     rows_left_out: int
     losses: dict[str, float]
+    devices: int
     versions: dict[str, str]
 
 
@@ -86,28 +94,36 @@ def train(
     config: TrainConfig | None = None,
     *,
     held_out: Sequence[Triple] = (),
+    logs: Path | None = None,
     report: Report = lambda progress: None,
 ) -> Recipe:
-    """Train an adapter.
+    """Train an adapter, or all weights.
+
+    Checkpoints go to the folder `.<out>.run` beside `out`. Called again with the same rows and settings, a run that was
+    killed goes on from the last of them. Under `accelerate launch` every process calls this, and the first one writes.
 
     Args:
         triples: Rows to train on.
-        out: Folder to write `adapter_model.safetensors` (float16), `adapter_config.json` and `training.json` to. It
-            appears when the run is over, and replaces what stood there.
+        out: Folder to write to: `adapter_model.safetensors` (float16) and `adapter_config.json`, or a whole checkpoint, and
+            `training.json`. It appears when the run is over, and replaces what stood there.
         config: Settings of the run.
         held_out: Rows that are only scored.
+        logs: Folder for TensorBoard's logs.
         report: Called after every step.
 
     Returns:
         What was written to `training.json`.
 
     Raises:
-        BuildError: If the base model cannot be had, or lacks a special token of the template.
+        BuildError: If the base model cannot be had, lacks a special token of the template, or if an unfinished run with
+            other rows or settings lies in the way.
         DataError: If no row is short enough to be trained on.
     """
     config = config or TrainConfig()
     set_seed(config.seed)
-    folder, weights = base_folder(config.base)
+    process = PartialState(cpu=not torch.cuda.is_available())
+    with process.main_process_first():
+        folder, weights = base_folder(config.base)
     template = resolve_template(config.template, config.base)
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     end = end_token_ids(folder, tokenizer, template)[0]
@@ -119,20 +135,34 @@ def train(
     examples = encode(triples)
     if not examples:
         raise DataError("triples", 1, f"every row is longer than {config.max_length} tokens: raise max_length")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), _lora(config))
     stages = [
-        (
+        _Rows(
             "warm_up",
             config.warm_up,
             encode([row.identity() for row in triples]),
             encode([row.identity() for row in held_out]),
         ),
-        ("correction", config.correction, examples, encode(held_out)),
+        _Rows(
+            "correction",
+            config.correction,
+            encode(with_identity(triples, config.correction.identity_share, config.seed)),
+            encode(held_out),
+        ),
     ]
+    run = out.with_name(f".{out.name}.run")
+    with process.main_process_first():
+        _claim(run, config, stages)
     losses: dict[str, float] = {}
-    for name, stage, rows, unseen in stages:
-        if stage.epochs > 0:
-            losses |= _run_stage(model, name, stage, rows, unseen, config, report)
+    trained: Path | None = None
+    for stage in stages:
+        if stage.settings.epochs > 0:
+            if not (run / stage.name / _DONE).is_file():
+                _run_stage(_model(folder, config, trained), stage, run / stage.name, config, logs, report)
+                process.wait_for_everyone()
+            losses |= json.loads((run / stage.name / _DONE).read_text(encoding="utf-8"))
+            trained = run / stage.name / _WEIGHTS
+    if trained is None:
+        raise BuildError("both stages have 0 epochs: nothing would be trained")
     recipe = Recipe(
         config=config,
         template=template,
@@ -140,98 +170,185 @@ def train(
         rows=len(examples),
         rows_left_out=len(triples) - len(examples),
         losses=losses,
-        versions={package: version(package) for package in ("torch", "transformers", "peft")},
+        devices=process.num_processes,
+        versions={package: version(package) for package in ("torch", "transformers", "peft", "accelerate")},
     )
-    write_folder(out, lambda made: _save(model, recipe, made))
+    if process.is_main_process:
+        final = trained
+        write_folder(out, lambda made: _publish(final, folder, recipe, made))
+        shutil.rmtree(run)
+    process.wait_for_everyone()
     return recipe
 
 
-def _lora(config: TrainConfig) -> LoraConfig:
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+_RUN_FILE = "run.json"
+_DONE = "done.json"
+_WEIGHTS = "weights"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A stage with its rows, and those that it is scored on."""
+
+    name: str
+    settings: Stage
+    rows: list[Example]
+    held_out: list[Example]
+
+
+def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
+    """Make the folder of a run, or see that the one that is there is this run's."""
+    rows = hashlib.sha256(repr([(stage.rows, stage.held_out) for stage in stages]).encode()).hexdigest()
+    identity = {"config": config.model_dump(mode="json"), "rows_sha256": rows}
+    path = run / _RUN_FILE
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != identity:
+            raise BuildError(
+                f"{run} holds an unfinished run with other rows or settings: "
+                "repeat its command to finish it, delete the folder to give it up, or write to another folder"
+            )
+        return
+    write_folder(run, lambda made: (made / _RUN_FILE).write_text(json.dumps(identity, indent=2), encoding="utf-8"))
+
+
+def _model(base: Path, config: TrainConfig, trained: Path | None) -> torch.nn.Module:
+    """Load what a stage starts from: the base model, or what the stage before it has made."""
+    if config.method == "full":
+        whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(trained or base, dtype=torch.float32)
+        return whole
+    frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if trained is not None:
+        model = PeftModel.from_pretrained(frozen, str(trained), is_trainable=True)
+    else:
+        settings = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(frozen, settings)
+    if _bfloat16(config):
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):  # autocast would cast these matrices anew in every step
+                layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.bfloat16()
+    return model
+
+
+def _bfloat16(config: TrainConfig) -> bool:
+    if config.bfloat16 is not None:
+        return config.bfloat16
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _run_stage(
-    model: torch.nn.Module,
-    name: str,
-    stage: Stage,
-    rows: Sequence[Example],
-    unseen: Sequence[Example],
-    config: TrainConfig,
-    report: Report,
-) -> dict[str, float]:
-    """Run one stage over the model, in place, and give its losses."""
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                num_train_epochs=stage.epochs,
-                learning_rate=stage.learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_ratio=config.warm_up_ratio,
-                weight_decay=0.0,
-                adam_beta2=0.95,
-                per_device_train_batch_size=config.batch_size,
-                per_device_eval_batch_size=config.batch_size,
-                bf16=True,
-                use_cpu=not torch.cuda.is_available(),
-                group_by_length=True,
-                length_column_name="length",
-                include_num_input_tokens_seen="non_padding",
-                seed=config.seed,
-                logging_steps=1,
-                save_strategy="no",
-                disable_tqdm=True,
-                report_to=[],
-                remove_unused_columns=False,
-            ),
-            train_dataset=_Rows(rows),
-            eval_dataset=_Rows(unseen) if unseen else None,
-            data_collator=lambda batch: collate([row["example"] for row in batch]),
-            callbacks=[_Reporter(name, report)],
-        )
-        trainer.pop_callback(PrinterCallback)  # it prints every log entry
-        trainer.train()
-        recent = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-20:]
-        losses = {name: sum(recent) / len(recent) if recent else math.nan}
-        if unseen:
-            losses[f"{name}_held_out"] = trainer.evaluate()["eval_loss"]
-    return losses
+    model: torch.nn.Module, stage: _Rows, folder: Path, config: TrainConfig, logs: Path | None, report: Report
+) -> None:
+    """Run a stage from its beginning or its last checkpoint, and leave weights and losses in its folder."""
+    stoppers = [EarlyStoppingCallback(config.patience)] if config.patience and stage.held_out else []
+    architecture = model.get_base_model() if isinstance(model, PeftModel) else model
+    slices = "logits_to_keep" in inspect.signature(architecture.forward).parameters
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=stage.settings.epochs,
+            learning_rate=stage.settings.learning_rate or LEARNING_RATES[config.method],
+            lr_scheduler_type=stage.settings.schedule
+            if stage.settings.schedule != "constant"
+            else "constant_with_warmup",
+            warmup_ratio=config.warm_up_ratio,
+            weight_decay=config.weight_decay,
+            adam_beta2=0.95,
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation,
+            gradient_checkpointing=config.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing else None,
+            bf16=_bfloat16(config),
+            use_cpu=not torch.cuda.is_available(),
+            group_by_length=True,
+            include_num_input_tokens_seen="non_padding",
+            prediction_loss_only=True,
+            seed=config.seed,
+            logging_steps=1,
+            save_strategy="steps",
+            save_steps=config.save_steps,
+            save_total_limit=2,
+            eval_strategy="steps" if stage.held_out else "no",
+            eval_steps=config.save_steps,
+            load_best_model_at_end=bool(stoppers),
+            disable_tqdm=True,
+            ddp_find_unused_parameters=False,
+            report_to=["tensorboard"] if logs else [],
+            logging_dir=str(logs / stage.name) if logs else None,
+            remove_unused_columns=False,
+        ),
+        train_dataset=_TrainerRows(stage.rows),
+        eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
+        data_collator=lambda rows: collate([row["example"] for row in rows], slices),
+        compute_loss_func=correction_loss,
+        callbacks=[_Reporter(stage.name, report), *stoppers],
+    )
+    trainer.pop_callback(PrinterCallback)  # it prints every log entry
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the trainer's own way to count tokens
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    recent = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-20:]
+    losses = {stage.name: sum(recent) / len(recent)}
+    if stage.held_out:
+        losses[f"{stage.name}_held_out"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(folder / _WEIGHTS))
+    if trainer.is_world_process_zero():
+        temporary = folder / f"{_DONE}.tmp"
+        temporary.write_text(json.dumps(losses), encoding="utf-8")
+        temporary.rename(folder / _DONE)
 
 
-def _save(model: Any, recipe: Recipe, folder: Path) -> None:
-    weights = {name: value.half().contiguous() for name, value in get_peft_model_state_dict(model).items()}
-    save_file(weights, folder / ADAPTER_FILE)
-    settings = model.peft_config["default"]
-    settings.inference_mode = True
-    settings.base_model_name_or_path = recipe.config.base
-    settings.save_pretrained(folder)
-    (folder / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def _last_checkpoint(folder: Path) -> str | None:
+    """Find the newest whole checkpoint; the trainer writes its state last."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        whole.append(checkpoint)
+    newest = max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
 
 
-class _Rows(Dataset[dict[str, Any]]):
-    """Examples as the trainer wants them; it groups rows of like length by `length`."""
+def _publish(trained: Path, base: Path, recipe: Recipe, out: Path) -> None:
+    """Write what users take away: an adapter in float16, or a checkpoint that loads like any other."""
+    if recipe.config.method == "lora":
+        weights = {name: value.half() for name, value in load_file(trained / ADAPTER_FILE).items()}
+        save_file(weights, out / ADAPTER_FILE)
+        settings = json.loads((trained / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        settings |= {"base_model_name_or_path": recipe.config.base, "inference_mode": True}
+        (out / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    else:
+        for path in [*base.glob("*.json"), *base.glob("*.jinja")]:
+            if not path.name.endswith(".index.json"):
+                shutil.copy(path, out)
+        for path in [*trained.glob("*.safetensors"), *trained.glob("*.index.json"), trained / "config.json"]:
+            shutil.copy(path, out)
+    (out / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class _TrainerRows(Dataset[dict[str, Any]]):
+    """Examples as the trainer wants them: it groups rows of like length by `input_ids`."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
-        self.column_names = ["example", "length"]
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: Any) -> Any:
-        if index == "length":
-            return [len(example) for example in self._examples]
-        return {
-            "example": self._examples[index],
-            "input_ids": self._examples[index].prompt + self._examples[index].target,
-        }
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._examples[index]
+        return {"example": example, "input_ids": example.prompt + example.target}
 
 
 class _Reporter(TrainerCallback):
@@ -244,6 +361,6 @@ class _Reporter(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and state.is_world_process_zero:
             tokens = int(state.num_input_tokens_seen)
             self._report(Progress(self._stage, state.global_step, state.max_steps, float(logs["loss"]), tokens))

@@ -1,8 +1,14 @@
-"""Question-answer-correction triples: read from JSON lines, checked row by row."""
+"""Question-answer-correction triples: read from JSON lines in the formats that people have, checked row by row."""
 
 from __future__ import annotations
 
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,36 +39,184 @@ class Triple(BaseModel):
         """Give the row of the warm-up stage: the answer, whatever it says, as its own correction."""
         return self.model_copy(update={"correction": self.answer})
 
+    def corrected(self) -> Triple:
+        """Give the row that comes of answering with the correction: nothing is left to change."""
+        return self.model_copy(update={"answer": self.correction})
 
-def read_triples(path: Path) -> list[Triple]:
-    """Read triples from JSON lines: an object with `question`, `answer` and `correction` on each; other keys are ignored.
+
+class LeftOut(NamedTuple):
+    """A row that is good JSON but teaches nothing: its line in the file, from 1, and the reason."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file held.
+
+    Attributes:
+        triples: The rows to train on, in the file's order.
+        left_out: The others.
+    """
+
+    triples: list[Triple]
+    left_out: list[LeftOut]
+
+
+class _Unusable(Exception):
+    """A row gives no triple; the text says why."""
+
+
+def read_rows(path: Path) -> Rows:
+    """Read triples from JSON lines, plain or gzipped, whose rows have any of these forms.
+
+    - `question`, `answer`, `correction`: ours, and the published Aligner data. `category` is optional.
+    - `prompt`, `chosen`, `rejected`: TRL's preference rows, as texts or as lists of messages. The rejected text is the
+      answer, the chosen one its correction.
+    - `chosen`, `rejected` alone: whole dialogues, as lists of messages or as Anthropic's "Human: … Assistant: …" texts.
+      The question is the last thing that the person said.
+    - `prompt`, `response_0`, `response_1` with `is_response_0_safe`, `is_response_1_safe` and `better_response_id`:
+      PKU-SafeRLHF. An unsafe response is corrected to the safe one; of two safe ones the better is kept.
+    - `prompt`, `response`, `is_safe`: BeaverTails. A safe response is kept; an unsafe one has no correction, and is left out.
 
     Raises:
-        DataError: If a line is not such an object, naming file and line, or if the file has none or cannot be read.
+        DataError: If a line is not JSON, has none of these forms or holds a lone surrogate, naming file and line; if the
+            file cannot be read; if it gives no triple at all.
     """
-    triples = []
+    triples: list[Triple] = []
+    left_out: list[LeftOut] = []
+    for number, line in _lines(path):
+        try:
+            triples.append(_parse(path, number, line))
+        except _Unusable as exc:
+            left_out.append(LeftOut(number, str(exc)))
+    if not triples:
+        reason = f"all its rows were left out, the first because {left_out[0].reason}" if left_out else "it is empty"
+        raise DataError(str(path), 1, f"holds no triples to train on: {reason}")
+    return Rows(triples, left_out)
+
+
+def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> list[Triple]:
+    """Add rows whose answer is another row's correction, and which are to be kept.
+
+    Args:
+        triples: Rows of the correction stage.
+        share: Wanted share of added rows in the result, 0 to 1. There are at most as many as rows that correct.
+        seed: Of the choice.
+    """
+    candidates = [row.corrected() for row in triples if not row.keeps]
+    wanted = len(candidates) if share == 1 else min(len(candidates), round(len(triples) * share / (1 - share)))
+    return [*triples, *random.Random(seed).sample(candidates, wanted)]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    triples.append(_parse(path, number, line))
-    except OSError as exc:
-        raise DataError(str(path), 1, f"cannot be read: {exc.strerror}") from exc
+        with _open(path) as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    except (OSError, EOFError) as exc:
+        raise DataError(str(path), 1, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
     except UnicodeDecodeError as exc:
         raise DataError(str(path), 1, f"is not UTF-8 text: {exc}") from exc
-    if not triples:
-        raise DataError(str(path), 1, "holds no triples: expected JSON lines with question, answer and correction")
-    return triples
+
+
+def _open(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _parse(path: Path, number: int, line: str) -> Triple:
     try:
-        triple = Triple.model_validate_json(line)
+        row = json.loads(line)
+    except ValueError as exc:
+        raise DataError(str(path), number, f"is not JSON: {exc}") from exc
+    if not isinstance(row, dict):
+        raise DataError(str(path), number, "is not a JSON object")
+    form = next((form for form in _FORMATS if form[0] <= row.keys()), None)
+    if form is None:
+        raise DataError(
+            str(path),
+            number,
+            f"has the keys {', '.join(sorted(row)) or 'none'}: expected question, answer and correction, "
+            "or prompt, chosen and rejected, or another form that `aligner train --help` names",
+        )
+    keys, convert = form
+    try:
+        fields = convert(row)
+        if any(isinstance(value, str) and not value.strip() for value in fields.values()):
+            raise _Unusable("a text is empty")
+        triple = Triple.model_validate(fields | {"category": row.get("category") or ""})
         "".join((triple.question, triple.answer, triple.correction)).encode()
     except ValidationError as exc:
         error = exc.errors()[0]
-        where = ".".join(map(str, error["loc"])) or "line"
-        raise DataError(str(path), number, f"{where}: {error['msg']}") from exc
+        raise DataError(str(path), number, f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
     except UnicodeEncodeError as exc:
         raise DataError(str(path), number, "holds a lone surrogate, which is not valid text") from exc
+    except (KeyError, TypeError, IndexError, AttributeError) as exc:
+        raise DataError(str(path), number, f"has {', '.join(sorted(keys))}, but not as expected: {exc!r}") from exc
     return triple
+
+
+def _triple(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("question", "answer", "correction")}
+
+
+def _safe_rlhf(row: dict[str, Any]) -> dict[str, Any]:
+    responses = [row["response_0"], row["response_1"]]
+    safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
+    if not any(safe):
+        raise _Unusable("neither response is safe")
+    if all(safe):
+        kept = responses[row["better_response_id"]]
+        return {"question": row["prompt"], "answer": kept, "correction": kept}
+    good = safe.index(True)
+    return {"question": row["prompt"], "answer": responses[1 - good], "correction": responses[good]}
+
+
+def _beaver_tails(row: dict[str, Any]) -> dict[str, Any]:
+    if not row["is_safe"]:
+        raise _Unusable("the response is unsafe and has no correction")
+    return {"question": row["prompt"], "answer": row["response"], "correction": row["response"]}
+
+
+def _preference(row: dict[str, Any]) -> dict[str, Any]:
+    question = _last_turn(row["prompt"], "user")
+    answer, correction = (_last_turn(row[name], "assistant") for name in ("rejected", "chosen"))
+    return {"question": question, "answer": answer, "correction": correction}
+
+
+def _dialogues(row: dict[str, Any]) -> dict[str, Any]:
+    chosen, rejected = _messages(row["chosen"]), _messages(row["rejected"])
+    if chosen[:-1] != rejected[:-1]:
+        raise _Unusable("the two dialogues part before their last turn")
+    return _preference({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+
+
+def _last_turn(said: Any, role: str) -> str:
+    if not isinstance(said, list):
+        return str(said).strip()
+    if not said or said[-1]["role"] != role:
+        raise _Unusable(f"its last turn is not the {role}'s")
+    return str(said[-1]["content"]).strip()
+
+
+def _messages(dialogue: Any) -> list[dict[str, str]]:
+    if isinstance(dialogue, list):
+        return dialogue
+    turns = []
+    for turn in ("\n\n" + dialogue.strip()).split("\n\nHuman:")[1:]:
+        said, *replies = turn.split("\n\nAssistant:")
+        turns.append({"role": "user", "content": said.strip()})
+        turns += [{"role": "assistant", "content": reply.strip()} for reply in replies]
+    if not turns:
+        raise _Unusable("it is no dialogue of Human and Assistant")
+    return turns
+
+
+# The first form whose keys are all there is the row's.
+_FORMATS: list[tuple[set[str], Callable[[dict[str, Any]], dict[str, Any]]]] = [
+    ({"question", "answer", "correction"}, _triple),
+    ({"prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"}, _safe_rlhf),
+    ({"prompt", "response", "is_safe"}, _beaver_tails),
+    ({"prompt", "chosen", "rejected"}, _preference),
+    ({"chosen", "rejected"}, _dialogues),
+]

@@ -1,9 +1,11 @@
 """Files that users bring or damage: artifacts, triples, and the command line's one line about them."""
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from aligner_middleware import ArtifactError, DataError
 from aligner_middleware.artifact import Artifact, BaseWeights, sha256
 from aligner_middleware.build.cache import build_once, write_folder
 from aligner_middleware.prompt import DEFAULT
+from aligner_middleware.training.triples import read_rows
 from tests.fakes import tokenizer_json
 
 
@@ -104,32 +107,84 @@ def test_replacing_a_folder_leaves_the_old_one_until_the_new_one_is_whole(tmp_pa
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "Invalid JSON"),
-        ('{"question": "q", "answer": "a"}', "correction: Field required"),
-        ('{"question": "", "answer": "a", "correction": "c"}', "question: String should have at least 1"),
+        ("{", "is not JSON"),
+        ('{"question": "q", "answer": "a"}', "has the keys answer, question: expected"),
         ('{"question": "q", "answer": 3, "correction": "c"}', "answer: Input should be a valid string"),
-        ('["q"]', "should be an object"),
+        ('{"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": "r"}', "not as expected: KeyError"),
+        ('["q"]', "is not a JSON object"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, reason: str) -> None:
-    from aligner_middleware.training.triples import read_triples
-
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q", "answer": "a", "correction": "c"}\n\n' + line + "\n")
     with pytest.raises(DataError, match=reason) as caught:
-        read_triples(path)
+        read_rows(path)
     assert caught.value.line == 3
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_or_empty_data_file_is_one_error(tmp_path: Path) -> None:
-    from aligner_middleware.training.triples import read_triples
-
     with pytest.raises(DataError, match="cannot be read"):
-        read_triples(tmp_path / "none.jsonl")
+        read_rows(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="holds no triples"):
-        read_triples(tmp_path / "empty.jsonl")
+        read_rows(tmp_path / "empty.jsonl")
+    (tmp_path / "false.jsonl.gz").write_text("no gzip")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(tmp_path / "false.jsonl.gz")
+
+
+SAID = {"role": "user", "content": "q"}
+SAFE_RLHF = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 1}
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: q\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"question": "q", "answer": "a", "correction": "c", "category": "x"}, ("q", "a", "c")),
+        ({"prompt": "q", "chosen": "c", "rejected": "a"}, ("q", "a", "c")),
+        (
+            {
+                "prompt": [SAID],
+                "chosen": [{"role": "assistant", "content": "c"}],
+                "rejected": [{"role": "assistant", "content": "a"}],
+            },
+            ("q", "a", "c"),
+        ),
+        (
+            {
+                "chosen": [SAID, {"role": "assistant", "content": "c"}],
+                "rejected": [SAID, {"role": "assistant", "content": "a"}],
+            },
+            ("q", "a", "c"),
+        ),
+        ({"chosen": HH + "c\n\nd", "rejected": HH + "a"}, ("q", "a", "c\n\nd")),
+        ({"chosen": HH + "c", "rejected": "\n\nHuman: q\n\nAssistant: a"}, "part before their last turn"),
+        ({"chosen": HH + "c", "rejected": HH}, "a text is empty"),
+        (SAFE_RLHF | {"is_response_0_safe": True, "is_response_1_safe": False}, ("q", "b", "a")),
+        (SAFE_RLHF | {"is_response_0_safe": True, "is_response_1_safe": True}, ("q", "b", "b")),
+        (SAFE_RLHF | {"is_response_0_safe": False, "is_response_1_safe": False}, "neither response is safe"),
+        ({"prompt": "q", "response": "a", "is_safe": True}, ("q", "a", "a")),
+        ({"prompt": "q", "response": "a", "is_safe": False}, "has no correction"),
+        ({"question": " ", "answer": "a", "correction": "c"}, "a text is empty"),
+    ],
+)
+def test_every_known_form_gives_a_triple_or_the_reason_why_not(
+    tmp_path: Path, row: dict[str, Any], expected: tuple[str, str, str] | str
+) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    first = {"question": "first", "answer": "a", "correction": "c"}
+    path.write_bytes(gzip.compress(f"{json.dumps(first)}\n{json.dumps(row)}\n".encode()))
+    rows = read_rows(path)
+    if isinstance(expected, str):
+        assert [line for line, _ in rows.left_out] == [2]
+        assert expected in rows.left_out[0].reason
+        assert len(rows.triples) == 1
+    else:
+        triple = rows.triples[1]
+        assert (triple.question, triple.answer, triple.correction) == expected
+        assert not rows.left_out
 
 
 def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,12 @@
 """What is trained on is what inference asks, and only the correction is learnt."""
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware.prompt import DEFAULT, encode_prompt
-from aligner_middleware.training.batches import IGNORED, collate, encode_triple
-from aligner_middleware.training.triples import Triple
+from aligner_middleware.training.batches import IGNORED, collate, correction_loss, encode_triple
+from aligner_middleware.training.triples import Triple, with_identity
 from tests.fakes import END, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -30,7 +31,30 @@ def test_supervised_tokens_are_the_correction_and_its_end(triples: list[Triple])
         assert (labels[mask == 0] == IGNORED).all()
 
 
+@given(st.lists(TRIPLE, min_size=1, max_size=4), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_a_sliced_head_gives_the_loss_of_all_positions(triples: list[Triple], seed: int) -> None:
+    batch = collate([encode_triple(TOKENIZER, DEFAULT, END, triple) for triple in triples], slices=True)
+    vocabulary = int(batch["input_ids"].max()) + 1
+    logits = torch.randn(*batch["labels"].shape, vocabulary, generator=torch.Generator().manual_seed(seed))
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+    )
+    sliced = correction_loss({"logits": logits[:, -batch["logits_to_keep"] :]}, batch["labels"])
+    torch.testing.assert_close(sliced, expected)
+
+
 @given(TRIPLE)
 def test_the_warm_up_row_keeps_the_answer(triple: Triple) -> None:
     assert triple.identity().correction == triple.answer
     assert triple.identity().keeps
+
+
+@given(st.lists(TRIPLE, min_size=1, max_size=20), st.floats(0, 1))
+def test_identity_rows_keep_what_was_corrected(triples: list[Triple], share: float) -> None:
+    rows = with_identity(triples, share)
+    added = rows[len(triples) :]
+    assert rows[: len(triples)] == triples
+    assert all(row.keeps for row in added)
+    assert {row.correction for row in added} <= {row.correction for row in triples if not row.keeps}
+    assert len(added) <= share * len(rows) + 1

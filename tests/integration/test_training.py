@@ -1,0 +1,100 @@
+"""`aligner train` as a practitioner runs it: killed and repeated, in full, on two processes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aligner_middleware.build import export_folder
+from aligner_middleware.errors import BuildError
+from aligner_middleware.training import Stage, TrainConfig, Triple, train
+from tests.integration.conftest import random_checkpoint
+
+STAGE = Stage(epochs=2, learning_rate=5e-3)
+ROWS = [Triple(question=f"question {n}", answer="bad " * (n % 5 + 1), correction=f"good {n}") for n in range(48)]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return random_checkpoint("llama", tmp_path / "llama")
+
+
+def command(base: Path, out: Path, *options: str) -> list[str]:
+    data = base.parent / "rows.jsonl"
+    data.write_text("".join(row.model_dump_json() + "\n" for row in ROWS))
+    settings = ["--base", str(base), "--epochs", "6", "--batch-size", "4", "--save-steps", "5", "--no-bfloat16"]
+    return ["-m", "aligner_middleware", "train", str(data), str(out), *settings, *options]
+
+
+def run(*arguments: str) -> str:
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(base: Path, tmp_path: Path) -> None:
+    run(*command(base, tmp_path / "whole"))
+    killed = subprocess.Popen([sys.executable, *command(base, tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / ".killed.run" / "correction"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    run(*command(base, tmp_path / "killed"))
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value)
+    assert not (tmp_path / ".killed.run").exists()
+
+
+def test_an_unfinished_run_with_other_settings_is_not_overwritten(base: Path, tmp_path: Path) -> None:
+    def stop(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    config = TrainConfig(base=str(base), warm_up=STAGE, correction=STAGE)
+    with pytest.raises(KeyboardInterrupt):
+        train(ROWS, tmp_path / "out", config, report=stop)
+    with pytest.raises(BuildError, match="unfinished run with other rows or settings"):
+        train(ROWS[1:], tmp_path / "out", config)
+    assert train(ROWS, tmp_path / "out", config).rows == len(ROWS)
+
+
+def test_full_fine_tuning_gives_a_checkpoint_that_exports_with_its_prompt(base: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        base=str(base),
+        method="full",
+        template="Q: {question}\nA: {answer}\nC: ",
+        warm_up=Stage(epochs=0),
+        correction=STAGE,
+        batch_size=2,
+        accumulation=2,
+        checkpointing=True,
+        save_steps=2,
+        patience=1,
+    )
+    recipe = train(ROWS, tmp_path / "full", config, held_out=ROWS[:4], logs=tmp_path / "logs")
+    assert recipe.losses["correction_held_out"] < 6
+    assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
+    artifact = export_folder(str(tmp_path / "full"), tmp_path / "out", "float32")
+    assert artifact.template == recipe.template
+    assert artifact.template.name != "default"
+
+
+def test_two_processes_train_together(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # `--multi_gpu` is accelerate's name for torchrun; with `--cpu` it would want MPI.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    output = run(*launch, *command(base, tmp_path / "two"))
+    recipe = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert recipe["devices"] == 2
+    assert json.loads(output)["losses"] == recipe["losses"]
+    assert recipe["losses"]["correction"] < recipe["losses"]["warm_up"]

@@ -61,10 +61,10 @@ def main() -> None:
     rude = ChatPromptTemplate.from_messages(RUDE) | llm
     align = AlignerRunnable(aligner, keep_original=True)
     cases: list[tuple[str, str, Runnable[Any, Any], Any]] = [
-        ("chat model, polite", "What is the capital of Portugal?", polite, None),
-        ("chat model, rude", "What is the capital of Australia?", rude, None),
         ("chat model, polite", "What is the largest ocean?", polite, None),
-        ("chat model, rude", "How do I boil an egg?", rude, None),
+        ("chat model, rude", "What is the capital of Australia?", rude, None),
+        ("chat model, polite", "Why is the sea salty?", polite, None),
+        ("chat model, rude", "What is photosynthesis?", rude, None),
         ("fixed answer", FIXED, fixed(FIXED_ANSWER), FIXED),
         ("fixed answer", PRIVATE, fixed(PRIVATE_ANSWER), PRIVATE),
     ]

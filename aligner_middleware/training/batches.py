@@ -50,7 +50,7 @@ def collate(examples: Sequence[Example], slices: bool = False) -> dict[str, Any]
         slices: Whether the model takes `logits_to_keep`. Then its head is applied from the batch's first target on, not
             to the prompts: over a vocabulary of 50,000 it is a third of a small model's work.
     """
-    width = max(map(len, examples))
+    width = _rounded(max(map(len, examples)))
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     labels = torch.full((len(examples), width), IGNORED, dtype=torch.long)
     mask = torch.zeros(len(examples), width, dtype=torch.long)
@@ -61,7 +61,12 @@ def collate(examples: Sequence[Example], slices: bool = False) -> dict[str, Any]
         mask[row, :end] = 1
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     first = min(len(example.prompt) for example in examples)
-    return batch | ({"logits_to_keep": width - first + 1} if slices else {})
+    return batch | ({"logits_to_keep": min(width, _rounded(width - first + 1))} if slices else {})
+
+
+def _rounded(width: int) -> int:
+    """Round up, so that few shapes occur: for each new one the CPU's kernels are compiled and kept anew."""
+    return -(-width // 32) * 32
 
 
 def correction_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -4,7 +4,8 @@
 
 Rows to keep: share that comes back byte for byte. Rows to correct: share that is changed at all, share that equals the
 reference, and how much of the reference's words the correction has (F1 over words). Perplexity of the references.
-Whether a change is a better answer is for people to judge: `--show` prints every row.
+By category: rows that came out as they should, kept or changed. Whether a change is a better answer is for people to
+judge: `--show` prints every row.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ def main() -> None:
     table = Table(title=f"{options.model}, {options.precision}: {len(rows)} held-out triples", show_header=False)
     for name, value in scores.items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    by_category = table_by_category(rows, texts)
     Console(width=90).print(table)
+    for name, (right, of) in by_category.items():
+        print(f"{name:45} {right:4} of {of}")
+    scores["by category, kept or changed as it should be, and rows"] = by_category
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(scores, indent=1) + "\n")
@@ -74,6 +79,25 @@ def score(rows: list[dict[str, str]], texts: list[str]) -> dict[str, Any]:
         "word F1 of the answer to the reference": mean(f1(row["answer"], row["correction"]) for row, _ in correct),
         "word F1 of the correction to the reference": mean(f1(text, row["correction"]) for row, text in correct),
     }
+
+
+def table_by_category(rows: list[dict[str, str]], texts: list[str], least: int = 5) -> dict[str, tuple[int, int]]:
+    """Count rows that were kept or changed as they should be; categories with few rows are counted together."""
+    counts: Counter[str] = Counter(f"{row['kind']}: {category(row)}" for row in rows)
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for row, text in zip(rows, texts, strict=True):
+        name = f"{row['kind']}: {category(row)}"
+        name = name if counts[name] >= least else f"{row['kind']}: other"
+        total[name] += 1
+        right[name] += (text == row["answer"]) == (row["kind"] == "keep")
+    return {name: (right[name], total[name]) for name in sorted(total)}
+
+
+def category(row: dict[str, str]) -> str:
+    """What is wrong or special about a row; held-out rows name their topic first."""
+    parts = row["category"].split(", ")
+    return parts[-1] if len(parts) > 1 else "good answer" if row["kind"] == "keep" else parts[0]
 
 
 def f1(text: str, reference: str) -> float:

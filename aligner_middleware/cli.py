@@ -1,4 +1,4 @@
-"""The command line: `aligner correct | export | train | info`.
+"""The command line: `aligner correct | export | train | evaluate | info`.
 
 Data goes to standard output, progress to standard error; a failure is one line and a non-zero exit.
 """
@@ -6,6 +6,7 @@ Data goes to standard output, progress to standard error; a failure is one line 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,11 +23,12 @@ from rich.table import Table
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner, Correction
-from aligner_middleware.artifact import ARTIFACT_FILE, Artifact, Precision, cached_folder
+from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError
+from aligner_middleware.triples import Rows, Triple, read_rows, write_lines
 
 if TYPE_CHECKING:
-    from aligner_middleware.training import Rows, Triple
+    from aligner_middleware.evaluation import Evaluation, Scored
 
 app = typer.Typer(
     help="Correct the answers of any language model.",
@@ -118,6 +120,9 @@ def train(
         float | None, typer.Option(help="Peak learning rate of both stages. [default: 4e-4 with LoRA, 2e-5 without]")
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
+    decision_weight: Annotated[
+        float | None, typer.Option(help="Weight in the loss of the token at which a correction parts from the answer.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows in a pass, on each device.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Passes in a step.")] = None,
     checkpointing: Annotated[
@@ -158,7 +163,7 @@ def train(
     OUT gets peft's adapter (or a whole checkpoint) and training.json with the settings, for `aligner export OUT`.
     """
     try:
-        from aligner_middleware.training import TrainConfig, read_rows
+        from aligner_middleware.training import TrainConfig
         from aligner_middleware.training import train as run
     except ImportError as exc:
         raise MissingExtraError("aligner train", "train") from exc
@@ -172,6 +177,7 @@ def train(
             base=base,
             template=template,
             method=method,
+            decision_weight=decision_weight,
             batch_size=batch_size,
             accumulation=accumulation,
             checkpointing=checkpointing,
@@ -192,6 +198,55 @@ def train(
         recipe = run(rows, out, config, held_out=unseen, logs=logs, report=report)
     if not quiet:
         typer.echo(json.dumps({"rows": recipe.rows, "rows_left_out": recipe.rows_left_out, "losses": recipe.losses}))
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Rows never trained on, in any form that `aligner train` reads; by default ours."),
+    ] = None,
+    model: Model = "default",
+    precision: PrecisionOption = "int8",
+    out: Annotated[
+        Path | None, typer.Option(help="File for every row's correction and judgement, as JSON lines.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score an aligner: what it keeps, what it changes, and how often the change is judged better.
+
+    Good answers (those that equal their correction) should be kept byte for byte. Changes of bad ones are judged against
+    the reference correction, by rules (what the reference dropped is gone, nothing bad is new) and a sentence encoder. The
+    judge knows words and likeness, not truth: read the rows in --out before you trust it.
+    """
+    try:
+        from aligner_middleware.build.parity import perplexity
+        from aligner_middleware.evaluation import evaluate as run
+    except ImportError as exc:
+        raise MissingExtraError("aligner evaluate", "build") from exc
+    path = data or DEFAULT_FOLDER / "held_out.jsonl"
+    rows = _named(path, read_rows(path))
+    aligner = Aligner.load(model, precision=_precision(precision))
+    with _steps(f"evaluate {model}", len(rows)) as report:
+        evaluation = run(aligner, rows, report=lambda done: report(f"{done} of {len(rows)} rows"))
+    folder = Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
+    summary = {
+        "rows": len(rows),
+        **evaluation.scores.model_dump(),
+        "over_correction": evaluation.over_correction,
+        "others_intact": evaluation.others_intact,
+        "perplexity": perplexity(folder, [(row.question, row.answer, row.correction) for row in rows]),
+        "cut_off": sum(one.correction.finish_reason == "length" for one in evaluation.scored),
+    }
+    if out is not None:
+        write_lines(out, (_as_row(one) for one in evaluation.scored))
+    if as_json:
+        categories = {f"{kind}: {name}": scores.model_dump() for (kind, name), scores in evaluation.by_category.items()}
+        typer.echo(
+            json.dumps(_finite({"model": model, "precision": precision} | summary | {"by_category": categories}))
+        )
+    else:
+        _print_evaluation(f"{model}, {precision}", summary, evaluation)
 
 
 @app.command()
@@ -256,6 +311,50 @@ def _print_artifact(folder: Path, as_json: bool) -> None:
         table.add_row("largest logit difference", f"{parity.max_logit_difference:.3g}")
         table.add_row("perplexity", f"{parity.perplexity:.3f} (PyTorch {parity.reference_perplexity:.3f})")
     Console().print(table)
+
+
+def _as_row(scored: Scored) -> dict[str, Any]:
+    row, correction = scored.row, scored.correction
+    return {
+        "kind": "keep" if row.keeps else "correct",
+        "category": row.category,
+        "question": row.question,
+        "answer": row.answer,
+        "reference": row.correction,
+        "correction": correction.corrected,
+        "changed": correction.changed,
+        "passes": correction.usage.passes,
+        "judgement": asdict(scored.judgement) | {"better": scored.judgement.better} if scored.judgement else None,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Write what is not a number as null, which is what JSON has for it."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluation) -> None:
+    def share(value: float) -> str:
+        return "" if math.isnan(value) else f"{value:.1%}"
+
+    table = Table(title=title)
+    for name in ("", "category", "rows", "kept", "changed", "better", "rest intact", "length"):
+        table.add_column(name, no_wrap=True)
+    for (kind, name), scores in [*evaluation.by_category.items(), (("", "all"), evaluation.scores)]:
+        shares = [share(value) for value in (scores.kept, scores.changed, scores.better, scores.rest_intact)]
+        length = "" if math.isnan(scores.length_ratio) else f"{scores.length_ratio:.2f}"
+        table.add_row(kind, name, str(scores.keep + scores.correct), *shares, length)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    console.print(
+        f"changed, of good answers to safe questions that sound unsafe: {share(summary['over_correction'])}\n"
+        f"changed and all others intact, where one sentence was bad: {share(summary['others_intact'])}\n"
+        f"perplexity of the reference corrections: {summary['perplexity']:.2f}; cut off: {summary['cut_off']}",
+        highlight=False,
+    )
 
 
 def _named(path: Path, rows: Rows) -> list[Triple]:

@@ -10,10 +10,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from aligner_middleware.artifact import Parity, Precision
-from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids, open_checkpoint
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Parity, Precision
+from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.errors import BuildError
-from aligner_middleware.prompt import encode_continuation, encode_prompt
+from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt
+from aligner_middleware.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,8 @@ def measure(
     """
     session = ort.InferenceSession(graph, _quiet(), providers=["CPUExecutionProvider"])
     differences, agreements, losses, references = [], [], [], []
-    for ids, count in encode(checkpoint, triples):
+    end = end_token_ids(checkpoint.folder, checkpoint.tokenizer(), checkpoint.template)[0]
+    for ids, count in encode(checkpoint.tokenizer(), checkpoint.template, end, triples):
         expected = _torch_logits(network, ids, count)
         found = _onnx_logits(session, ids, count)
         targets = np.asarray(ids[-count:])
@@ -74,23 +76,23 @@ def check(parity: Parity, precision: Precision) -> None:
         )
 
 
-def reference_perplexity(model: str, triples: Sequence[tuple[str, str, str]]) -> float:
-    """Perplexity of corrections and their end tokens, given question and answer, under the PyTorch model in float32."""
-    checkpoint = open_checkpoint(model)
-    network = checkpoint.load()
-    losses = [
-        _nll(_torch_logits(network, ids, count), np.asarray(ids[-count:])) for ids, count in encode(checkpoint, triples)
-    ]
+def perplexity(folder: Path, triples: Sequence[tuple[str, str, str]]) -> float:
+    """Perplexity of corrections and their end tokens, given question and answer, under an exported aligner."""
+    artifact = Artifact.load(folder)
+    session = ort.InferenceSession(folder / MODEL_FILE, _quiet(), providers=["CPUExecutionProvider"])
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
+    rows = encode(tokenizer, artifact.template, artifact.eos_token_ids[0], triples)
+    losses = [_nll(_onnx_logits(session, ids, count), np.asarray(ids[-count:])) for ids, count in rows]
     return float(np.exp(np.concatenate(losses).mean()))
 
 
-def encode(checkpoint: Checkpoint, triples: Sequence[tuple[str, str, str]]) -> list[tuple[list[int], int]]:
+def encode(
+    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triples: Sequence[tuple[str, str, str]]
+) -> list[tuple[list[int], int]]:
     """Encode questions, answers and corrections as prompt and correction, with the number of tokens that are scored."""
-    tokenizer, template = checkpoint.tokenizer(), checkpoint.template
-    end = end_token_ids(checkpoint.folder, tokenizer, template)[0]
     rows = []
     for question, answer, correction in triples:
-        target = [*encode_continuation(tokenizer, template, correction), end]
+        target = [*encode_continuation(tokenizer, template, correction), end_token_id]
         rows.append(([*encode_prompt(tokenizer, template, question, answer), *target], len(target)))
     return rows
 

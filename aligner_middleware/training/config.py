@@ -39,6 +39,8 @@ class TrainConfig(BaseModel):
         method: `lora` trains an adapter, `full` all weights.
         warm_up: The identity stage: correction := answer. Half an epoch: copying is learnt within fifty steps.
         correction: The stage on the corrections themselves. The paper's three epochs.
+        decision_weight: How much the tokens count at which a correction begins to differ from the answer (or ends, like it):
+            one token decides what becomes of an answer, dozens only word it. 1 for the paper's plain mean.
         batch_size: Rows in a pass, on each device.
         accumulation: Passes in a step.
         checkpointing: Compute activations anew in the backward pass: a third slower, far less memory.
@@ -60,6 +62,7 @@ class TrainConfig(BaseModel):
     method: Literal["lora", "full"] = "lora"
     warm_up: Stage = Stage(epochs=0.5, identity_share=1.0)
     correction: Stage = Stage(epochs=3, identity_share=0.2)
+    decision_weight: float = Field(default=1.0, ge=1)
     batch_size: int = Field(default=8, ge=1)
     accumulation: int = Field(default=1, ge=1)
     checkpointing: bool = False

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from aligner_middleware.prompt import PromptTemplate, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
 from aligner_middleware.training.batches import Example, collate, correction_loss, encode_triple
 from aligner_middleware.training.config import LEARNING_RATES, Stage, TrainConfig
-from aligner_middleware.training.triples import Triple, with_identity
+from aligner_middleware.triples import Triple, with_identity
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _run_stage(
         train_dataset=_TrainerRows(stage.rows),
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
         data_collator=lambda rows: collate([row["example"] for row in rows], slices),
-        compute_loss_func=correction_loss,
+        compute_loss_func=partial(correction_loss, decision_weight=config.decision_weight),
         callbacks=[_Reporter(stage.name, report), *stoppers],
     )
     trainer.pop_callback(PrinterCallback)  # it prints every log entry

@@ -7,7 +7,8 @@ import pytest
 from aligner_middleware import Aligner, BuildError
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.build import export_folder
-from aligner_middleware.training import Stage, TrainConfig, Triple, train
+from aligner_middleware.training import Stage, TrainConfig, train
+from aligner_middleware.triples import Triple
 from tests.integration.conftest import FAMILIES, random_checkpoint
 
 PAIRS = [("Who?", "Nobody that I know of."), ("Why is that?", "Because."), ("q", "é日本 " * 9)]

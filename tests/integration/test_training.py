@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from aligner_middleware.build import export_folder
 from aligner_middleware.errors import BuildError
-from aligner_middleware.training import Stage, TrainConfig, Triple, train
+from aligner_middleware.training import Stage, TrainConfig, train
+from aligner_middleware.triples import Triple
 from tests.integration.conftest import random_checkpoint
 
 STAGE = Stage(epochs=2, learning_rate=5e-3)

@@ -14,7 +14,7 @@ from aligner_middleware import ArtifactError, DataError
 from aligner_middleware.artifact import Artifact, BaseWeights, sha256
 from aligner_middleware.build.cache import build_once, write_folder
 from aligner_middleware.prompt import DEFAULT
-from aligner_middleware.training.triples import read_rows
+from aligner_middleware.triples import read_rows
 from tests.fakes import tokenizer_json
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -95,6 +95,22 @@ def read_rows(path: Path) -> Rows:
         reason = f"all its rows were left out, the first because {left_out[0].reason}" if left_out else "it is empty"
         raise DataError(str(path), 1, f"holds no triples to train on: {reason}")
     return Rows(triples, left_out)
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines; the file appears when it is whole.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary.replace(path)
+    except OSError as exc:
+        raise DataError(str(path), 1, f"cannot be written: {exc.strerror or exc}") from exc
 
 
 def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> list[Triple]:

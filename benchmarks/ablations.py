@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "identity mix of a third": {"identity-share": 0.33},
     "LoRA rank 4": {"lora-rank": 4, "lora-alpha": 8},
     "LoRA rank 32": {"lora-rank": 32, "lora-alpha": 64},
+    "LoRA rank 32, rate 1.5e-3": {"lora-rank": 32, "lora-alpha": 64, "learning-rate": 1.5e-3},
     "full fine-tuning": {"method": "full", "learning-rate": 1e-4},
     "25 % of the data": {"data": 0.25},
     "50 % of the data": {"data": 0.5},

@@ -27,7 +27,7 @@ class Usage:
     Attributes:
         prompt_tokens: Length of the prompt, which holds question and answer.
         draft_tokens: Length of the answer, given to the model as a draft of its output.
-        accepted_tokens: How many of these the model took over from the start on.
+        accepted_tokens: How many tokens of the correction were proposed by the answer, and agreed to.
         decoded_tokens: How many it wrote one by one.
         passes: Forward passes; 1 where nothing was corrected.
         seconds: Time in the engine.

@@ -1,8 +1,9 @@
 """Greedy decoding of several sequences together, each with a draft of what it will say.
 
 The draft goes through in the same pass as the prompt. Wherever the model would have written the draft's own next token,
-that token is decoded already; at the first other one the rest of the draft is dropped and decoding goes on token by
-token. The result is what greedy decoding without a draft gives, and a draft that is right costs one pass.
+that token is decoded already; at the first other one the rest of the proposal is dropped. Then the draft is found again
+(`draft.py`) as soon as it can be, and so on. The result is what greedy decoding without a draft gives, and a draft that is
+right costs one pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from aligner_middleware.engine.model import IntArray, KVCache, Model
+from aligner_middleware.engine.draft import DraftReader
+from aligner_middleware.engine.model import IntArray, Model
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,10 +27,10 @@ class Generation:
 
     Attributes:
         prompt: Token ids to go on from.
-        draft: What it is expected to say; `[]` for plain decoding.
+        draft: What it is expected to say; `[]` for plain decoding. It holds no token that ends a sequence.
         max_new_tokens: Where it ends at the latest.
         tokens: What it says, without the end token.
-        accepted: How many of them were taken from the draft.
+        accepted: How many of them were proposed by the draft.
         passes: Forward passes that it took part in.
         seconds: Time from its first pass to its last.
         finish_reason: `stop` after an end token, `length` at `max_new_tokens`, `None` while it runs.
@@ -43,30 +45,46 @@ class Generation:
     seconds: float = 0.0
     finish_reason: FinishReason | None = None
 
-    def take_draft(self, predicted: IntArray, stop: frozenset[int]) -> None:
-        """Accept the draft as far as it is what the model says, then the model's own next token.
+    def __post_init__(self) -> None:
+        self._reader = DraftReader(self.draft)
+        self._proposal: list[int] = []
+
+    def next_input(self) -> list[int]:
+        """Give the tokens of the next pass: what the cache does not hold yet, and what may come after it."""
+        room = self.max_new_tokens - len(self.tokens)
+        self._proposal = self._reader.propose(self.tokens)[:room]
+        return [*(self.tokens[-1:] or self.prompt), *self._proposal]
+
+    @property
+    def wanted(self) -> int:
+        """For how many tokens of that input, from its end on, a prediction is wanted."""
+        return 1 + len(self._proposal)
+
+    @property
+    def cached(self) -> int:
+        """How many tokens of the sequence a pass has seen; the rest of what went in is to be forgotten."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+    def take(self, predicted: IntArray, stop: frozenset[int]) -> None:
+        """Accept the proposal as far as it is what the model says, then the model's own next token.
 
         Args:
-            predicted: `[len(draft) + 1]`: the model's choice after the prompt and after each draft token.
+            predicted: `[wanted]`: the model's choice before and after each token of the proposal.
             stop: Tokens that end a sequence.
         """
-        draft = np.asarray(self.draft, dtype=np.int64)
-        agrees = np.append(predicted[:-1] == draft, False)
-        self.accepted = min(int(agrees.argmin()), self.max_new_tokens)
-        self.tokens = list(self.draft[: self.accepted])
-        if self.accepted == self.max_new_tokens:
-            self.finish_reason = "length"
-        else:
-            self.push(int(predicted[self.accepted]), stop)
-
-    def push(self, token: int, stop: frozenset[int]) -> None:
-        """Add the model's choice, or end."""
-        if token in stop:
-            self.finish_reason = "stop"
-            return
-        self.tokens.append(token)
+        agrees = np.append(predicted[:-1] == np.asarray(self._proposal, dtype=np.int64), False)
+        right = int(agrees.argmin())
+        self.tokens += self._proposal[:right]
+        self.accepted += right
+        self._reader.learn(len(self._proposal), right)
         if len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
+        elif int(predicted[right]) in stop:
+            self.finish_reason = "stop"
+        else:
+            self.tokens.append(int(predicted[right]))
+            if len(self.tokens) == self.max_new_tokens:
+                self.finish_reason = "length"
 
 
 def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]) -> Iterator[None]:
@@ -81,38 +99,26 @@ def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]
         Once after every pass.
     """
     start = time.perf_counter()
-
-    def count_pass() -> None:
-        for generation in active:
-            generation.passes += 1
-            generation.seconds = time.perf_counter() - start
-
     active = list(generations)
     capacity = max(len(g.prompt) + max(len(g.draft), g.max_new_tokens) for g in active)
     cache = model.new_cache(len(active), capacity)
-    _verify_drafts(model, active, cache, stop)
-    count_pass()
-    yield
-    while rows := [row for row, generation in enumerate(active) if generation.finish_reason is None]:
-        if len(rows) < len(active):
-            cache.select(rows)
-            active = [active[row] for row in rows]
-        latest = np.array([[generation.tokens[-1]] for generation in active], dtype=np.int64)  # [B, 1]
-        predicted = model.forward(latest, np.ones(len(active), dtype=np.int64), cache, last=1)
-        for generation, token in zip(active, predicted[:, 0], strict=True):
-            generation.push(int(token), stop)
-        count_pass()
+    while active:
+        inputs = [generation.next_input() for generation in active]
+        counts = np.array([len(tokens) for tokens in inputs], dtype=np.int64)
+        padded = np.zeros((len(inputs), counts.max()), dtype=np.int64)  # [B, T]
+        for row, tokens in zip(padded, inputs, strict=True):
+            row[: len(tokens)] = tokens
+        last = max(generation.wanted for generation in active)
+        predicted = model.forward(padded, counts, cache, last)
+        for generation, choices in zip(active, predicted, strict=True):
+            generation.take(choices[last - generation.wanted :], stop)
+            generation.passes += 1
+            generation.seconds = time.perf_counter() - start
         yield
-
-
-def _verify_drafts(model: Model, generations: Sequence[Generation], cache: KVCache, stop: frozenset[int]) -> None:
-    """Prefill prompts and drafts in one pass, and keep of the drafts what the model agrees with."""
-    rows = [[*generation.prompt, *generation.draft] for generation in generations]
-    counts = np.array([len(row) for row in rows], dtype=np.int64)
-    tokens = np.zeros((len(rows), counts.max()), dtype=np.int64)  # [B, T]
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
-    predicted = model.forward(tokens, counts, cache, last=1 + max(len(g.draft) for g in generations))
-    for generation, choices in zip(generations, predicted, strict=True):
-        generation.take_draft(choices[len(choices) - 1 - len(generation.draft) :], stop)
-    cache.trim(np.array([len(g.prompt) + g.accepted for g in generations], dtype=np.int64))
+        rows = [row for row, generation in enumerate(active) if generation.finish_reason is None]
+        if last > 1 and rows:
+            cache.trim(np.array([generation.cached for generation in active], dtype=np.int64))
+        if len(rows) < len(active):
+            active = [active[row] for row in rows]
+            if active:
+                cache.select(rows)

@@ -104,10 +104,13 @@ class OnnxModel:
         return self._predict_standard(tokens, counts, cache, positions)
 
     def _predict_fused(
-        self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers, positions: IntArray
+        self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers | _OneRow, positions: IntArray
     ) -> IntArray:
-        # Rows may be of different length, with padding after them, in the first pass; later every row is given whole.
-        # The operator takes several new tokens on top of a past for one sequence only.
+        # The operator takes rows of different length, with padding after them, where nothing is cached, and one token of
+        # each row on top of a past; several tokens on top of a past for one sequence only.
+        if len(tokens) > 1 and tokens.shape[1] > 1 and cache.lengths.any():
+            assert isinstance(cache, _SharedBuffers)
+            return self._predict_row_by_row(tokens, counts, cache, positions)
         lengths = cache.lengths + counts
         binding = cache.binding
         binding.bind_cpu_input("input_ids", tokens)
@@ -118,6 +121,16 @@ class OnnxModel:
         self._session.run_with_iobinding(binding)
         cache.lengths = lengths
         predicted: IntArray = binding.get_outputs()[0].numpy().argmax(axis=-1)
+        return predicted
+
+    def _predict_row_by_row(
+        self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers, positions: IntArray
+    ) -> IntArray:
+        predicted = np.zeros_like(positions)
+        for row, count in enumerate(counts):
+            part = slice(row, row + 1)
+            predicted[part] = self._predict_fused(tokens[part, :count], counts[part], cache.row(row), positions[part])
+        cache.lengths = cache.lengths + counts
         return predicted
 
     def _predict_standard(
@@ -149,6 +162,10 @@ class _SharedBuffers:
         device = self._model._device
         self._bind([ort.OrtValue.ortvalue_from_numpy(value.numpy()[rows], device, 0) for value in self._values])
 
+    def row(self, row: int) -> _OneRow:
+        """Give one sequence as a batch of its own, in the same memory."""
+        return _OneRow(self._model, self._values, row, self.lengths[row : row + 1])
+
     def _allocate(self, shape: tuple[int, int, int, int]) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._model._dtype), self._model._device, 0)
 
@@ -159,6 +176,21 @@ class _SharedBuffers:
         for past, present, value in zip(self._model._past, self._model._present, values, strict=True):
             self.binding.bind_ortvalue_input(past, value)
             self.binding.bind_ortvalue_output(present, value)
+
+
+class _OneRow:
+    """A sequence of `_SharedBuffers` by itself: nothing is copied, it is bound by its address."""
+
+    def __init__(self, model: OnnxModel, values: Sequence[Any], row: int, lengths: IntArray) -> None:
+        self.lengths = lengths
+        self.binding = model._session.io_binding()
+        self.binding.bind_output("logits", "cpu")
+        shape = [1, *values[0].shape()[1:]]
+        offset = row * int(np.prod(shape)) * np.dtype(model._dtype).itemsize
+        for past, present, value in zip(model._past, model._present, values, strict=True):
+            memory = (model._device, 0, model._dtype, shape, value.data_ptr() + offset)
+            self.binding.bind_input(past, *memory)
+            self.binding.bind_output(present, *memory)
 
 
 class _Concatenated:

@@ -1,5 +1,7 @@
 """Laws of decoding: a draft changes the cost, never the result; neither do the neighbours in a batch."""
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,3 +64,48 @@ def test_max_new_tokens_is_never_passed(prompt: list[int], draft: list[int], lim
     assert len(generation.tokens) <= limit
     if generation.finish_reason == "length":
         assert len(generation.tokens) == limit
+
+
+def passes(target: list[int], draft: list[int]) -> int:
+    """Count the passes of a model that says `target`, whatever it is given as a draft."""
+    prompt = [1, 2, 3]
+    model = FakeModel(
+        lambda tokens: [*target, 0][min(len(tokens) - len(prompt), len(target))] if len(tokens) > 2 else 0
+    )
+    generation = Generation(prompt, draft, max_new_tokens=len(target) + 5)
+    for _ in decode(model, [generation], STOP):
+        pass
+    assert generation.tokens == target
+    return model.passes
+
+
+TEXT = [random.Random(3).randrange(1, 400) for _ in range(300)]  # words that seldom occur twice, as in real text
+
+
+def test_the_draft_is_found_again_after_a_sentence_was_changed() -> None:
+    new = [1000 + place for place in range(20)]
+    assert passes(TEXT, TEXT) == 1
+    assert passes(TEXT[:100] + TEXT[120:], TEXT) < 15  # left out
+    assert passes(TEXT[:100] + new + TEXT[100:], TEXT) < 20 + 15  # put in
+    assert passes(TEXT[:100] + new + TEXT[120:], TEXT) < 20 + 15  # rewritten
+    assert passes(TEXT[200:] + TEXT[:200], TEXT) < 25  # moved
+
+
+def test_a_full_rewrite_looks_ahead_little() -> None:
+    words = random.Random(4)
+    rewrite = [words.choice(TEXT) for _ in range(300)]  # the draft's words in another order tempt it most
+    model_input = []
+    generation = Generation([1, 2, 3], TEXT, max_new_tokens=400)
+
+    def rule(tokens: list[int]) -> int:
+        return [*rewrite, 0][len(tokens) - 3] if 3 <= len(tokens) <= 303 else 0
+
+    class Counting(FakeModel):
+        def forward(self, tokens, counts, cache, last):  # type: ignore[no-untyped-def]
+            model_input.append(int(counts[0]))
+            return super().forward(tokens, counts, cache, last)
+
+    for _ in decode(Counting(rule), [generation], STOP):
+        pass
+    assert generation.tokens == rewrite
+    assert sum(model_input[1:]) - len(model_input[1:]) < 0.4 * len(rewrite)  # at 0.16 of a pass each

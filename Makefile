@@ -36,7 +36,7 @@ bench: .venv/installed  ## ONNX against PyTorch, same weights and prompts
 
 default-aligner: .venv/installed  ## Train the default adapter again
 	$(BIN)/python -m aligner_middleware train aligner_middleware/assets/default/corrections.jsonl build-out/adapter \
-	  --held-out aligner_middleware/assets/default/held_out.jsonl --warm-up-epochs 0.1 --epochs 4.5 --learning-rate 1e-3 \
+	  --held-out aligner_middleware/assets/default/held_out.jsonl --warm-up-epochs 0.1 --epochs 3.5 --learning-rate 1e-3 \
 	  --identity-share 0.2 --decision-weight 4 --lora-rank 32 --lora-alpha 64 --max-length 512 --save-steps 800
 
 ablations: .venv/installed  ## What each part of its recipe is worth; over an hour

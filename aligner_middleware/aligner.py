@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import asyncio
+import contextlib
+import queue
+import weakref
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
-
-import anyio.to_thread
+from typing import Any, Literal, Self, overload
 
 from aligner_middleware.artifact import ARTIFACT_FILE, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, cached_folder
-from aligner_middleware.engine import Generation, Model, decode
+from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler
+from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, PromptTooLongError
 from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
 
 Engine = Literal["onnx", "torch"]
 
-_BATCH_TOKENS = 4096  # prompts and drafts that go through together; more would only cost memory
+_AHEAD = 32  # characters of a streamed answer that go through together
+_UNSURE = 8  # its latest tokens may be cut another way once more text has come
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,39 @@ class Correction:
         return self.corrected != self.original
 
 
+class ReadAhead:
+    """Lets a prompt through the model while its answer is still being written. `Aligner.read_ahead` makes one.
+
+    Attributes:
+        prefill: What the engine has of it.
+    """
+
+    def __init__(self, scheduler: Scheduler, encode: Callable[[str], list[int]] | None) -> None:
+        self.prefill = Prefill()
+        self._scheduler = scheduler
+        self._encode = encode
+        self._answer = ""
+        self._read = 0
+
+    def feed(self, chunk: str) -> None:
+        """Take in a piece of the answer."""
+        self._answer += chunk
+        if self._encode is not None and len(self._answer) >= self._read + _AHEAD:
+            self._read = len(self._answer)
+            with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair; what it is shows in the end
+                self.prefill.prompt = self._encode(self._answer)
+                self._scheduler.prefill(self.prefill)
+
+    def close(self) -> None:
+        """Free what it took, unless a correction has taken it over."""
+        self._scheduler.abandon(self.prefill)
+
+
 class Aligner:
-    """A small model that corrects answers. `Aligner.load` makes one; it may be shared between threads.
+    """A small model that corrects answers. `Aligner.load` makes one.
+
+    It may be shared between threads and tasks: calls that run at the same time share passes of the model. `close`, or the
+    end of a `with` block, ends its thread; so does the garbage collector.
 
     Args:
         model: What predicts tokens.
@@ -75,6 +112,9 @@ class Aligner:
         name: What to call it in reports.
         max_new_tokens: Longest correction; `None` for twice the answer and 256 tokens more.
         draft: Whether the answer is verified as a draft, rather than decoded again. The result is the same.
+        temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
+        top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
+        seed: Of the draws: with it, a question and an answer always give the same.
     """
 
     def __init__(
@@ -87,16 +127,26 @@ class Aligner:
         name: str = "custom",
         max_new_tokens: int | None = None,
         draft: bool = True,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> None:
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise InputError(
+                f"temperature is {temperature}, expected at least 0; top_p is {top_p}, expected above 0, up to 1"
+            )
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         self.name = name
         self._model = model
+        self._scheduler = Scheduler(model, frozenset(eos_token_ids))
+        weakref.finalize(self, self._scheduler.close)
         self._tokenizer = tokenizer
         self._template = template
-        self._stop = frozenset(eos_token_ids)
         self._max_new_tokens = max_new_tokens
         self._draft = draft
+        self._sampling = (temperature, top_p, seed)
+        self._tail = _tail_length(tokenizer, template)
 
     @classmethod
     def load(
@@ -110,6 +160,9 @@ class Aligner:
         draft: bool = True,
         engine: Engine = "onnx",
         threads: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> Aligner:
         """Load an aligner, building it first if it is not in the cache yet and `[build]` is installed.
 
@@ -124,6 +177,9 @@ class Aligner:
             draft: Whether the answer is verified as a draft. The result is the same without, only slower.
             engine: `torch` runs the checkpoint in PyTorch: the reference for tests and benchmarks.
             threads: Threads of one pass; `None` for all cores.
+            temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
+            top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
+            seed: Of the draws: with it, a question and an answer always give the same.
 
         Raises:
             ArtifactError: If an exported folder is incomplete or altered.
@@ -132,6 +188,7 @@ class Aligner:
         """
         model = str(model)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
+        options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
         if engine == "torch":
             return cls._load_torch(model, precision, prompt, options)
         if engine != "onnx":
@@ -164,6 +221,16 @@ class Aligner:
         end = end_token_ids(checkpoint.folder, tokenizer, checkpoint.template)
         return cls(network, tokenizer, checkpoint.template, end, name=model, **options)
 
+    def close(self) -> None:
+        """Give up what is under way, with `ClosedError`, and end the aligner's thread."""
+        self._scheduler.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def correct(self, question: str, answer: str) -> Correction:
         """Correct one answer.
 
@@ -172,6 +239,7 @@ class Aligner:
         Raises:
             InputError: If the question is blank, or a text is not valid Unicode (it holds a lone surrogate).
             PromptTooLongError: If they do not fit into the aligner's context.
+            ClosedError: If the aligner was closed.
         """
         return self.correct_batch([(question, answer)])[0]
 
@@ -206,24 +274,40 @@ class Aligner:
             for outcome in started:
                 if isinstance(outcome, InputError):
                     raise outcome
-        for group in _batches([outcome for outcome in started if isinstance(outcome, Generation)]):
-            for _ in decode(self._model, group, self._stop):
-                pass
+        futures = [self._scheduler.submit(outcome) for outcome in started if isinstance(outcome, Generation)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:  # an interrupt from the keyboard, too
+            for future in futures:
+                future.cancel()
+            raise
         return [
             outcome if isinstance(outcome, InputError) else self._correction(question, answer, outcome)
             for (question, answer), outcome in zip(pairs, started, strict=True)
         ]
 
     async def acorrect(self, question: str, answer: str) -> Correction:
-        """Correct one answer in a worker thread, so that the event loop stays free."""
-        return await anyio.to_thread.run_sync(self.correct, question, answer)
+        """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others."""
+        generation = self._start(question, answer)
+        if generation is not None:
+            await asyncio.wrap_future(await self._asubmit(generation))
+        return self._correction(question, answer, generation)
 
-    def stream(self, question: str, answer: str | Iterable[str]) -> Generator[str, None, Correction]:
+    async def acorrect_batch(self, pairs: Iterable[tuple[str, str]]) -> list[Correction]:
+        """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
+        return list(await asyncio.gather(*(self.acorrect(question, answer) for question, answer in pairs)))
+
+    def stream(
+        self, question: str, answer: str | Iterable[str], *, ahead: ReadAhead | None = None
+    ) -> Generator[str, None, Correction]:
         """Correct one answer and give the corrected text as it is decided.
 
         Args:
             question: The question.
-            answer: The answer, or its chunks as they arrive.
+            answer: The answer, or its chunks as they arrive: what has arrived goes through the model while the rest is on its
+                way.
+            ahead: What has read the answer already, from `read_ahead`.
 
         Yields:
             Pieces of the corrected text; joined they are the whole of it.
@@ -234,22 +318,57 @@ class Aligner:
         Raises:
             InputError: As `correct` does.
         """
-        answer = answer if isinstance(answer, str) else "".join(answer)
-        generation = self._start(question, answer)
-        if generation is None:
-            yield from [answer] if answer else []
-            return self._correction(question, answer, None)
-        passes = decode(self._model, [generation], self._stop)
-        next(passes)
-        if generation.finish_reason is not None:  # one pass was enough
-            correction = self._correction(question, answer, generation)
-            yield from [correction.corrected] if correction.corrected else []
-            return correction
-        pieces = []
-        for piece in self._tokenizer.decode_stream(_tokens_as_decided(generation, passes)):
-            pieces.append(piece)
-            yield piece
-        return replace(self._correction(question, answer, generation), corrected="".join(pieces))
+        ahead = ahead or self.read_ahead(question)
+        try:
+            if not isinstance(answer, str):
+                chunks, answer = answer, ""
+                for chunk in chunks:
+                    ahead.feed(chunk)
+                    answer += chunk
+            generation = self._start(question, answer, ahead.prefill)
+            if generation is None:
+                yield from [answer] if answer else []
+                return self._correction(question, answer, None)
+            return (yield from self._stream_generation(question, answer, generation))
+        finally:
+            ahead.close()
+
+    def read_ahead(self, question: str) -> ReadAhead:
+        """Get ready to read an answer that is still being written; `stream` takes it up when all is there.
+
+        A wrong question costs time and nothing else.
+        """
+
+        def encode(answer: str) -> list[int]:
+            return encode_prompt(self._tokenizer, self._template, question, answer)[: -self._tail - _UNSURE]
+
+        return ReadAhead(self._scheduler, encode if question.strip() else None)
+
+    def _stream_generation(
+        self, question: str, answer: str, generation: Generation
+    ) -> Generator[str, None, Correction]:
+        rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
+        future = self._scheduler.submit(generation, lambda: rounds.put(None))
+        try:
+            rounds.get()
+            if future.done():  # one pass was enough
+                future.result()
+                correction = self._correction(question, answer, generation)
+                yield from [correction.corrected] if correction.corrected else []
+                return correction
+            pieces = []
+            for piece in self._tokenizer.decode_stream(_tokens_as_decided(generation, future, rounds)):
+                pieces.append(piece)
+                yield piece
+            return replace(self._correction(question, answer, generation), corrected="".join(pieces))
+        finally:
+            future.cancel()
+
+    async def _asubmit(self, generation: Generation) -> Future[Generation]:
+        try:
+            return self._scheduler.submit(generation, wait=False)
+        except BlockingIOError:
+            return await asyncio.to_thread(self._scheduler.submit, generation)
 
     def _start_or_error(self, question: str, answer: str) -> Generation | InputError | None:
         try:
@@ -257,7 +376,7 @@ class Aligner:
         except InputError as exc:
             return exc
 
-    def _start(self, question: str, answer: str) -> Generation | None:
+    def _start(self, question: str, answer: str, prefill: Prefill | None = None) -> Generation | None:
         """Encode a pair; `None` where there is nothing to correct."""
         _check_text("question", question)
         _check_text("answer", answer)
@@ -271,7 +390,16 @@ class Aligner:
         if room <= len(draft):
             raise PromptTooLongError(len(prompt), self._model.max_positions)
         wanted = self._max_new_tokens or 2 * len(draft) + 256
-        return Generation(prompt, draft if self._draft else (), min(wanted, room))
+        return Generation(
+            prompt, draft if self._draft else (), min(wanted, room), self._sampler(question, answer), prefill
+        )
+
+    def _sampler(self, question: str, answer: str) -> Sampler:
+        temperature, top_p, seed = self._sampling
+        if temperature == 0:
+            return GREEDY
+        own = None if seed is None else zlib.crc32(f"{seed}\0{question}\0{answer}".encode())
+        return Sampler(temperature, top_p, own)
 
     def _correction(self, question: str, answer: str, generation: Generation | None) -> Correction:
         if generation is None:
@@ -291,13 +419,25 @@ class Aligner:
         return Correction(question, answer, text, generation.finish_reason or "stop", usage)
 
 
-def _tokens_as_decided(generation: Generation, passes: Iterator[None]) -> Iterator[int]:
+def _tokens_as_decided(
+    generation: Generation, future: Future[Generation], rounds: queue.SimpleQueue[None]
+) -> Iterator[int]:
     sent = 0
     while True:
-        yield from generation.tokens[sent:]
-        sent = len(generation.tokens)
-        if next(passes, passes) is passes:
+        done = future.done()
+        decided = generation.tokens[sent:]
+        yield from decided
+        sent += len(decided)
+        if done:
+            future.result()
             return
+        rounds.get()
+
+
+def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
+    """Count the tokens of a prompt that follow its answer."""
+    one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
+    return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 def _check_text(what: str, text: str) -> None:
@@ -310,18 +450,6 @@ def _check_text(what: str, text: str) -> None:
             f"the {what} holds a lone surrogate, {text[exc.start]!r} at character {exc.start}, which is not valid text: "
             "replace it, for example by text.encode('utf-8', 'replace').decode()"
         ) from exc
-
-
-def _batches(generations: list[Generation]) -> Iterable[list[Generation]]:
-    """Group sequences of like length, so that little is padded and a batch stays within `_BATCH_TOKENS`."""
-    batch: list[Generation] = []
-    for generation in sorted(generations, key=lambda g: len(g.prompt) + len(g.draft)):
-        if batch and (len(batch) + 1) * (len(generation.prompt) + len(generation.draft)) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(generation)
-    if batch:
-        yield batch
 
 
 def _exported_folder(model: str, precision: Precision, prompt: str | PromptTemplate | None) -> Path:

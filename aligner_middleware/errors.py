@@ -7,6 +7,7 @@ AlignerError
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted after export
 ├── DataError                a training row that cannot be read (carries file and line)
+├── ClosedError              an aligner that was closed
 └── MissingExtraError        an optional part of the package is not installed
 """
 
@@ -62,6 +63,10 @@ class DataError(AlignerError):
         self.path = path
         self.line = line
         super().__init__(f"{path}:{line}: {reason}")
+
+
+class ClosedError(AlignerError):
+    """The aligner was closed, before or while it was asked."""
 
 
 class MissingExtraError(AlignerError, ImportError):

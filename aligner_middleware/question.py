@@ -126,6 +126,23 @@ class QuestionRecord(BaseCallbackHandler):
         only = {asked.question for asked in scopes[0]} if scopes else set()
         return only.pop() if len(only) == 1 else None
 
+    def ask_early(self, message_id: str | None, parent_run_id: UUID | None) -> str | None:
+        """Say which question a model run that has not ended yet is likely to be answering.
+
+        Args:
+            message_id: Id of a chunk of its answer, which LangChain makes from the run's.
+            parent_run_id: The chain run in which it turned up, if any.
+
+        Returns:
+            The question of that run, or else of the only model running beneath that chain; `None` where there are several.
+        """
+        with self._lock:
+            runs = [(str(run_id), run) for run_id, run in self._runs.items() if run.question is not None]
+            own = [run.question for run_id, run in runs if message_id is not None and message_id.endswith(run_id)]
+            scopes = [run_id for run_id, _ in self._ancestors(parent_run_id)]
+            beneath = {run.question for _, run in runs if any(at in scopes for at, _ in self._ancestors(run.parent))}
+        return own[0] if own else beneath.pop() if len(beneath) == 1 else None
+
     def _ancestors(self, run_id: UUID | None) -> Iterator[tuple[UUID, _Run]]:
         while run_id is not None and (run := self._runs.get(run_id)):
             yield run_id, run

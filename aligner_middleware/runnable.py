@@ -6,6 +6,7 @@ corrected together, and each correction goes back into the value that it came fr
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict
 
 from aligner_middleware import question as questions
-from aligner_middleware.aligner import Aligner, Correction
+from aligner_middleware.aligner import Aligner, Correction, ReadAhead
 from aligner_middleware.errors import AlignerError, InputError, MissingQuestionError
 from aligner_middleware.messages import text_of, with_metadata, with_text
 
@@ -168,14 +169,13 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
         return _or_raise(self._align_all([value], [run_manager.parent_run_id])[0])
 
     async def _aalign_one(self, value: Any, run_manager: AsyncCallbackManagerForChainRun) -> Any:
-        results = await run_in_executor(None, self._align_all, [value], [run_manager.parent_run_id])
-        return _or_raise(results[0])
+        return _or_raise((await self._aalign_all([value], [run_manager.parent_run_id]))[0])
 
     def _align(self, values: list[Any], run_manager: list[CallbackManagerForChainRun]) -> list[Any]:
         return self._align_all(values, [run.parent_run_id for run in run_manager])
 
     async def _aalign(self, values: list[Any], run_manager: list[AsyncCallbackManagerForChainRun]) -> list[Any]:
-        return await run_in_executor(None, self._align_all, values, [run.parent_run_id for run in run_manager])
+        return await self._aalign_all(values, [run.parent_run_id for run in run_manager])
 
     def _align_all(self, values: Sequence[Any], parent_run_ids: Sequence[UUID | None]) -> list[Any]:
         """Correct values together. A value whose correction fails becomes its exception; the others are not held up."""
@@ -184,24 +184,54 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
         corrections = iter(self.aligner.correct_batch(pairs, return_exceptions=True))
         return [self._finish(job, next(corrections)) if isinstance(job, _Job) else job for job in jobs]
 
+    async def _aalign_all(self, values: Sequence[Any], parent_run_ids: Sequence[UUID | None]) -> list[Any]:
+        """Do the same, and leave the event loop free. What a user's function decides is asked in a thread."""
+        jobs = [
+            await run_in_executor(None, self._job_or_result, value, parent)
+            for value, parent in zip(values, parent_run_ids, strict=True)
+        ]
+        return list(
+            await asyncio.gather(*(self._afinish(job) if isinstance(job, _Job) else _itself(job) for job in jobs))
+        )
+
+    async def _afinish(self, job: _Job) -> Any:
+        try:
+            correction = await self.aligner.acorrect(job.question, job.answer)
+        except InputError as exc:
+            return self._finish(job, exc)
+        return self._finish(job, correction)
+
     def _align_chunks(self, chunks: Iterator[Any], run_manager: CallbackManagerForChainRun) -> Iterator[Any]:
-        yield from self._stream_one(_gather(list(chunks)), run_manager.parent_run_id)
+        ahead = _Gathering(self, run_manager.parent_run_id)
+        try:
+            for chunk in chunks:
+                ahead.add(chunk)
+            yield from self._stream_one(ahead)
+        finally:
+            ahead.close()
 
     async def _aalign_chunks(
         self, chunks: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
     ) -> AsyncIterator[Any]:
-        pieces = self._stream_one(_gather([chunk async for chunk in chunks]), run_manager.parent_run_id)
-        end = object()
-        while (piece := await run_in_executor(None, next, pieces, end)) is not end:
-            yield piece
+        ahead = _Gathering(self, run_manager.parent_run_id)
+        try:
+            async for chunk in chunks:
+                ahead.add(chunk)
+            pieces = self._stream_one(ahead)
+            end = object()
+            while (piece := await run_in_executor(None, next, pieces, end)) is not end:
+                yield piece
+        finally:
+            ahead.close()
 
-    def _stream_one(self, value: Any, parent_run_id: UUID | None) -> Iterator[Any]:
+    def _stream_one(self, gathered: _Gathering) -> Iterator[Any]:
+        value, parent_run_id = gathered.value, gathered.parent_run_id
         streams = isinstance(value, str) or (isinstance(value, AIMessageChunk) and isinstance(value.content, str))
         job = self._job_or_result(value, parent_run_id) if streams else None
         if not isinstance(job, _Job) or self.on_error != "raise":  # a policy may replace the text: decide it whole
             yield _or_raise(self._align_all([value], [parent_run_id])[0])
             return
-        pieces = self.aligner.stream(job.question, job.answer)
+        pieces = self.aligner.stream(job.question, job.answer, ahead=gathered.ahead)
         while True:
             try:
                 piece = next(pieces)
@@ -211,6 +241,15 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
             yield piece if isinstance(value, str) else AIMessageChunk(content=piece, id=value.id)
         if not isinstance(value, str):  # the last chunk carries all that is not text
             yield with_metadata(with_text(value, ""), aligner=self._report(correction))
+
+    def _question_early(self, chunk: Any, parent_run_id: UUID | None) -> str | None:
+        """Find the question before the answer is whole; it only decides what is read ahead."""
+        if isinstance(self.question, str):
+            return self.question
+        if self.question is not None:
+            return None
+        message_id = chunk.id if isinstance(chunk, BaseMessage) else None
+        return questions.RECORD.ask_early(message_id, parent_run_id)
 
     # --- one value --------------------------------------------------------------------------------------
 
@@ -254,6 +293,39 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
         report = {"aligned": True, "changed": correction.changed, "model": self.aligner.name}
         report |= {"finish_reason": correction.finish_reason, "usage": asdict(correction.usage)}
         return report | ({"original": correction.original} if self.keep_original else {})
+
+
+class _Gathering:
+    """The chunks of an answer, which the aligner reads while they arrive."""
+
+    def __init__(self, runnable: AlignerRunnable, parent_run_id: UUID | None) -> None:
+        self.parent_run_id = parent_run_id
+        self.ahead: ReadAhead | None = None
+        self._runnable = runnable
+        self._chunks: list[Any] = []
+
+    def add(self, chunk: Any) -> None:
+        self._chunks.append(chunk)
+        text = chunk if isinstance(chunk, str) else chunk.content if isinstance(chunk, AIMessageChunk) else None
+        if not isinstance(text, str) or not text:
+            return
+        if self.ahead is None:
+            question = self._runnable._question_early(chunk, self.parent_run_id)
+            self.ahead = self._runnable.aligner.read_ahead(question or "")
+        self.ahead.feed(text)
+
+    @property
+    def value(self) -> Any:
+        """All of it as one value."""
+        return _gather(self._chunks)
+
+    def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
+
+
+async def _itself(value: Any) -> Any:
+    return value
 
 
 def _answer_of(value: Any) -> str:

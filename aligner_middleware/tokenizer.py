@@ -99,6 +99,8 @@ def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
         model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in special]
     if model.get("ignore_merges"):  # these look whole words up in the vocabulary first
         model["vocab"] = {piece: id for piece, id in model["vocab"].items() if piece not in special}
+    if model.get("type") == "BPE" and model.get("unk_token") in special:
+        model["unk_token"] = None  # a byte that the vocabulary lacks (SmolLM2: six control characters) is left out
     if model.get("type") == "Unigram":
         model["vocab"] = [[piece, -1e6 if piece in special else score] for piece, score in model["vocab"]]
     plain = [token for token in added if not token["special"]]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from aligner_middleware import Aligner
-from aligner_middleware.engine.model import IntArray
+from aligner_middleware.engine.model import Logits
 from aligner_middleware.prompt import DEFAULT
 from aligner_middleware.tokenizer import Tokenizer
 
@@ -32,43 +32,50 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(tokenizer_json())
 
 
-class FakeCache:
-    def __init__(self, batch: int) -> None:
-        self.rows: list[list[int]] = [[] for _ in range(batch)]
+class FakeRows:
+    def __init__(self, model: FakeModel, rows: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.held: list[list[int]] = [[] for _ in range(rows)]
+        self.model = model
 
-    @property
-    def lengths(self) -> IntArray:
-        return np.array([len(row) for row in self.rows], dtype=np.int64)
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+        self.model.passes += 1
+        return self.model.append(self.held[row], tokens, wanted, self.capacity)
 
-    def trim(self, lengths: IntArray) -> None:
-        self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
+    def step(self, tokens: Mapping[int, int]) -> Logits:
+        self.model.passes += 1
+        given = tokens.items()
+        return np.concatenate([self.model.append(self.held[row], [token], 1, self.capacity) for row, token in given])
 
-    def select(self, rows: list[int]) -> None:
-        self.rows = [self.rows[row] for row in rows]
+    def trim(self, row: int, length: int) -> None:
+        assert length <= len(self.held[row])
+        del self.held[row][length:]
 
 
 class FakeModel:
-    """Predicts `rule(all tokens so far)`, and counts its passes."""
+    """Predicts `rule(all tokens so far)`, and counts its passes and tokens."""
 
     max_positions = 4096
+    vocabulary = 1024
+    bytes_per_token = 2**30 // 4096 // 4  # room for four rows of 4096 tokens
 
     def __init__(self, rule: Callable[[list[int]], int]) -> None:
         self.rule = rule
         self.passes = 0
+        self.tokens = 0
 
-    def new_cache(self, batch: int, capacity: int) -> FakeCache:
-        return FakeCache(batch)
+    def new_rows(self, rows: int, capacity: int) -> FakeRows:
+        return FakeRows(self, rows, capacity)
 
-    def forward(self, tokens: IntArray, counts: IntArray, cache: FakeCache, last: int) -> IntArray:
-        self.passes += 1
-        predicted = np.zeros((len(tokens), last), dtype=np.int64)
-        for row, (new, count) in enumerate(zip(tokens, counts, strict=True)):
-            for column, token in enumerate(new[:count]):
-                cache.rows[row].append(int(token))
-                place = last - count + column
-                if place >= 0:
-                    predicted[row, place] = self.rule(cache.rows[row])
-        return predicted
+    def append(self, held: list[int], tokens: Sequence[int], wanted: int, capacity: int) -> Logits:
+        logits = np.zeros((len(tokens), self.vocabulary), dtype=np.float32)
+        assert 1 <= wanted <= len(tokens)
+        for row, token in zip(logits, tokens, strict=True):
+            held.append(int(token))
+            row[self.rule(held)] = 1.0
+        assert len(held) <= capacity
+        self.tokens += len(tokens)
+        return logits[-wanted:]
 
 
 def fake_aligner(correct: Callable[[str, str], str], **options: object) -> Aligner:

@@ -34,7 +34,7 @@ def base_folder(model: str = DEFAULT_BASE) -> tuple[Path, BaseWeights]:
     Raises:
         BuildError: If there is no such folder and the hub does not have it or cannot be reached.
     """
-    gguf = _wheel_file() if model == DEFAULT_BASE else None
+    gguf = wheel_file(_WHEEL, ".gguf") if model == DEFAULT_BASE else None
     if gguf is not None:
         return _from_wheel(gguf)
     folder = Path(model).expanduser()
@@ -67,13 +67,13 @@ def _from_hub(model: str) -> tuple[Path, str]:
     return folder, folder.name  # a snapshot's folder is named after its commit
 
 
-def _wheel_file() -> Path | None:
-    """Find the GGUF file in the installed wheel, without importing the package (it wants a compiler to be imported)."""
+def wheel_file(wheel: str, suffix: str) -> Path | None:
+    """Find a file in an installed wheel, without importing its package (some want a compiler to be imported)."""
     try:
-        files = importlib.metadata.files(_WHEEL) or []
+        files = importlib.metadata.files(wheel) or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    paths = (Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    paths = (Path(str(file.locate())) for file in files if file.suffix == suffix)
     return next((path for path in paths if path.is_file()), None)
 
 

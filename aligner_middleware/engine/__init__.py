@@ -6,7 +6,9 @@ The engine knows arrays of ids; text, prompts and chat live above it. Shapes, in
     H  key/value heads            D  size of a head             P  positions asked for
 """
 
-from aligner_middleware.engine.decode import Generation, decode
-from aligner_middleware.engine.model import KVCache, Model
+from aligner_middleware.engine.decode import Decoder, decode
+from aligner_middleware.engine.generation import Generation, Prefill
+from aligner_middleware.engine.model import Model, Rows
+from aligner_middleware.engine.sampling import GREEDY, Sampler
 
-__all__ = ["Generation", "KVCache", "Model", "decode"]
+__all__ = ["GREEDY", "Decoder", "Generation", "Model", "Prefill", "Rows", "Sampler", "decode"]

@@ -1,94 +1,187 @@
-"""Greedy decoding of several sequences together, each with a draft of what it will say.
+"""Greedy decoding of sequences that share passes, and join and leave between them.
 
-The draft goes through in the same pass as the prompt. Wherever the model would have written the draft's own next token,
-that token is decoded already; at the first other one the rest of the proposal is dropped. Then the draft is found again
-(`draft.py`) as soon as it can be, and so on. The result is what greedy decoding without a draft gives, and a draft that is
-right costs one pass.
+A draft goes through in the same pass as its prompt. Wherever the model would have written the draft's own next token, that
+token is decoded already; at the first other one the rest is dropped. Then the draft is found again (`draft.py`) as soon as
+it can be, and so on. The result is what greedy decoding without a draft gives, and a draft that is right costs one pass.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
-import numpy as np
+from aligner_middleware.engine.generation import Generation, Prefill
+from aligner_middleware.engine.model import Model, Rows
 
-from aligner_middleware.engine.draft import DraftReader
-from aligner_middleware.engine.model import IntArray, Model
-
-FinishReason = Literal["stop", "length"]
+_ROWS = 16  # sequences that share a pass at most
+_SHORTEST_ROW = 2048  # tokens
+_SHARED = 0.35  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
 
 
-@dataclass
-class Generation:
-    """One sequence on its way: what it was given, and what has come of it.
+class Decoder:
+    """Sequences in the rows of one KV cache. For one thread.
 
-    Attributes:
-        prompt: Token ids to go on from.
-        draft: What it is expected to say; `[]` for plain decoding. It holds no token that ends a sequence.
-        max_new_tokens: Where it ends at the latest.
-        tokens: What it says, without the end token.
-        accepted: How many of them were proposed by the draft.
-        passes: Forward passes that it took part in.
-        seconds: Time from its first pass to its last.
-        finish_reason: `stop` after an end token, `length` at `max_new_tokens`, `None` while it runs.
+    Args:
+        model: What predicts.
+        stop: Tokens that end a sequence.
+        cache_bytes: Most memory for keys and values, on the CPU taken as they come. A sequence that needs more gets it, and
+            is alone.
     """
 
-    prompt: Sequence[int]
-    draft: Sequence[int] = ()
-    max_new_tokens: int = 256
-    tokens: list[int] = field(default_factory=list)
-    accepted: int = 0
-    passes: int = 0
-    seconds: float = 0.0
-    finish_reason: FinishReason | None = None
-
-    def __post_init__(self) -> None:
-        self._reader = DraftReader(self.draft)
-        self._proposal: list[int] = []
-
-    def next_input(self) -> list[int]:
-        """Give the tokens of the next pass: what the cache does not hold yet, and what may come after it."""
-        room = self.max_new_tokens - len(self.tokens)
-        self._proposal = self._reader.propose(self.tokens)[:room]
-        return [*(self.tokens[-1:] or self.prompt), *self._proposal]
+    def __init__(self, model: Model, stop: frozenset[int], cache_bytes: int = 2**30) -> None:
+        self._model = model
+        self._stop = stop
+        self._cache_bytes = cache_bytes
+        self._rows: Rows | None = None
+        self._places: list[Generation | Prefill | None] = []
 
     @property
-    def wanted(self) -> int:
-        """For how many tokens of that input, from its end on, a prediction is wanted."""
-        return 1 + len(self._proposal)
+    def running(self) -> list[Generation | Prefill]:
+        """What is in a row."""
+        return [held for held in self._places if held is not None]
 
-    @property
-    def cached(self) -> int:
-        """How many tokens of the sequence a pass has seen; the rest of what went in is to be forgotten."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-    def take(self, predicted: IntArray, stop: frozenset[int]) -> None:
-        """Accept the proposal as far as it is what the model says, then the model's own next token.
+    def admit(self, sequence: Generation | Prefill, longest: int) -> bool:
+        """Give a sequence a row, or say that there is none for it now.
 
         Args:
-            predicted: `[wanted]`: the model's choice before and after each token of the proposal.
-            stop: Tokens that end a sequence.
+            sequence: A generation takes over the row of its `prefill`.
+            longest: Tokens that it may come to hold.
+
+        Raises:
+            MemoryError: If there is no memory for its keys and values.
         """
-        agrees = np.append(predicted[:-1] == np.asarray(self._proposal, dtype=np.int64), False)
-        right = int(agrees.argmin())
-        self.tokens += self._proposal[:right]
-        self.accepted += right
-        self._reader.learn(len(self._proposal), right)
-        if len(self.tokens) == self.max_new_tokens:
-            self.finish_reason = "length"
-        elif int(predicted[right]) in stop:
-            self.finish_reason = "stop"
+        prefill = sequence.prefill if isinstance(sequence, Generation) else None
+        if prefill is not None and prefill in self._places and self._rows and longest <= self._rows.capacity:
+            self._places[self._places.index(prefill)] = sequence
+            return True
+        if self._rows is None or longest > self._rows.capacity:
+            if any(isinstance(held, Generation) for held in self.running):
+                return False
+            for held in self.running:
+                self.drop(held)
+            self._make_rows(longest)
+        if None not in self._places and isinstance(sequence, Generation):
+            self._make_room()
+        if None not in self._places:
+            return False
+        row = self._places.index(None)
+        self._places[row] = sequence
+        assert self._rows is not None
+        self._rows.trim(row, 0)
+        return True
+
+    def drop(self, sequence: Generation | Prefill) -> None:
+        """Free a sequence's row, if it has one."""
+        if isinstance(sequence, Prefill):
+            sequence.fed = []
+        if sequence in self._places:
+            self._places[self._places.index(sequence)] = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round would do anything."""
+        return any(isinstance(held, Generation) or self._hungry(held) for held in self.running)
+
+    def round(self) -> list[Generation]:
+        """Let one new sequence's prompt and draft through, then every other one a step further.
+
+        Returns:
+            The generations that a pass was made for. Those done, and those that failed, have left their rows.
+        """
+        if self._rows is None:
+            return []
+        held = list(enumerate(self._places))
+        fresh = [(row, one) for row, one in held if isinstance(one, Generation) and not one.started][:1]
+        old = [(row, one) for row, one in held if isinstance(one, Generation) and one.started]
+        prefills = [(row, one) for row, one in held if isinstance(one, Prefill) and self._hungry(one)]
+        for row, prefill in [] if fresh else prefills[:1]:
+            self._feed(row, prefill)
+        self._advance_alone(fresh)
+        if len(old) > 1 and len(old) > (1 - _SHARED) + _SHARED * (1 + max(row for row, _ in old)):
+            self._advance_together(old)
         else:
-            self.tokens.append(int(predicted[right]))
-            if len(self.tokens) == self.max_new_tokens:
-                self.finish_reason = "length"
+            self._advance_alone(old)
+        moved = [generation for _, generation in (*fresh, *old)]
+        for generation in moved:
+            if generation.done:
+                self.drop(generation)
+        return moved
+
+    def _make_rows(self, longest: int) -> None:
+        capacity = min(max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()), max(longest, self._model.max_positions))
+        count = max(1, min(_ROWS, self._cache_bytes // (capacity * self._model.bytes_per_token)))
+        self._rows, self._places = None, []  # the old ones go before the new ones come
+        self._rows = self._model.new_rows(count, capacity)
+        self._places = [None] * count
+
+    def _make_room(self) -> None:
+        """Take a row from a prompt that is still being written: it can go through again."""
+        for held in self.running:
+            if isinstance(held, Prefill):
+                self.drop(held)
+                return
+
+    def _hungry(self, prefill: Prefill) -> bool:
+        assert self._rows is not None
+        return len(prefill.fed) < len(prefill.prompt) <= self._rows.capacity
+
+    def _feed(self, row: int, prefill: Prefill) -> None:
+        assert self._rows is not None
+        prompt = list(prefill.prompt)
+        common = prefill.common(prompt)
+        self._rows.trim(row, common)
+        try:
+            self._rows.extend(row, prompt[common:], wanted=1)
+        except Exception:  # it is heard of when the generation itself fails
+            prompt = prompt[:common]
+            self._rows.trim(row, common)
+        prefill.fed = prompt
+
+    def _advance_alone(self, group: Sequence[tuple[int, Generation]]) -> None:
+        """Give each sequence a pass of its own, over what the cache lacks of it and what the draft proposes."""
+        assert self._rows is not None
+        for row, generation in group:
+            try:
+                proposal = generation.propose()
+                tokens = generation.tokens[-1:] or self._rest_of_prompt(row, generation)
+                logits = self._rows.extend(row, [*tokens, *proposal], 1 + len(proposal))
+                generation.take(generation.sampler.choose(logits, proposal), self._stop)
+                self._forget(row, generation)
+            except Exception as exc:  # whatever it is, it is the caller's to hear of
+                generation.error = exc
+
+    def _advance_together(self, group: Sequence[tuple[int, Generation]]) -> None:
+        """Give all sequences their next token in one pass, and verify those proposals that begin with it."""
+        assert self._rows is not None
+        try:
+            logits = self._rows.step({row: generation.tokens[-1] for row, generation in group})
+            for at, (row, generation) in enumerate(group):
+                proposal = generation.propose()
+                choices = generation.sampler.choose(logits[at : at + 1], proposal)
+                if proposal and proposal[0] == choices[0]:
+                    rest = self._rows.extend(row, proposal, len(proposal))
+                    choices += generation.sampler.choose(rest, proposal[1:])
+                generation.take(choices, self._stop)
+                self._forget(row, generation)
+        except Exception as exc:  # the pass was everybody's
+            for _, generation in group:
+                generation.error = exc
+
+    def _rest_of_prompt(self, row: int, generation: Generation) -> Sequence[int]:
+        """Give what of the prompt the cache does not hold yet: at least its last token, which predicts the first one."""
+        assert self._rows is not None
+        if generation.prefill is None:
+            return generation.prompt
+        common = min(generation.prefill.common(generation.prompt), len(generation.prompt) - 1)
+        self._rows.trim(row, common)
+        return generation.prompt[common:]
+
+    def _forget(self, row: int, generation: Generation) -> None:
+        if generation.proposal and self._rows is not None:
+            self._rows.trim(row, generation.cached)
 
 
 def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]) -> Iterator[None]:
-    """Run sequences to their ends, together.
+    """Run sequences to their ends, together, in the calling thread.
 
     Args:
         model: What predicts.
@@ -96,29 +189,17 @@ def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]
         stop: Tokens that end a sequence.
 
     Yields:
-        Once after every pass.
+        Once after every round of passes.
+
+    Raises:
+        Exception: What a pass raised.
     """
-    start = time.perf_counter()
-    active = list(generations)
-    capacity = max(len(g.prompt) + max(len(g.draft), g.max_new_tokens) for g in active)
-    cache = model.new_cache(len(active), capacity)
-    while active:
-        inputs = [generation.next_input() for generation in active]
-        counts = np.array([len(tokens) for tokens in inputs], dtype=np.int64)
-        padded = np.zeros((len(inputs), counts.max()), dtype=np.int64)  # [B, T]
-        for row, tokens in zip(padded, inputs, strict=True):
-            row[: len(tokens)] = tokens
-        last = max(generation.wanted for generation in active)
-        predicted = model.forward(padded, counts, cache, last)
-        for generation, choices in zip(active, predicted, strict=True):
-            generation.take(choices[last - generation.wanted :], stop)
-            generation.passes += 1
-            generation.seconds = time.perf_counter() - start
+    decoder = Decoder(model, stop)
+    waiting = list(generations)
+    while waiting or decoder.running:
+        while waiting and decoder.admit(waiting[0], waiting[0].longest):
+            waiting.pop(0)
+        for generation in decoder.round():
+            if generation.error is not None:
+                raise generation.error
         yield
-        rows = [row for row, generation in enumerate(active) if generation.finish_reason is None]
-        if last > 1 and rows:
-            cache.trim(np.array([generation.cached for generation in active], dtype=np.int64))
-        if len(rows) < len(active):
-            active = [active[row] for row in rows]
-            if active:
-                cache.select(rows)

@@ -2,92 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+Logits = NDArray[np.float32]
 
 
-class KVCache(Protocol):
-    """Keys and values of the tokens that each sequence of a batch has seen."""
+class Rows(Protocol):
+    """Keys and values of several sequences, a row for each, and the passes that append to them."""
 
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens cached for each sequence, `[B]`."""
+    capacity: int
+    """Tokens that fit into a row."""
 
-    def trim(self, lengths: IntArray) -> None:
-        """Forget the latest tokens, so that `lengths[b]` of each sequence stay."""
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+        """Append tokens to one row, in one pass.
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these sequences of the batch, in this order."""
+        Args:
+            row: The row.
+            tokens: At least one.
+            wanted: For how many of them, from the last one back, the prediction is wanted; at least 1.
+
+        Returns:
+            `[wanted, V]`: logits of the token after each of them.
+        """
+
+    def step(self, tokens: Mapping[int, int]) -> Logits:
+        """Append one token to each of several rows, in one pass.
+
+        Args:
+            tokens: The token of each row.
+
+        Returns:
+            `[len(tokens), V]`: logits of the next one, in the order of `tokens`.
+        """
+
+    def trim(self, row: int, length: int) -> None:
+        """Forget a row's latest tokens, so that `length` stay."""
 
 
 class Model(Protocol):
-    """A decoder-only network that says which token it would write next."""
+    """A decoder-only network that says how likely each token is to come next."""
 
     max_positions: int
     """Longest sequence, in tokens."""
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make an empty cache for `batch` sequences of at most `capacity` tokens."""
-
-    def forward(self, tokens: IntArray, counts: IntArray, cache: KVCache, last: int) -> IntArray:
-        """Run one pass: append tokens to every sequence, and predict.
-
-        Args:
-            tokens: `[B, T]`, padded on the right with anything.
-            counts: `[B]`: how many of a row's tokens are real, at least one.
-            cache: What the sequences hold so far; afterwards it holds `counts` tokens more.
-            last: For how many of a row's last real tokens the prediction is wanted.
-
-        Returns:
-            `[B, last]`: the most likely next token after each of a row's last `last` real tokens; column -1 belongs to
-            the very last. Where a row has fewer real tokens, its first columns mean nothing.
-        """
-
-
-def last_positions(counts: IntArray, last: int) -> IntArray:
-    """Columns of the last real tokens of each row, `[B, last]`, clipped to the row.
-
-    >>> last_positions(np.array([4, 2]), 3)
-    array([[1, 2, 3],
-           [0, 0, 1]])
-    """
-    columns: IntArray = np.maximum(counts[:, None] - last + np.arange(last)[None, :], 0)
-    return columns
-
-
-class Slots:
-    """Which places of a concatenating cache hold real tokens, for models that are told so by a mask.
-
-    Every pass adds `T` places to every row, real or not; trimmed tokens leave holes, which the mask hides.
-
-    Attributes:
-        mask: `[B, S]`, 1 where a token is.
-    """
-
-    def __init__(self, batch: int) -> None:
-        self.mask: IntArray = np.zeros((batch, 0), dtype=np.int64)
-
     @property
-    def lengths(self) -> IntArray:
-        """Tokens of each row, `[B]`."""
-        lengths: IntArray = self.mask.sum(axis=1)
-        return lengths
+    def bytes_per_token(self) -> int:
+        """Memory that a token's keys and values take."""
 
-    def append(self, counts: IntArray, width: int) -> IntArray:
-        """Add `width` places, of which `counts[b]` are real, and give the tokens' positions, `[B, width]`."""
-        columns = np.arange(width)[None, :]
-        positions: IntArray = self.lengths[:, None] + columns
-        self.mask = np.concatenate([self.mask, (columns < counts[:, None]).astype(np.int64)], axis=1)
-        return positions
-
-    def trim(self, lengths: IntArray) -> int:
-        """Forget each row's latest tokens, and give the number of places that are still in use."""
-        self.mask *= self.mask.cumsum(axis=1) <= lengths[:, None]
-        used = np.flatnonzero(self.mask.any(axis=0))
-        width = int(used[-1]) + 1 if len(used) else 0
-        self.mask = self.mask[:, :width]
-        return width
+    def new_rows(self, rows: int, capacity: int) -> Rows:
+        """Make empty rows of `capacity` tokens each."""

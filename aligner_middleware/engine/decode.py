@@ -65,6 +65,8 @@ class Decoder:
             return False
         row = self._places.index(None)
         self._places[row] = sequence
+        if isinstance(sequence, Prefill):
+            sequence.fed = []
         assert self._rows is not None
         self._rows.trim(row, 0)
         return True

@@ -105,9 +105,16 @@ class Scheduler:
                     self._changed.wait()
                     self._leave(decoder)
                 if self._closed:
-                    self._fail_all()
+                    error = ClosedError("this aligner was closed while a correction was under way")
+                    self._fail([*self._calls.values(), *self._waiting], error)
                     return
-            for generation in decoder.round():
+            try:
+                moved = decoder.round()
+            except Exception as exc:  # of a model that fails outside its passes: nobody may wait for ever
+                self._fail(list(self._calls.values()), exc)
+                decoder = Decoder(self._model, self._stop)
+                continue
+            for generation in moved:
                 self._report(generation)
 
     def _leave(self, decoder: Decoder) -> None:
@@ -129,7 +136,7 @@ class Scheduler:
             try:
                 if not future.cancelled() and not decoder.admit(generation, generation.longest):
                     break
-            except MemoryError as exc:
+            except Exception as exc:  # no memory, on whatever device
                 _settle(future, exc)
             else:
                 if not future.cancelled():
@@ -155,12 +162,11 @@ class Scheduler:
             _settle(future, generation.error or generation)
         on_round()
 
-    def _fail_all(self) -> None:
-        for _, future, on_round in [*self._calls.values(), *self._waiting]:
-            _settle(future, ClosedError("this aligner was closed while a correction was under way"))
+    def _fail(self, calls: list[_Call], error: Exception) -> None:
+        for generation, future, on_round in calls:
+            self._calls.pop(generation, None)
+            _settle(future, error)
             on_round()
-        self._calls.clear()
-        self._waiting.clear()
 
 
 def _settle(future: Future[Generation], outcome: Generation | Exception) -> None:

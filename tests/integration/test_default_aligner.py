@@ -59,22 +59,28 @@ def test_threads_and_tasks_share_one_aligner(aligner: Aligner) -> None:
     assert asyncio.run(together()) == expected
 
 
-def test_batch_and_stream_agree_on_held_out_rows(aligner: Aligner, held_out: list[dict[str, str]]) -> None:
-    pairs = [(row["question"], row["answer"]) for row in held_out if len(row["answer"]) < 200][:12]
-    together = [c.corrected for c in aligner.correct_batch(pairs)]
-    assert [aligner.correct(*pair).corrected for pair in pairs] == together
-    assert ["".join(aligner.stream(*pair)) for pair in pairs] == together
-
-
-def test_float32_says_what_pytorch_says_with_a_draft_and_without(held_out: list[dict[str, str]]) -> None:
+def test_float32_says_what_pytorch_says_with_a_draft_without_together_and_in_a_stream(
+    held_out: list[dict[str, str]],
+) -> None:
     # In int8 the kernels for one token and for many round differently, and a near tie may fall either way.
     pairs = [(row["question"], row["answer"]) for row in held_out if len(row["answer"]) < 120][:6]
     reference = Aligner.load(engine="torch").correct_batch(pairs)
-    found = Aligner.load(precision="float32").correct_batch(pairs)
-    plain = Aligner.load(precision="float32", draft=False).correct_batch(pairs)
-    assert [c.corrected for c in found] == [c.corrected for c in reference]
-    assert [c.usage.passes for c in found] == [c.usage.passes for c in reference]
-    assert [c.corrected for c in plain] == [c.corrected for c in reference]
+    expected = [c.corrected for c in reference]
+    with Aligner.load(precision="float32") as exact, Aligner.load(precision="float32", draft=False) as plain:
+        alone = [exact.correct(*pair) for pair in pairs]
+        assert [c.corrected for c in alone] == expected
+        assert [c.usage.passes for c in alone] == [c.usage.passes for c in reference]
+        assert [c.corrected for c in exact.correct_batch(pairs)] == expected
+        assert ["".join(exact.stream(question, iter(answer))) for question, answer in pairs] == expected
+        assert [c.corrected for c in plain.correct_batch(pairs)] == expected
+
+
+def test_kept_answers_are_kept_together_and_in_a_stream(aligner: Aligner, held_out: list[dict[str, str]]) -> None:
+    pairs = [(row["question"], row["answer"]) for row in held_out if row["kind"] == "keep" and len(row["answer"]) < 200]
+    kept = [c for c in aligner.correct_batch(pairs[:16]) if not c.changed]
+    assert len(kept) > 4
+    assert [aligner.correct(c.question, c.original).corrected for c in kept] == [c.original for c in kept]
+    assert ["".join(aligner.stream(c.question, c.original)) for c in kept] == [c.original for c in kept]
 
 
 def test_special_tokens_in_text_neither_end_nor_steer_the_prompt(aligner: Aligner) -> None:

@@ -132,15 +132,44 @@ def test_a_pass_that_raises_fails_its_own_call_alone() -> None:
     scheduler.close()
 
 
-def test_memory_that_runs_out_fails_the_call_that_needed_it() -> None:
+def test_a_model_that_fails_outside_its_passes_leaves_nobody_waiting() -> None:
+    class Forgetful(FakeModel):
+        def new_rows(self, rows, capacity):  # type: ignore[no-untyped-def]
+            made = super().new_rows(rows, capacity)
+            trim = made.trim
+
+            def failing(row: int, length: int) -> None:
+                if length == 300:
+                    raise RuntimeError("lost")
+                trim(row, length)
+
+            made.trim = failing
+            return made
+
+    scheduler = Scheduler(Forgetful(lambda tokens: 5), STOP)
+    endless = scheduler.submit(Generation([1], max_new_tokens=1500))
+    prefill = Prefill([1] * 400)
+    scheduler.prefill(prefill)
+    while len(prefill.fed) < 400:
+        time.sleep(0.001)
+    prefill.prompt = [1] * 300 + [2] * 300  # its second half was read in vain
+    scheduler.prefill(prefill)
+    with pytest.raises(RuntimeError, match="lost"):
+        endless.result(timeout=10)
+    assert len(scheduler.submit(Generation([1], max_new_tokens=4)).result(timeout=10).tokens) == 4
+    scheduler.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError])
+def test_memory_that_runs_out_fails_the_call_that_needed_it(error: type[Exception]) -> None:
     class Small(FakeModel):
         def new_rows(self, rows, capacity):  # type: ignore[no-untyped-def]
             if capacity > 2048:
-                raise MemoryError
+                raise error
             return super().new_rows(rows, capacity)
 
     scheduler = Scheduler(Small(rule), STOP)
-    with pytest.raises(MemoryError):
+    with pytest.raises(error):
         scheduler.submit(Generation([1] * 3000)).result(timeout=10)
     assert scheduler.submit(Generation([1, 2], max_new_tokens=4)).result(timeout=10).finish_reason
     scheduler.close()

@@ -50,9 +50,11 @@ class Decoder:
             MemoryError: If there is no memory for its keys and values.
         """
         prefill = sequence.prefill if isinstance(sequence, Generation) else None
-        if prefill is not None and prefill in self._places and self._rows and longest <= self._rows.capacity:
-            self._places[self._places.index(prefill)] = sequence
-            return True
+        if prefill is not None:
+            if prefill in self._places and self._rows and longest <= self._rows.capacity:
+                self._places[self._places.index(prefill)] = sequence
+                return True
+            self.drop(prefill)
         if self._rows is None or longest > self._rows.capacity:
             if any(isinstance(held, Generation) for held in self.running):
                 return False

@@ -251,11 +251,11 @@ class Aligner:
     @overload
     def correct_batch(
         self, pairs: Iterable[tuple[str, str]], *, return_exceptions: Literal[True]
-    ) -> list[Correction | InputError]: ...
+    ) -> list[Correction | Exception]: ...
 
     def correct_batch(
         self, pairs: Iterable[tuple[str, str]], *, return_exceptions: bool = False
-    ) -> list[Correction] | list[Correction | InputError]:
+    ) -> list[Correction] | list[Correction | Exception]:
         """Correct several answers together, which costs less than one after the other.
 
         Args:
@@ -274,18 +274,21 @@ class Aligner:
             for outcome in started:
                 if isinstance(outcome, InputError):
                     raise outcome
-        futures = [self._scheduler.submit(outcome) for outcome in started if isinstance(outcome, Generation)]
+        futures: dict[int, Future[Generation]] = {}
         try:
-            for future in futures:
-                future.result()
+            for at, outcome in enumerate(started):
+                if isinstance(outcome, Generation):
+                    futures[at] = self._scheduler.submit(outcome)
+            found: list[Correction | Exception] = []
+            for at, ((question, answer), outcome) in enumerate(zip(pairs, started, strict=True)):
+                found.append(self._outcome(question, answer, outcome, futures.get(at)))
+                if isinstance(found[-1], Exception) and not return_exceptions:
+                    raise found[-1]
+            return found
         except BaseException:  # an interrupt from the keyboard, too
-            for future in futures:
+            for future in futures.values():
                 future.cancel()
             raise
-        return [
-            outcome if isinstance(outcome, InputError) else self._correction(question, answer, outcome)
-            for (question, answer), outcome in zip(pairs, started, strict=True)
-        ]
 
     async def acorrect(self, question: str, answer: str) -> Correction:
         """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others."""
@@ -369,6 +372,19 @@ class Aligner:
             return self._scheduler.submit(generation, wait=False)
         except BlockingIOError:
             return await asyncio.to_thread(self._scheduler.submit, generation)
+
+    def _outcome(
+        self, question: str, answer: str, started: Generation | InputError | None, future: Future[Generation] | None
+    ) -> Correction | Exception:
+        """Wait for a pair's correction, or what was wrong with it."""
+        if isinstance(started, InputError):
+            return started
+        try:
+            if future is not None:
+                future.result()
+        except Exception as exc:
+            return exc
+        return self._correction(question, answer, started)
 
     def _start_or_error(self, question: str, answer: str) -> Generation | InputError | None:
         try:

@@ -197,7 +197,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
     async def _afinish(self, job: _Job) -> Any:
         try:
             correction = await self.aligner.acorrect(job.question, job.answer)
-        except InputError as exc:
+        except Exception as exc:  # `on_error` says what becomes of it
             return self._finish(job, exc)
         return self._finish(job, correction)
 

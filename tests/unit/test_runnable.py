@@ -17,7 +17,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 
 from aligner_middleware import AlignerRunnable, InputError, MissingQuestionError, question_record
-from tests.fakes import fake_aligner
+from tests.fakes import FakeModel, fake_aligner
 
 
 class Echo(BaseChatModel):
@@ -259,3 +259,22 @@ def test_many_tasks_share_passes_of_one_aligner(align: AlignerRunnable) -> None:
         return await asyncio.gather(*(chain.ainvoke(f"{number}") for number in range(40)))
 
     assert [message.content for message in asyncio.run(main())] == [good(f"{number}") for number in range(40)]
+
+
+def test_a_pass_that_fails_is_the_policys_to_decide() -> None:
+    class Broken(FakeModel):
+        def append(self, *args: Any) -> Any:
+            raise RuntimeError("out of order")
+
+    def broken(**policy: Any) -> AlignerRunnable:
+        aligner = fake_aligner(lambda question, answer: answer)
+        aligner.fake_model.__class__ = Broken  # type: ignore[attr-defined]
+        return AlignerRunnable(aligner, question="q", **policy)
+
+    with pytest.raises(RuntimeError, match="out of order"):
+        broken().invoke("answer")
+    with pytest.raises(RuntimeError, match="out of order"):
+        asyncio.run(broken().ainvoke("answer"))
+    assert broken(on_error="passthrough").batch(["one", "two"]) == ["one", "two"]
+    assert asyncio.run(broken(on_error="Sorry.").ainvoke("answer")) == "Sorry."
+    assert list(broken(on_error="passthrough").stream("answer")) == ["answer"]

@@ -17,13 +17,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from aligner_middleware.errors import ArtifactError
 from aligner_middleware.prompt import PromptTemplate, resolve_template
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 ARTIFACT_FILE = "aligner.json"
 
 Precision = Literal["float32", "float16", "int8", "int4"]
 GraphKind = Literal["fused", "standard"]
+Weights = Literal["floats", "products", "blocks"]
 
 
 class _Frozen(BaseModel):
@@ -64,6 +65,20 @@ class Parity(_Frozen):
     tokens: int
 
 
+class Probe(_Frozen):
+    """What the graph said where it was built: another CPU's kernels must say the same.
+
+    Attributes:
+        tokens: A short text.
+        top: The likeliest tokens after it.
+        logits: Their logits.
+    """
+
+    tokens: tuple[int, ...]
+    top: tuple[int, ...]
+    logits: tuple[float, ...]
+
+
 class Artifact(_Frozen):
     """What `aligner.json` says of the folder it lies in.
 
@@ -71,6 +86,7 @@ class Artifact(_Frozen):
         name: What was exported: `default`, a hub id, or a folder's name.
         template: The prompt that this aligner was trained with.
         graph: `fused` (GroupQueryAttention with buffers shared between passes) or `standard` (as optimum exports it).
+        weights: How they are stored (`build/quantize.py`).
         eos_token_ids: Tokens that end a correction.
         layers, kv_heads, head_size: Shape of the KV cache: `2 * layers` arrays of `[B, kv_heads, S, head_size]`.
         max_positions: Context, in tokens.
@@ -83,6 +99,7 @@ class Artifact(_Frozen):
     template: PromptTemplate
     precision: Precision
     graph: GraphKind
+    weights: Weights
     base: BaseWeights
     eos_token_ids: tuple[int, ...]
     layers: int
@@ -93,6 +110,7 @@ class Artifact(_Frozen):
     files: dict[str, str]
     built_with: dict[str, str]
     parity: Parity | None = None
+    probe: Probe | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Artifact:

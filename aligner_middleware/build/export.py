@@ -23,7 +23,8 @@ from aligner_middleware.build import parity
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.build.fuse import NotFusable, fuse
 from aligner_middleware.build.head import predict_at_positions
-from aligner_middleware.build.quantize import quantise
+from aligner_middleware.build.quantize import WEIGHTS, quantise
+from aligner_middleware.build.rotate import NotRotatable
 from aligner_middleware.build.sample import SAMPLE
 from aligner_middleware.errors import BuildError
 
@@ -75,16 +76,24 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         _by_optimum(network, checkpoint, Path(scratch))
         report(STEPS[2])
-        model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, fused)
-    predict_at_positions(model)
-    report(STEPS[3])
-    with _quiet():
-        model = quantise(model, precision)
-    _save(model, out / MODEL_FILE)
-    del model
-    gc.collect()
-    report(STEPS[4])
-    measured = parity.measure(network, checkpoint, out / MODEL_FILE, SAMPLE)
+        for weights in WEIGHTS[precision]:
+            model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, fused)
+            fused = kind == "fused"
+            predict_at_positions(model)
+            report(STEPS[3])
+            try:
+                with _quiet():
+                    model = quantise(model, precision, weights)
+            except NotRotatable as exc:
+                logger.info("weights are stored in blocks, which is slower: %s", exc)
+                continue
+            _save(model, out / MODEL_FILE)
+            del model
+            gc.collect()
+            report(STEPS[4])
+            measured = parity.measure(network, checkpoint, out / MODEL_FILE, SAMPLE)
+            if parity.holds(measured, precision):
+                break
     parity.check(measured, precision)
     report(STEPS[5])
     (out / TOKENIZER_FILE).write_bytes((checkpoint.folder / TOKENIZER_FILE).read_bytes())
@@ -94,6 +103,7 @@ def export(
         template=checkpoint.template,
         precision=precision,
         graph=kind,
+        weights=weights,
         base=checkpoint.weights,
         eos_token_ids=tuple(ends),
         layers=config["num_hidden_layers"],
@@ -104,6 +114,7 @@ def export(
         files={path.name: sha256(path) for path in sorted(out.iterdir())},
         built_with={tool: version(tool) for tool in _TOOLS},
         parity=measured,
+        probe=parity.probe(out / MODEL_FILE, tokenizer.encode(SAMPLE[0][1])),
     )
     artifact.save(out)
     return artifact

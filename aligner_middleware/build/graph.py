@@ -59,6 +59,18 @@ class Graph:
         """Give the first input of a node that is a constant."""
         return next((array for name in node.input if (array := self.constant(name)) is not None), None)
 
+    def is_weight(self, name: str) -> bool:
+        """Whether a value is a matrix stored in the model."""
+        return name in self.initializers and len(self.initializers[name].dims) == 2
+
+    def weight_input(self, node: onnx.NodeProto) -> str | None:
+        """Name the input of a node that is stored in the model."""
+        return next((name for name in node.input if name in self.initializers), None)
+
+    def array(self, name: str) -> Array:
+        """Give the array of an initializer."""
+        return numpy_helper.to_array(self.initializers[name])
+
     def ancestors(self, name: str) -> Iterator[onnx.NodeProto]:
         """Walk the nodes that a value is made by, the nearest first."""
         seen, waiting = set(), [name]
@@ -76,6 +88,10 @@ class Graph:
             self.proto.initializer.append(tensor)
             self.initializers[name] = self.proto.initializer[-1]
         return name
+
+    def replace_initializer(self, name: str, array: Array) -> None:
+        """Give an initializer another array."""
+        self.initializers[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
     def add(
         self,

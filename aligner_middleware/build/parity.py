@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Parity, Precision
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Parity, Precision, Probe
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.errors import BuildError
 from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt
@@ -19,6 +19,7 @@ from aligner_middleware.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_TOP = 16  # logits of a probe
 # (smallest share of equal arg max, largest rise of perplexity): float32 differs by rounding only; the others were measured
 # on the default aligner with room to spare (benchmarks/README.md).
 _TOLERANCE: dict[Precision, tuple[float, float]] = {
@@ -60,6 +61,12 @@ def measure(
     )
 
 
+def holds(parity: Parity, precision: Precision) -> bool:
+    """Whether a graph is near enough to the PyTorch model."""
+    share, rise = _TOLERANCE[precision]
+    return parity.same_argmax >= share and parity.perplexity <= parity.reference_perplexity * (1 + rise)
+
+
 def check(parity: Parity, precision: Precision) -> None:
     """Refuse a graph that has drifted too far.
 
@@ -68,12 +75,20 @@ def check(parity: Parity, precision: Precision) -> None:
     """
     share, rise = _TOLERANCE[precision]
     allowed = parity.reference_perplexity * (1 + rise)
-    if parity.same_argmax < share or not parity.perplexity <= allowed:
+    if not holds(parity, precision):
         raise BuildError(
             f"the {precision} graph is too far from the PyTorch model: it agrees on {parity.same_argmax:.1%} of "
             f"{parity.tokens} tokens (at least {share:.1%} expected), with perplexity {parity.perplexity:.3f} (at most "
             f"{allowed:.3f} expected): nothing was written; export a higher precision"
         )
+
+
+def probe(graph: Path, tokens: Sequence[int]) -> Probe:
+    """Take down what a graph says after a text, for `OnnxModel` to compare."""
+    session = ort.InferenceSession(graph, _quiet(), providers=["CPUExecutionProvider"])
+    logits = _onnx_logits(session, [*tokens, 0], 1)[0]
+    top = np.argsort(-logits)[:_TOP]
+    return Probe(tokens=tuple(tokens), top=tuple(map(int, top)), logits=tuple(map(float, logits[top])))
 
 
 def perplexity(folder: Path, triples: Sequence[tuple[str, str, str]]) -> float:

@@ -1,7 +1,11 @@
-"""Quantise the weights of an exported decoder: int8 and int4 blocks by ONNX Runtime, float16 for GPUs.
+"""Quantise an exported decoder: int8 as products of integers, int8 and int4 in blocks, float16 for GPUs.
 
-Activations are quantised block by block within a token (MatMulNBits, accuracy level 4), never over a whole tensor: what a
-token's prediction is does not depend on what else is in the pass, so verifying a draft gives what decoding gives.
+- `products`: weights and activations are integers (`integers.py`).
+- `blocks`: weights are stored in blocks of 32 with a scale each (MatMulNBits, accuracy level 4). Slower over many tokens, and
+  for every graph.
+
+In both, activations are quantised within a token, never over a whole tensor: what a token's prediction is does not depend on
+what else is in the pass.
 """
 
 from __future__ import annotations
@@ -10,30 +14,38 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from aligner_middleware.artifact import Precision
+from aligner_middleware.artifact import Precision, Weights
 from aligner_middleware.build.graph import MICROSOFT, Graph
-from aligner_middleware.errors import BuildError
+from aligner_middleware.build.integers import to_integer_products
 
 _BLOCK = 32
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 
+# How a precision's weights can be stored, the best one first; the next is for models that cannot be had in it.
+WEIGHTS: dict[Precision, tuple[Weights, ...]] = {
+    "float32": ("floats",),
+    "float16": ("floats",),
+    "int8": ("products", "blocks"),
+    "int4": ("blocks",),
+}
 
-def quantise(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+
+def quantise(model: onnx.ModelProto, precision: Precision, weights: Weights) -> onnx.ModelProto:
     """Give a float32 model in another precision; it may be changed in place.
 
     Raises:
-        BuildError: If the precision is unknown.
+        NotRotatable: If weights shall be `products` and the model is not of a shape for them.
     """
-    if precision == "float32":
+    if weights == "products":
+        to_integer_products(model)
+        _quantise_embedding(model)
         return model
-    if precision == "float16":
-        return _to_float16(model)
-    if precision not in _BITS:
-        raise BuildError(f"precision is {precision!r}, expected float32, float16, int8 or int4")
-    quantised = _to_blocks(model, _BITS[precision])
-    if precision == "int8":
-        _share_embedding(quantised)
-    return quantised
+    if weights == "blocks":
+        model = _to_blocks(model, _BITS[precision])
+        if precision == "int8":
+            _share_embedding(model)
+        return model
+    return _to_float16(model) if precision == "float16" else model
 
 
 def _to_blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
@@ -76,13 +88,33 @@ def _share_embedding(model: onnx.ModelProto) -> None:
     shapes = {"embedding.shape": [rows, width], "embedding.scales_shape": [rows, width // _BLOCK]}
     for name, shape in shapes.items():
         graph.add_initializer(name, np.array(shape, dtype=np.int64))
-    graph.remove(gather)
     weights = graph.add("Reshape", [head.input[1], "embedding.shape"], ["embedding/bytes"], "/embedding/Reshape")
     scales = graph.add("Reshape", [head.input[2], "embedding.scales_shape"], ["embedding/scales"], "/embedding/Scales")
+    _look_up(graph, gather, weights, scales)
+
+
+def _quantise_embedding(model: onnx.ModelProto) -> None:
+    """Store the embedding in blocks of 8-bit integers, if its width is made of whole blocks."""
+    graph = Graph(model)
+    gather = next(node for node in graph.nodes("Gather") if graph.is_weight(node.input[0]))
+    table = graph.array(gather.input[0])
+    if table.shape[1] % _BLOCK:
+        return
+    blocks = table.reshape(len(table), -1, _BLOCK)
+    scales = np.maximum(np.abs(blocks).max(axis=2) / 127, 1e-12).astype(np.float32)
+    stored = (np.round(blocks / scales[:, :, None]) + 128).astype(np.uint8)
+    bytes_name = graph.add_initializer("embedding.bytes", stored.reshape(table.shape))
+    _look_up(graph, gather, bytes_name, graph.add_initializer("embedding.scales", scales))
+
+
+def _look_up(graph: Graph, gather: onnx.NodeProto, weights: str, scales: str) -> None:
+    """Have a lookup read blocks of integers, `[V, width]` with scales `[V, width / block]`."""
+    result, indices = list(gather.output), gather.input[1]
+    graph.remove(gather)
     graph.add(
         "GatherBlockQuantized",
-        [weights, gather.input[1], scales],
-        list(gather.output),
+        [weights, indices, scales],
+        result,
         gather.name,
         MICROSOFT,
         bits=8,
@@ -91,6 +123,7 @@ def _share_embedding(model: onnx.ModelProto) -> None:
         quantize_axis=1,
     )
     graph.tidy()
+    model = graph.model
     if not any(opset.domain == MICROSOFT for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # A pass over one more token costs this share of a pass over one (int8 on a CPU; benchmarks/README.md).
-_COST = 0.16
+_COST = 0.05
 _FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 2.0, 0.03, 16.0  # in passes over one token
 _SHORTEST, _LONGEST = 4, 128  # tokens looked ahead
 

@@ -10,6 +10,8 @@ and give `logits` `[B, P, V]`.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from aligner_middleware.artifact import Artifact
+from aligner_middleware.artifact import Artifact, Probe
 from aligner_middleware.engine.model import IntArray, Logits, Rows
 from aligner_middleware.errors import ArtifactError
 
-_CHUNK = 1024  # tokens of a single sequence that go through at once: attention scores take heads x T x S floats
+_CHUNK = 256  # tokens of a sequence that go through at once: attention compares each with all before the chunk's end
+_PROBE_TOLERANCE = (
+    1.0  # of a logit, on average: other CPUs round differently, those that cannot do the graph's work differ by more
+)
+_PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_environment = threading.Lock()
 
 
 class OnnxModel:
@@ -52,15 +59,7 @@ class OnnxModel:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        ort.set_default_logger_severity(
-            4
-        )  # a GPU build without CUDA's libraries falls back to the CPU, and says so at length
-        try:
-            self._session = ort.InferenceSession(path, options, providers=_providers(providers))
-        except Exception as exc:  # ONNX Runtime raises its own classes, without a common base
-            raise ArtifactError(f"ONNX Runtime cannot load {path}: {exc}") from exc
-        finally:
-            ort.set_default_logger_severity(2)
+        self._session = _session(path, options, _providers(providers))
         inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._inputs = frozenset(inputs)
         self._dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32
@@ -68,6 +67,19 @@ class OnnxModel:
         sides = [(layer, side) for layer in range(artifact.layers) for side in ("key", "value")]
         self._past = [f"past_key_values.{layer}.{side}" for layer, side in sides]
         self._present = [f"present.{layer}.{side}" for layer, side in sides]
+        self._check(path, artifact.probe)
+
+    def _check(self, path: Path, probe: Probe | None) -> None:
+        """Say so if this machine computes something else than the one that built the graph; the first pass is over then."""
+        if probe is None:
+            return
+        logits = self.new_rows(1, len(probe.tokens)).extend(0, probe.tokens, 1)[0, list(probe.top)]
+        difference = float(np.abs(logits - probe.logits).mean())
+        if not difference <= _PROBE_TOLERANCE:
+            raise ArtifactError(
+                f"{path} gives other results here than where it was exported (logits differ by {difference:.1f}): this "
+                f"machine has not the instructions for it, export the aligner again on this one"
+            )
 
     @property
     def providers(self) -> list[str]:
@@ -185,6 +197,26 @@ class _StandardRows:
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
+
+
+def _session(path: Path, options: Any, providers: list[str]) -> Any:
+    """Load a graph.
+
+    GroupQueryAttention's tiled kernel for the CPU takes twice the time of its plain one at the lengths of answers
+    (benchmarks/README.md), so it is turned off while the operators are made.
+    """
+    with _environment:
+        before = os.environ.get(_PLAIN_ATTENTION)
+        os.environ.setdefault(_PLAIN_ATTENTION, "1")
+        ort.set_default_logger_severity(4)  # a GPU build without CUDA's libraries falls back to the CPU, at length
+        try:
+            return ort.InferenceSession(path, options, providers=providers)
+        except Exception as exc:  # ONNX Runtime raises its own classes, without a common base
+            raise ArtifactError(f"ONNX Runtime cannot load {path}: {exc}") from exc
+        finally:
+            ort.set_default_logger_severity(2)
+            if before is None:
+                del os.environ[_PLAIN_ATTENTION]
 
 
 def _providers(wanted: Sequence[str] | None) -> list[str]:

@@ -27,6 +27,7 @@ def artifact_folder(folder: Path) -> Path:
         template=DEFAULT,
         precision="int8",
         graph="fused",
+        weights="floats",
         base=BaseWeights(source="tests", sha256={}),
         eos_token_ids=(2,),
         layers=1,

@@ -1,204 +1,202 @@
-"""ONNX Runtime against PyTorch: same weights, same prompts, one run.
+"""What a correction costs, beside every rival, on the same weights, in one run.
 
-    python benchmarks/latency.py [--lengths 32,128,256] [--repeats 5] [--out benchmarks/results]
+    python benchmarks/latency.py [--lengths 32,128,256,512,2048] [--repeats 3] [--out benchmarks/results]
 
-For every engine and answer length it measures
+The prompt is the aligner's own, with a question and a real answer of so many tokens in it. What is written after it is
 
-- prefill: one pass over the prompt (question and answer), in milliseconds;
-- a token: one decoding pass on top of it, in milliseconds;
-- decoded: a whole correction of that length, written token by token;
-- drafted: the same correction with the answer as its draft, all of it accepted: what an answer costs that is kept.
+- unchanged: the answer once more;
+- edited: the answer with another sentence in its middle;
+- rewritten: another text of the same length.
 
-`generate` is PyTorch's own, with its prompt lookup of 10 tokens: the rival that also takes words from the prompt. Engines
-take turns in every repeat, so that a noisy machine is noisy for all; medians are given. A table, `latency.json` and
-`latency.png` come out.
+Every engine runs in a process of its own, which gives its peak memory, and the processes take turns, so that a noisy machine
+is noisy for all. The first round warms up; medians of the others are given. From 512 tokens on one measured round has to do.
+A table, `latency.json` and `latency.png` come out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
-import time
+import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-import numpy as np
-import torch
+import rivals
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, MODEL_FILE, Artifact, cached_folder, home
-from aligner_middleware.build import build_cached, export_folder
-from aligner_middleware.build.checkpoint import open_checkpoint
-from aligner_middleware.engine import Generation, Model, decode
-from aligner_middleware.engine.onnx import OnnxModel
-from aligner_middleware.engine.pytorch import TorchModel
+from aligner_middleware.artifact import DEFAULT_FOLDER, TOKENIZER_FILE, cached_folder
 from aligner_middleware.prompt import DEFAULT, encode_prompt
+from aligner_middleware.tokenizer import Tokenizer
 
-MEASURES = ("prefill", "a token", "decoded", "drafted")
+CASES = ("unchanged", "edited", "rewritten")
+QUESTION = "Could you give me a few examples?"
 
 
 def main() -> None:
     """Run the benchmark."""
     options = parse()
     lengths = [int(length) for length in options.lengths.split(",")]
-    engines, generate = load()
-    prompts = {length: prompt_of(length) for length in lengths}
-    timings: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-    for repeat in range(options.repeats + 1):  # the first round warms up
-        for length, prompt in prompts.items():
-            for name, model in engines.items():
-                for measure, seconds in run(model, prompt, length).items():
-                    timings[name, length, measure] += [seconds] if repeat else []
-            if repeat in (1, 2):
-                timings["PyTorch float32 generate, prompt lookup", length, "drafted"].append(
-                    clock(lambda p=prompt, n=length: generate(p, n))
-                )
-    results = [
-        {"engine": engine, "answer_tokens": length, "measure": measure, "ms": 1000 * statistics.median(values)}
-        for (engine, length, measure), values in timings.items()
+    rivals.make_all()
+    tasks = {length: texts(length) for length in lengths}
+    workers = {name: Worker(name) for name in options.engines.split(";")}
+    plan = [
+        (repeat, length, case, name)
+        for length in lengths
+        for repeat in range(1 + (options.repeats if length < 512 else 1))
+        for case in CASES
+        for name in workers
+        if case == "unchanged" or name in rivals.DRAFTED
     ]
+    found: dict[tuple[str, int, str], list[rivals.Written]] = defaultdict(list)
+    for repeat, length, case, name in track(plan, "measuring", console=Console(stderr=True)):
+        if repeat or length >= 512:
+            written = workers[name].write(*tasks[length][case])
+            found[name, length, case] += [written] if repeat else []
+        else:
+            workers[name].write(*tasks[length][case])
+    results = [
+        {
+            "engine": name,
+            "answer_tokens": length,
+            "case": case if name in rivals.DRAFTED else "any",
+            "ms": 1000 * statistics.median(written.seconds for written in runs),
+            "passes": runs[0].passes,
+            "accepted": runs[0].accepted,
+        }
+        for (name, length, case), runs in found.items()
+    ]
+    memory = {name: worker.peak_memory() for name, worker in workers.items()}
+    report = {"machine": machine(options.repeats), "peak_memory_mb": memory, "results": results}
     options.out.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "cpu": cpu(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "repeats": options.repeats,
-    }
-    (options.out / "latency.json").write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
-    for length in lengths:
-        show(length, len(prompts[length]), results)
-    plot(results, lengths, options.out / "latency.png")
-    print(json.dumps(machine))
+    (options.out / "latency.json").write_text(json.dumps(report, indent=1) + "\n")
+    show(report)
+    plot(report, options.out / "latency.png")
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--lengths", default="32,128,256", help="tokens in an answer, separated by commas")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lengths", default="32,128,256,512,2048", help="tokens in an answer, separated by commas")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engines", default=";".join(rivals.ENGINES), help="separated by semicolons")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()
 
 
-def load() -> tuple[dict[str, Model], Callable[[list[int], int], None]]:
-    """Load the default aligner in every form."""
-    checkpoint = open_checkpoint("default")
-    network = checkpoint.load()
-    standard = home() / f"benchmark-standard-{cached_folder('default', 'float32').name[-12:]}"
-    if not (standard / ARTIFACT_FILE).is_file():
-        export_folder("default", standard, "float32", fused=False)
-    folders = {
-        "ONNX float32, as optimum exports it": standard,
-        "ONNX float32, fused": build_cached("default", "float32"),
-        "ONNX int8, fused": build_cached("default", "int8"),
-    }
-    engines: dict[str, Model] = {
-        "PyTorch float32": TorchModel(network),
-        "PyTorch bfloat16": TorchModel(checkpoint.load("bfloat16")),
-    }
-    engines |= {name: OnnxModel(folder / MODEL_FILE, Artifact.load(folder)) for name, folder in folders.items()}
-
-    def generate(prompt: list[int], length: int) -> None:
-        ids = torch.tensor([prompt])
-        settings = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length, "pad_token_id": 2}
-        with torch.inference_mode():
-            network.generate(ids, attention_mask=torch.ones_like(ids), prompt_lookup_num_tokens=10, **settings)
-
-    return engines, generate
-
-
-def prompt_of(length: int) -> list[int]:
-    """Make the prompt for a real answer cut to `length` tokens."""
-    tokenizer = open_checkpoint("default").tokenizer()
+def texts(length: int) -> dict[str, tuple[list[int], list[int], list[int]]]:
+    """Make prompt, target and draft of each case from real answers."""
+    tokenizer = Tokenizer.from_file(cached_folder("default", "int8") / TOKENIZER_FILE)
     rows = map(json.loads, (DEFAULT_FOLDER / "corrections.jsonl").read_text(encoding="utf-8").splitlines())
     answers = [row["answer"] for row in rows if row["kind"] == "keep" and len(row["answer"]) > 200]
-    answer = tokenizer.decode(tokenizer.encode("\n\n".join(answers))[:length])
-    return encode_prompt(tokenizer, DEFAULT, "Could you give me a few examples?", answer)
+    ids = tokenizer.encode("\n\n".join(answers))
+    answer, other = ids[:length], ids[-length - 200 : -200]
+    sentence = ids[-40 : -40 + max(6, min(24, length // 5))]
+    at = (length - len(sentence)) // 2
+    edited = answer[:at] + sentence + answer[at + len(sentence) :]
+    prompt = encode_prompt(tokenizer, DEFAULT, QUESTION, tokenizer.decode(answer))
+    targets = {"unchanged": answer, "edited": edited, "rewritten": other}
+    return {case: (prompt, target, answer) for case, target in targets.items()}
 
 
-def run(model: Model, prompt: list[int], length: int) -> dict[str, float]:
-    """Measure one engine on one prompt, in seconds."""
-    generation = Generation(prompt, max_new_tokens=length)
-    passes = decode(model, [generation], frozenset())
-    start = time.perf_counter()
-    next(passes)
-    prefill = time.perf_counter() - start
-    for _ in passes:
-        pass
-    decoded = time.perf_counter() - start
-    drafted = Generation(prompt, list(generation.tokens), max_new_tokens=length)
-    seconds = clock(lambda: [*decode(model, [drafted], frozenset())])
-    return {
-        "prefill": prefill,
-        "a token": (decoded - prefill) / (length - 1),
-        "decoded": decoded,
-        **({"drafted": seconds} if drafted.passes == 1 else {}),  # an engine may disagree with itself on a near tie
-    }
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._name = name
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, theirs), daemon=True)
+        self._process.start()
+        self._receive()
+
+    def write(self, prompt: list[int], target: list[int], draft: list[int]) -> rivals.Written:
+        """Have the engine write a text."""
+        self._pipe.send((prompt, target, draft))
+        written = self._receive()
+        assert isinstance(written, rivals.Written)
+        return written
+
+    def peak_memory(self) -> int:
+        """Give the most memory that it ever held, in MB."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1000
+
+    def _receive(self) -> Any:
+        answer = self._pipe.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(f"{self._name}: {answer}")
+        return answer
 
 
-def clock(action: Callable[[], object]) -> float:
-    """Time an action, in seconds."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def serve(name: str, pipe: Connection) -> None:
+    """Load an engine and answer calls."""
+    try:
+        engine = rivals.ENGINES[name]()
+        pipe.send(True)
+        while True:
+            pipe.send(engine.write(*pipe.recv()))
+    except EOFError:
+        return
+    except Exception:
+        pipe.send(traceback.format_exc())
 
 
-def show(length: int, prompt: int, results: list[dict[str, object]]) -> None:
-    """Print the table of one answer length."""
-    table = Table(title=f"answer of {length} tokens, prompt of {prompt}: milliseconds")
-    for column in ("engine", *MEASURES):
-        table.add_column(column, justify="left" if column == "engine" else "right")
-    found = {(row["engine"], row["measure"]): row["ms"] for row in results if row["answer_tokens"] == length}
-    for engine in dict.fromkeys(engine for engine, _ in found):
-        cells = (found.get((engine, measure)) for measure in MEASURES)
-        table.add_row(str(engine), *("" if cell is None else f"{cell:.1f}" for cell in cells))
-    Console(width=110).print(table)
+def show(report: dict[str, Any]) -> None:
+    """Print a table for each length."""
+    lengths = dict.fromkeys(row["answer_tokens"] for row in report["results"])
+    for length in lengths:
+        rows = [row for row in report["results"] if row["answer_tokens"] == length]
+        ours = {row["case"]: row["ms"] for row in rows if row["engine"] == "ours int8"}
+        table = Table(title=f"an answer of {length} tokens: ms (times ours int8)")
+        for column in ("engine", *CASES, "passes, accepted", "MB at most"):
+            table.add_column(column, justify="left" if column == "engine" else "right")
+        for engine in dict.fromkeys(row["engine"] for row in rows):
+            of = {row["case"]: row for row in rows if row["engine"] == engine}
+            cells = [of.get(case, of.get("any")) for case in CASES]
+            told = [f"{row['passes']}, {row['accepted']}" for row in cells if row and row["accepted"] is not None]
+            times = [f"{row['ms']:.0f} ({row['ms'] / ours[case]:.1f})" for case, row in zip(CASES, cells, strict=True)]
+            table.add_row(engine, *times, " | ".join(told), str(report["peak_memory_mb"][engine]))
+        Console(width=150).print(table)
 
 
-def plot(results: list[dict[str, object]], lengths: list[int], path: Path) -> None:
-    """Draw what a kept answer costs, decoded and drafted."""
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Draw time against length, a panel for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for axis, measure in zip(axes, ("decoded", "drafted"), strict=True):
-        names = list(dict.fromkeys(str(row["engine"]) for row in results if row["measure"] == measure))
-        for place, name in enumerate(names):
-            heights = [
-                next(
-                    (
-                        row["ms"]
-                        for row in results
-                        if (row["engine"], row["answer_tokens"], row["measure"]) == (name, n, measure)
-                    ),
-                    np.nan,
-                )
-                for n in lengths
-            ]
-            axis.bar(np.arange(len(lengths)) + 0.15 * place, heights, 0.15, label=name)
-        axis.set_xticks(np.arange(len(lengths)) + 0.3, [f"{length} tokens" for length in lengths])
-        axis.set_yscale("log")
-        axis.set_title({"decoded": "written token by token", "drafted": "answer as draft, all accepted"}[measure])
-        axis.legend(fontsize=7)
-    axes[0].set_ylabel("ms a correction")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True)
+    for axis, case in zip(axes, CASES, strict=True):
+        for engine in dict.fromkeys(row["engine"] for row in report["results"]):
+            points = sorted(
+                (row["answer_tokens"], row["ms"] / 1000)
+                for row in report["results"]
+                if row["engine"] == engine and row["case"] in (case, "any")
+            )
+            style = {"linewidth": 3, "marker": "o"} if engine == "ours int8" else {"linewidth": 1, "marker": "."}
+            axis.plot(*zip(*points, strict=True), label=engine, **style)
+        axis.set(xscale="log", yscale="log", title=case, xlabel="tokens in the answer")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds a correction")
+    axes[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
 
 
-def cpu() -> str:
-    """Name the processor."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def machine(repeats: int) -> dict[str, Any]:
+    """Name what it ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "repeats": repeats}
 
 
 if __name__ == "__main__":

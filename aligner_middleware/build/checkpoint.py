@@ -48,9 +48,11 @@ class Checkpoint:
     def load(self, dtype: str = "float32") -> PreTrainedModel:
         """Load the PyTorch model, the adapter merged in float32 and then cast to `dtype`."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        capped = getattr(AutoConfig.from_pretrained(self.folder), "attn_logit_softcapping", None)
+        kernel = {"attn_implementation": "eager"} if capped else {}  # the others leave Gemma 2's cap out
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **kernel)
         if self.adapter is not None:
             model = _merge(model, self.adapter)
         return model.to(getattr(torch, dtype)).eval()  # type: ignore[no-any-return]

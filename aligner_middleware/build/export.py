@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, GraphKind, Precision, sha256
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, GraphKind, Precision, Weights, sha256
 from aligner_middleware.build import parity
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.build.fuse import NotFusable, fuse
@@ -76,9 +76,9 @@ def export(
     with tempfile.TemporaryDirectory() as scratch:
         _by_optimum(network, checkpoint, Path(scratch))
         report(STEPS[2])
-        for weights in WEIGHTS[precision]:
-            model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, fused)
-            fused = kind == "fused"
+        for wanted, weights in _attempts(precision, fused):
+            model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, wanted and fused)
+            fused = fused and (kind == "fused" or not wanted)
             predict_at_positions(model)
             report(STEPS[3])
             try:
@@ -128,6 +128,12 @@ def _by_optimum(network: PreTrainedModel, checkpoint: Checkpoint, scratch: Path)
             onnx_export_from_model(network, scratch, task="text-generation-with-past", do_validation=False)
         except Exception as exc:  # the exporter raises whatever the model's own code raises under tracing
             raise BuildError(f"optimum cannot export {checkpoint.name}: {type(exc).__name__}: {exc}") from exc
+
+
+def _attempts(precision: Precision, fused: bool) -> list[tuple[bool, Weights]]:
+    """List the forms to try until one holds, the fastest first: whether to fuse, and how to store weights."""
+    forms = WEIGHTS[precision]
+    return [(fused, weights) for weights in forms] + ([(False, forms[-1])] if fused else [])
 
 
 def _fused_or_not(path: Path, config: dict[str, Any], wanted: bool) -> tuple[onnx.ModelProto, GraphKind]:

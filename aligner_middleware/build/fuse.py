@@ -1,10 +1,11 @@
 """Rewrite a decoder that optimum exported into ONNX Runtime's fused operators.
 
-For every layer of a Llama-shaped decoder (Llama, Mistral, Qwen 2, Gemma):
+For every layer of a Llama-shaped decoder (Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, Phi 3):
 
     RMSNorm chain                       SimplifiedLayerNormalization; with the residual addition before it
                                         SkipSimplifiedLayerNormalization
-    q, k and v projections              one MatMul by the three weights side by side
+    q, k and v projections              one MatMul by the three weights side by side; three where queries and keys are
+                                        normed by head
     all from there to o_proj (rotary    GroupQueryAttention, which keeps the KV cache in place
     embedding, cache, mask, softmax)
     attention_mask, position_ids        seqlens_k [B] (length of each row after this pass, minus one) and
@@ -26,7 +27,7 @@ from onnx import TensorProto, helper
 
 from aligner_middleware.build.graph import MICROSOFT, Array, Graph, attribute
 
-_LAYER = re.compile(r"(.*/layers\.(\d+)/self_attn)/q_proj/MatMul")
+_LAYER = re.compile(r"(.*/layers\.(\d+)/self_attn)/(?:q|qkv)_proj/MatMul")
 
 
 class NotFusable(ValueError):
@@ -144,13 +145,13 @@ def _fuse_attention(graph: Graph, config: dict[str, Any]) -> int:
                 f"the key cache of layer {layer} is made by {present.op_type}, expected past and new joined"
             )
         cos, sin = _rotary_tables(graph, present.input[1], config["max_position_embeddings"])
-        projected = _joined_projections(graph, prefix)
+        projected = _projections(graph, prefix)
         graph.named[prefix + "/o_proj/MatMul"].input[0] = prefix + "/attended"
         graph.remove(*(graph.maker[f"present.{layer}.{side}"] for side in ("key", "value")))
         cache = [f"past_key_values.{layer}.{side}" for side in ("key", "value")]
         graph.add(
             "GroupQueryAttention",
-            [projected, "", "", *cache, "seqlens_k", "total_sequence_length", cos, sin],
+            [*projected, *cache, "seqlens_k", "total_sequence_length", cos, sin],
             [prefix + "/attended", f"present.{layer}.key", f"present.{layer}.value"],
             prefix + "/GroupQueryAttention",
             MICROSOFT,
@@ -162,11 +163,14 @@ def _fuse_attention(graph: Graph, config: dict[str, Any]) -> int:
     return len(layers)
 
 
-def _joined_projections(graph: Graph, prefix: str) -> str:
-    """Project queries, keys and values by one matrix product, `[B, T, (heads + 2 H) D]`."""
-    if any(f"{prefix}/{side}_norm" in name for side in "qk" for name in graph.named):
-        raise NotFusable(f"{prefix} normalises queries or keys by head")
+def _projections(graph: Graph, prefix: str) -> tuple[str, str, str]:
+    """Name queries, keys and values, `[B, T, heads D]` each; or one value with all of them, and nothing."""
+    joined = graph.named.get(prefix + "/qkv_proj/MatMul")
+    if joined is not None:  # Phi 3 has them side by side
+        return _linear(graph, prefix + "/qkv_proj").result, "", ""
     parts = [_linear(graph, f"{prefix}/{side}_proj") for side in "qkv"]
+    if any(f"{prefix}/{side}_norm" in graph.named for side in "qk"):  # Qwen 3, Gemma 3
+        return _normed_by_head(graph, prefix, "q"), _normed_by_head(graph, prefix, "k"), parts[2].result
     weight = graph.add_initializer(f"{prefix}/qkv_proj.weight", np.concatenate([part.weight for part in parts], axis=1))
     value = graph.add("MatMul", [parts[0].source, weight], [prefix + "/qkv"], prefix + "/qkv_proj/MatMul")
     biases = [part.bias for part in parts if part.bias is not None]
@@ -175,7 +179,22 @@ def _joined_projections(graph: Graph, prefix: str) -> str:
         value = graph.add("Add", [value, bias], [prefix + "/qkv_biased"], prefix + "/qkv_proj/Add")
     elif biases:
         raise NotFusable(f"{prefix} has a bias on some of its projections only")
-    return value
+    return value, "", ""
+
+
+def _normed_by_head(graph: Graph, prefix: str, side: str) -> str:
+    """Norm queries or keys head by head, `[B, T, heads, D]`, and lay the heads side by side."""
+    norm = graph.named[f"{prefix}/{side}_norm"]
+    size = len(graph.array(norm.input[1]))
+    split = graph.maker.get(norm.input[0])
+    while split is not None and split.op_type in ("Transpose", "Cast"):  # Gemma 3 norms them in another order of axes
+        split = graph.maker.get(split.input[0])
+    if split is None or split.op_type != "Reshape" or split.input[0] != _linear(graph, f"{prefix}/{side}_proj").result:
+        raise NotFusable(f"{prefix} norms something else than its {side} projection, split into heads")
+    split.input[1] = graph.add_initializer(f"heads_of_{size}", np.array([0, 0, -1, size], dtype=np.int64))
+    norm.input[0] = split.output[0]
+    shape = graph.add_initializer("heads_side_by_side", np.array([0, 0, -1], dtype=np.int64))
+    return graph.add("Reshape", [norm.output[0], shape], [f"{prefix}/{side}"], f"{prefix}/{side}_norm/Reshape")
 
 
 def _linear(graph: Graph, name: str) -> _Linear:

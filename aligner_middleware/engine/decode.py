@@ -14,7 +14,7 @@ from aligner_middleware.engine.model import Model, Rows
 
 _ROWS = 16  # sequences that share a pass at most
 _SHORTEST_ROW = 2048  # tokens
-_SHARED = 0.35  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
+_SHARED = 0.18  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
 
 
 class Decoder:

@@ -1,12 +1,17 @@
 """Any decoder-only model goes through: small random models of several families, exported, served and compared."""
 
+import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
-from aligner_middleware import Aligner, BuildError
+from aligner_middleware import Aligner, ArtifactError, BuildError
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.build import export_folder
+from aligner_middleware.build.rotate import rotate
+from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.training import Stage, TrainConfig, train
 from aligner_middleware.triples import Triple
 from tests.integration.conftest import FAMILIES, random_checkpoint
@@ -39,11 +44,42 @@ def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(tmp_path: Path) -> No
     assert len(texts) == 1
 
 
-def test_int8_of_a_tied_and_an_untied_model_can_be_served(tmp_path: Path) -> None:
-    source = random_checkpoint("gemma", tmp_path / "gemma")
+@pytest.mark.parametrize(
+    ("family", "weights"), [("gemma", "products"), ("qwen3", "products"), ("gemma3_text", "blocks")]
+)
+def test_int8_is_stored_as_the_family_allows_and_can_be_served(family: str, weights: str, tmp_path: Path) -> None:
+    source = random_checkpoint(family, tmp_path / family)
     export_folder(str(source), tmp_path / "out", "int8")
-    assert Artifact.load(tmp_path / "out").precision == "int8"
+    artifact = Artifact.load(tmp_path / "out")
+    assert (artifact.precision, artifact.weights) == ("int8", weights)
     assert Aligner.load(tmp_path / "out", max_new_tokens=5).correct("q", "a").usage.passes >= 1
+
+
+@pytest.mark.parametrize("family", ["llama, scaled and biased", "gemma", "qwen3", "phi3"])
+def test_a_rotated_model_says_the_same(family: str, tmp_path: Path) -> None:
+    source = random_checkpoint(family, tmp_path / family)
+    export_folder(str(source), tmp_path / "out", "float32")
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    rotate(model)
+    onnx.save(model, tmp_path / "out" / "rotated.onnx")
+    artifact = Artifact.load(tmp_path / "out")
+    tokens = list(b"Nothing that is turned as a whole can tell that it was turned.")
+    plain, turned = (
+        OnnxModel(tmp_path / "out" / name, artifact).new_rows(1, 128).extend(0, tokens, len(tokens))
+        for name in ("model.onnx", "rotated.onnx")
+    )
+    np.testing.assert_allclose(turned, plain, atol=1e-4)
+
+
+def test_a_graph_that_computes_something_else_here_is_refused(tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "llama")
+    export_folder(str(source), tmp_path / "out", "float32")
+    path = tmp_path / "out" / "aligner.json"
+    described = json.loads(path.read_text())
+    described["probe"]["logits"] = [value + 2 for value in described["probe"]["logits"]]
+    path.write_text(json.dumps(described))
+    with pytest.raises(ArtifactError, match="other results here than where it was exported"):
+        Aligner.load(tmp_path / "out")
 
 
 def test_a_graph_that_drifted_is_refused_and_nothing_is_written(

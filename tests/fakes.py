@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -15,6 +15,7 @@ from aligner_middleware.tokenizer import Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END = 2
+PIECE = 7  # tokens that go through at once
 
 
 def tokenizer_json() -> str:
@@ -38,9 +39,14 @@ class FakeRows:
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self.model = model
 
-    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         self.model.passes += 1
-        return self.model.append(self.held[row], tokens, wanted, self.capacity)
+        for start in range(0, len(tokens), PIECE):
+            piece = tokens[start : start + PIECE]
+            unwanted = max(0, len(tokens) - wanted - start)
+            logits = self.model.append(self.held[row], piece, max(1, len(piece) - unwanted), self.capacity)
+            if unwanted < len(piece):
+                yield logits
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
         self.model.passes += 1

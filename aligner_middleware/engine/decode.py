@@ -7,10 +7,10 @@ it can be, and so on. The result is what greedy decoding without a draft gives, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from aligner_middleware.engine.generation import Generation, Prefill
-from aligner_middleware.engine.model import Model, Rows
+from aligner_middleware.engine.model import Logits, Model, Rows
 
 _ROWS = 16  # sequences that share a pass at most
 _SHORTEST_ROW = 2048  # tokens
@@ -134,7 +134,8 @@ class Decoder:
         common = prefill.common(prompt)
         self._rows.trim(row, common)
         try:
-            self._rows.extend(row, prompt[common:], wanted=1)
+            for _ in self._rows.extend(row, prompt[common:], wanted=1):
+                pass
         except Exception:  # it is heard of when the generation itself fails
             prompt = prompt[:common]
             self._rows.trim(row, common)
@@ -148,7 +149,7 @@ class Decoder:
                 proposal = generation.propose()
                 tokens = generation.tokens[-1:] or self._rest_of_prompt(row, generation)
                 logits = self._rows.extend(row, [*tokens, *proposal], 1 + len(proposal))
-                generation.take(generation.sampler.choose(logits, proposal), self._stop)
+                generation.take(_choices(generation, logits, proposal), self._stop)
                 self._forget(row, generation)
             except Exception as exc:  # whatever it is, it is the caller's to hear of
                 generation.error = exc
@@ -158,12 +159,14 @@ class Decoder:
         assert self._rows is not None
         try:
             logits = self._rows.step({row: generation.tokens[-1] for row, generation in group})
-            for at, (row, generation) in enumerate(group):
-                proposal = generation.propose()
-                choices = generation.sampler.choose(logits[at : at + 1], proposal)
+            next_tokens = [
+                generation.sampler.choose(logits[at : at + 1], generation.propose())
+                for at, (_, generation) in enumerate(group)
+            ]
+            for (row, generation), choices in zip(group, next_tokens, strict=True):
+                proposal = generation.proposal
                 if proposal and proposal[0] == choices[0]:
-                    rest = self._rows.extend(row, proposal, len(proposal))
-                    choices += generation.sampler.choose(rest, proposal[1:])
+                    choices += _choices(generation, self._rows.extend(row, proposal, len(proposal)), proposal[1:])
                 generation.take(choices, self._stop)
                 self._forget(row, generation)
         except Exception as exc:  # the pass was everybody's
@@ -182,6 +185,16 @@ class Decoder:
     def _forget(self, row: int, generation: Generation) -> None:
         if generation.proposal and self._rows is not None:
             self._rows.trim(row, generation.cached)
+
+
+def _choices(generation: Generation, logits: Iterable[Logits], proposal: Sequence[int]) -> list[int]:
+    """Choose a token at each position, up to the piece in which the proposal turns out wrong."""
+    choices: list[int] = []
+    for piece in logits:
+        choices += generation.sampler.choose(piece, proposal[len(choices) :])
+        if choices[: len(proposal)] != list(proposal[: len(choices)]):
+            break
+    return choices
 
 
 def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]) -> Iterator[None]:

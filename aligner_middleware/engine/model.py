@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,16 +18,16 @@ class Rows(Protocol):
     capacity: int
     """Tokens that fit into a row."""
 
-    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
-        """Append tokens to one row, in one pass.
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
+        """Append tokens to one row; many go through in pieces, one after the other as the result is iterated.
 
         Args:
             row: The row.
             tokens: At least one.
             wanted: For how many of them, from the last one back, the prediction is wanted; at least 1.
 
-        Returns:
-            `[wanted, V]`: logits of the token after each of them.
+        Yields:
+            `[some, V]`: logits of the token after each of them, `wanted` rows in all. To be read before the next pass.
         """
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
@@ -37,7 +37,7 @@ class Rows(Protocol):
             tokens: The token of each row.
 
         Returns:
-            `[len(tokens), V]`: logits of the next one, in the order of `tokens`.
+            `[len(tokens), V]`: logits of the next one, in the order of `tokens`. To be read before the next pass.
         """
 
     def trim(self, row: int, length: int) -> None:

@@ -10,9 +10,10 @@ and give `logits` `[B, P, V]`.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from aligner_middleware.artifact import Artifact, Probe
 from aligner_middleware.engine.model import IntArray, Logits, Rows
 from aligner_middleware.errors import ArtifactError
 
-_CHUNK = 256  # tokens of a sequence that go through at once: attention compares each with all before the chunk's end
+_CHUNK = 192  # tokens of a sequence that go through at once: attention compares each with all before the chunk's end
 _PROBE_TOLERANCE = (
     1.0  # of a logit, on average: other CPUs round differently, those that cannot do the graph's work differ by more
 )
@@ -57,6 +58,9 @@ class OnnxModel:
         self._artifact = artifact
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry(
+            "session.use_device_allocator_for_initializers", "1"
+        )  # takes no more than they do
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = _session(path, options, _providers(providers))
@@ -73,8 +77,8 @@ class OnnxModel:
         """Say so if this machine computes something else than the one that built the graph; the first pass is over then."""
         if probe is None:
             return
-        logits = self.new_rows(1, len(probe.tokens)).extend(0, probe.tokens, 1)[0, list(probe.top)]
-        difference = float(np.abs(logits - probe.logits).mean())
+        (*_, logits) = self.new_rows(1, len(probe.tokens)).extend(0, probe.tokens, 1)
+        difference = float(np.abs(logits[0, list(probe.top)] - probe.logits).mean())
         if not difference <= _PROBE_TOLERANCE:
             raise ArtifactError(
                 f"{path} gives other results here than where it was exported (logits differ by {difference:.1f}): this "
@@ -107,19 +111,21 @@ class _FusedRows:
         artifact = model._artifact
         self._shape = (rows, artifact.kv_heads, capacity, artifact.head_size)
         self._buffers = [
-            ort.OrtValue.ortvalue_from_numpy(np.zeros(self._shape, model._dtype), model._device, 0) for _ in model._past
+            ort.OrtValue.ortvalue_from_numpy(_zeros(self._shape, model._dtype), model._device, 0) for _ in model._past
         ]
+        self._logits = np.empty((max(_CHUNK, rows), artifact.vocab_size), dtype=np.float32)
         self._bindings: dict[tuple[int, int], Any] = {}
 
-    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
-        """Append tokens to one row; see `Rows.extend`. Many tokens go through in several passes."""
-        found: list[Logits] = []
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
+        """Append tokens to one row; see `Rows.extend`."""
+        unwanted = len(tokens) - wanted
         for start in range(0, len(tokens), _CHUNK):
             chunk = np.array([tokens[start : start + _CHUNK]], dtype=np.int64)
             width = chunk.shape[1]
-            first = min(max(0, len(tokens) - wanted - start), width - 1)
-            found.append(self._run(row, 1, chunk, np.arange(first, width)[None], np.array([width]))[0])
-        return np.concatenate(found)[-wanted:]
+            first = min(max(0, unwanted - start), width - 1)
+            logits = self._run(row, 1, chunk, np.arange(first, width)[None], np.array([width]))
+            if start + width > unwanted:
+                yield logits[0]
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
         """Append one token to each of several rows; see `Rows.step`."""
@@ -142,17 +148,16 @@ class _FusedRows:
         binding.bind_cpu_input("positions", positions)
         binding.bind_cpu_input("seqlens_k", (lengths - 1).astype(np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(lengths.max(), dtype=np.int32))
-        binding.bind_output("logits", "cpu")
+        shape = [*positions.shape, self._logits.shape[1]]
+        binding.bind_output("logits", "cpu", 0, np.float32, shape, self._logits.ctypes.data)
         self._model._session.run_with_iobinding(binding)
         self._lengths[row : row + count] += advance
-        logits: Logits = binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
-        return logits
+        return self._logits[: positions.size].reshape(shape)
 
     def _binding(self, row: int, count: int) -> Any:
         if (row, count) not in self._bindings:
             model = self._model
             binding = self._bindings[row, count] = model._session.io_binding()
-            binding.bind_output("logits", "cpu")  # first, so that it is the first of the outputs
             shape = [count, *self._shape[1:]]
             offset = row * int(np.prod(self._shape[1:])) * np.dtype(model._dtype).itemsize
             for past, present, value in zip(model._past, model._present, self._buffers, strict=True):
@@ -172,8 +177,11 @@ class _StandardRows:
         empty = np.zeros((1, artifact.kv_heads, 0, artifact.head_size), model._dtype)
         self._arrays: list[list[NDArray[Any]]] = [[empty] * len(model._past) for _ in range(rows)]  # [1, H, S, D] each
 
-    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         """Append tokens to one row; see `Rows.extend`."""
+        yield self._extend(row, tokens, wanted)
+
+    def _extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
         past = self._arrays[row][0].shape[2]
         total, width = past + len(tokens), len(tokens)
         feed: dict[str, NDArray[Any]] = {
@@ -192,11 +200,19 @@ class _StandardRows:
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
         """Append one token to each of several rows, one after the other."""
-        return np.concatenate([self.extend(row, [token], 1) for row, token in tokens.items()])
+        return np.concatenate([self._extend(row, [token], 1) for row, token in tokens.items()])
 
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Make an array whose memory comes page by page, as it is written to. numpy's own comes in huge pages."""
+    memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _session(path: Path, options: Any, providers: list[str]) -> Any:

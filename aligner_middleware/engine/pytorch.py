@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,9 +37,12 @@ class _TorchRows:
         self._network = network
         self._caches = [DynamicCache() for _ in range(rows)]
 
-    @torch.inference_mode()
-    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+    def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         """Append tokens to one row; see `Rows.extend`."""
+        yield self._extend(row, tokens, wanted)
+
+    @torch.inference_mode()
+    def _extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
         logits = self._network(
             input_ids=torch.tensor([list(tokens)], device=self._network.device),
             past_key_values=self._caches[row],
@@ -51,7 +54,7 @@ class _TorchRows:
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
         """Append one token to each of several rows, one after the other."""
-        return np.concatenate([self.extend(row, [token], 1) for row, token in tokens.items()])
+        return np.concatenate([self._extend(row, [token], 1) for row, token in tokens.items()])
 
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""

@@ -198,7 +198,7 @@ class Aligner:
         folder = _exported_folder(model, precision, prompt)
         artifact = Artifact.load(folder)
         session = OnnxModel(folder / MODEL_FILE, artifact, providers=providers, threads=threads)
-        tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
+        tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE, tiktoken=artifact.tiktoken)
         template = artifact.template if prompt is None else resolve_template(prompt)
         return cls(session, tokenizer, template, artifact.eos_token_ids, name=artifact.name, **options)
 

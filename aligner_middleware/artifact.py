@@ -90,6 +90,7 @@ class Artifact(_Frozen):
         eos_token_ids: Tokens that end a correction.
         layers, kv_heads, head_size: Shape of the KV cache: `2 * layers` arrays of `[B, kv_heads, S, head_size]`.
         max_positions: Context, in tokens.
+        tiktoken: Whether tiktoken encodes text as the tokenizer does.
         files: sha256 of every other file in the folder, by name.
         built_with: Version of each tool that built it.
     """
@@ -107,6 +108,7 @@ class Artifact(_Frozen):
     head_size: int
     vocab_size: int
     max_positions: int
+    tiktoken: bool = False
     files: dict[str, str]
     built_with: dict[str, str]
     parity: Parity | None = None

@@ -9,8 +9,9 @@ The prompt is the aligner's own, with a question and a real answer of so many to
 - rewritten: another text of the same length.
 
 Every engine runs in a process of its own, which gives its peak memory, and the processes take turns, so that a noisy machine
-is noisy for all. The first round warms up; medians of the others are given. From 512 tokens on one measured round has to do.
-A table, `latency.json` and `latency.png` come out.
+is noisy for all. The first round warms up; medians of the others are given. From 512 tokens on one round has to do, and an
+engine that would take over a minute, going by the length before, is left out. A table, `latency.json` and `latency.png`
+come out.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from aligner_middleware.prompt import DEFAULT, encode_prompt
 from aligner_middleware.tokenizer import Tokenizer
 
 CASES = ("unchanged", "edited", "rewritten")
+PATIENCE = 60  # seconds
 QUESTION = "Could you give me a few examples?"
 
 
@@ -50,18 +52,18 @@ def main() -> None:
     plan = [
         (repeat, length, case, name)
         for length in lengths
-        for repeat in range(1 + (options.repeats if length < 512 else 1))
+        for repeat in (range(options.repeats + 1) if length < 512 else (1,))
         for case in CASES
         for name in workers
         if case == "unchanged" or name in rivals.DRAFTED
     ]
     found: dict[tuple[str, int, str], list[rivals.Written]] = defaultdict(list)
+    expected: dict[tuple[str, str], float] = {}  # seconds for a token
     for repeat, length, case, name in track(plan, "measuring", console=Console(stderr=True)):
-        if repeat or length >= 512:
+        if length < 512 or expected.get((name, case), 0) * length < PATIENCE:
             written = workers[name].write(*tasks[length][case])
+            expected[name, case] = written.seconds / length
             found[name, length, case] += [written] if repeat else []
-        else:
-            workers[name].write(*tasks[length][case])
     results = [
         {
             "engine": name,
@@ -162,7 +164,10 @@ def show(report: dict[str, Any]) -> None:
             of = {row["case"]: row for row in rows if row["engine"] == engine}
             cells = [of.get(case, of.get("any")) for case in CASES]
             told = [f"{row['passes']}, {row['accepted']}" for row in cells if row and row["accepted"] is not None]
-            times = [f"{row['ms']:.0f} ({row['ms'] / ours[case]:.1f})" for case, row in zip(CASES, cells, strict=True)]
+            times = [
+                f"{row['ms']:.0f} ({row['ms'] / ours[case]:.1f})" if row else ""
+                for case, row in zip(CASES, cells, strict=True)
+            ]
             table.add_row(engine, *times, " | ".join(told), str(report["peak_memory_mb"][engine]))
         Console(width=150).print(table)
 

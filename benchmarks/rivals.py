@@ -19,7 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from aligner_middleware.artifact import MODEL_FILE, Artifact, cached_folder, home
-from aligner_middleware.engine import Generation, Sampler, decode
+from aligner_middleware.engine import Generation, Sampler
+from aligner_middleware.engine.scheduler import Scheduler
 
 THREADS = os.cpu_count() or 1
 CONTEXT = 4608  # tokens of the longest prompt and answer
@@ -49,9 +50,8 @@ class _Forced(Sampler):
 
     def choose(self, logits: Any, proposal: Any) -> list[int]:
         super().choose(logits, proposal)
-        at = len(self.generation.tokens)
-        padded = [*self.target[at : at + len(logits)], 0]
-        return padded + [0] * (len(logits) - len(padded))
+        at = len(self.generation.tokens) + len(self.generation.proposal) - len(proposal)
+        return [*self.target[at:], *[0] * len(logits)][: len(logits)]
 
     @classmethod
     def of(cls, target: list[int]) -> _Forced:
@@ -63,11 +63,11 @@ class _Forced(Sampler):
 class Ours:
     """This package's engine; `draft=False` is its own plain decoding."""
 
-    def __init__(self, precision: str = "int8", *, draft: bool = True, fused: bool = True) -> None:
+    def __init__(self, precision: str = "int8", *, draft: bool = True) -> None:
         from aligner_middleware.engine.onnx import OnnxModel
 
         folder = cached_folder("default", precision)  # type: ignore[arg-type]
-        self._model = OnnxModel(folder / MODEL_FILE, Artifact.load(folder))
+        self._scheduler = Scheduler(OnnxModel(folder / MODEL_FILE, Artifact.load(folder)), frozenset())
         self._draft = draft
 
     def write(self, prompt: list[int], target: list[int], draft: list[int]) -> Written:
@@ -77,8 +77,7 @@ class Ours:
         generation = Generation(prompt, given, max_new_tokens=len(target), sampler=sampler)
         object.__setattr__(sampler, "generation", generation)
         start = time.perf_counter()
-        for _ in decode(self._model, [generation], frozenset()):
-            pass
+        self._scheduler.submit(generation).result()
         seconds = time.perf_counter() - start
         assert generation.tokens == target
         return Written(seconds, generation.passes, generation.accepted)

@@ -27,6 +27,7 @@ from aligner_middleware.build.quantize import WEIGHTS, quantise
 from aligner_middleware.build.rotate import NotRotatable
 from aligner_middleware.build.sample import SAMPLE
 from aligner_middleware.errors import BuildError
+from aligner_middleware.tokenizer import tiktoken_is_identical
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,6 +112,7 @@ def export(
         head_size=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
+        tiktoken=tiktoken_is_identical((out / TOKENIZER_FILE).read_text(encoding="utf-8")),
         files={path.name: sha256(path) for path in sorted(out.iterdir())},
         built_with={tool: version(tool) for tool in _TOOLS},
         parity=measured,

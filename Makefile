@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint unit integration bench default-aligner ablations clean
+.PHONY: help demo test lint unit integration bench bench-precision bench-serving default-aligner ablations clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -31,8 +31,22 @@ unit: .venv/installed  ## Fast tests, without a model
 integration: .venv/installed  ## Tests on the real default aligner
 	$(BIN)/pytest tests/integration
 
-bench: .venv/installed  ## ONNX against PyTorch, same weights and prompts
+# llama.cpp is compiled here, and needs a C++ compiler. Its AMX code crashes in 0.3.36, so it is left out.
+# onnxruntime-genai would replace onnxruntime-gpu by onnxruntime, so it comes without its dependencies.
+.venv/rivals: .venv/installed
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON" \
+	  $(BIN)/python -m pip install --quiet -c constraints.txt llama-cpp-python
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt onnxruntime-genai
+	@touch $@
+
+bench: .venv/rivals  ## Latency beside every rival, same weights and prompts; half an hour
 	$(BIN)/python benchmarks/latency.py
+
+bench-precision: .venv/installed  ## What each precision costs, and whether drafts change anything
+	$(BIN)/python benchmarks/precision.py
+
+bench-serving: .venv/installed  ## Start, memory, concurrent calls, streaming upstreams
+	$(BIN)/python benchmarks/serving.py
 
 default-aligner: .venv/installed  ## Train the default adapter again
 	$(BIN)/python -m aligner_middleware train aligner_middleware/assets/default/corrections.jsonl build-out/adapter \

@@ -169,9 +169,9 @@ class Aligner:
         Args:
             model: `default`; an exported folder; or what `aligner export` takes: an adapter's or a checkpoint's folder,
                 or a hub id.
-            precision: Of the weights. `float16` wants a GPU. An exported folder has its own.
+            precision: Of the weights. `float16` is for a GPU, `int8` for the CPU. An exported folder has its own.
             providers: ONNX Runtime's execution providers, in order of preference; `None` for CUDA where this ONNX Runtime
-                has it, and the CPU.
+                has it and it can run the graph, and the CPU.
             prompt: A template's name, or a text with `{question}` and `{answer}`; `None` for the one that belongs to it.
             max_new_tokens: Longest correction; `None` for twice the answer and 256 tokens more.
             draft: Whether the answer is verified as a draft. The result is the same without, only slower.

@@ -39,7 +39,8 @@ class OnnxModel:
     Args:
         path: The `model.onnx`.
         artifact: What stands in `aligner.json` beside it.
-        providers: Execution providers in order of preference; `None` for CUDA where there is one, and the CPU.
+        providers: Execution providers in order of preference; `None` for CUDA where there is one and it can run the graph,
+            and the CPU.
         threads: Threads of one pass; `None` for all cores.
 
     Raises:
@@ -63,7 +64,7 @@ class OnnxModel:
         )  # takes no more than they do
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = _session(path, options, _providers(providers))
+        self._session = _session(path, options, _providers(providers, artifact))
         inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._inputs = frozenset(inputs)
         self._dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32
@@ -235,8 +236,11 @@ def _session(path: Path, options: Any, providers: list[str]) -> Any:
                 del os.environ[_PLAIN_ATTENTION]
 
 
-def _providers(wanted: Sequence[str] | None) -> list[str]:
+def _providers(wanted: Sequence[str] | None, artifact: Artifact) -> list[str]:
+    """Choose execution providers. CUDA has no operator for products of integers: that graph is for the CPU."""
     available = ort.get_available_providers()
+    if wanted is None and artifact.weights == "products":
+        return ["CPUExecutionProvider"]
     if wanted is None:
         return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     missing = [name for name in wanted if name not in available]

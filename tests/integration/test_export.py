@@ -1,13 +1,14 @@
 """Any decoder-only model goes through: small random models of several families, exported, served and compared."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from aligner_middleware import Aligner, ArtifactError, BuildError
+from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.build import export_folder
 from aligner_middleware.build.rotate import rotate
@@ -69,6 +70,17 @@ def test_a_rotated_model_says_the_same(family: str, tmp_path: Path) -> None:
         for name in ("model.onnx", "rotated.onnx")
     )
     np.testing.assert_allclose(turned, plain, atol=1e-4)
+
+
+def test_a_folder_that_is_deleted_under_a_running_aligner_changes_nothing(tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "llama")
+    export_folder(str(source), tmp_path / "out", "int8")
+    aligner = Aligner.load(tmp_path / "out", max_new_tokens=12)
+    before = [aligner.correct(*pair).corrected for pair in PAIRS]
+    shutil.rmtree(tmp_path / "out")
+    assert [aligner.correct(*pair).corrected for pair in PAIRS] == before
+    with pytest.raises(AlignerError, match="out"):
+        Aligner.load(tmp_path / "out")
 
 
 def test_a_graph_that_computes_something_else_here_is_refused(tmp_path: Path) -> None:

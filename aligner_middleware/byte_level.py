@@ -49,7 +49,6 @@ def byte_level_encoder(description: dict[str, Any], otherwise: Encode) -> Encode
     left_out = re.compile("|".join(map(_characters, missing)) or "(?!)")
 
     def encode(text: str) -> list[int]:
-        text.encode()  # a lone surrogate is an error here, too
         if len(text) > _LONGEST or left_out.search(text):
             return otherwise(text)
         normed = unicodedata.normalize(normal_form, text) if normal_form else text

@@ -59,7 +59,12 @@ class Tokenizer:
         return int(self._full.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """Encode text as plain text: the result holds no special token, whatever the text spells."""
+        """Encode text as plain text: the result holds no special token, whatever the text spells.
+
+        Raises:
+            UnicodeEncodeError: If it holds a lone surrogate.
+        """
+        text.encode()
         return self._encode(text) if text else []
 
     def decode(self, ids: Iterable[int]) -> str:

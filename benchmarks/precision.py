@@ -56,7 +56,9 @@ def main() -> None:
     lines = (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     compared = compare([rows[n * len(rows) // options.rows] for n in range(options.rows)])
-    (options.out / "precision.json").write_text(json.dumps({"machine": machine(5), "results": compared}, indent=1) + "\n")
+    (options.out / "precision.json").write_text(
+        json.dumps({"machine": machine(5), "results": compared}, indent=1) + "\n"
+    )
     drafted = {precision: lossless(rows[: options.lossless], precision) for precision in ("int8", "float32")}
     (options.out / "lossless.json").write_text(json.dumps(drafted, indent=1) + "\n")
 

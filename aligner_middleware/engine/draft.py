@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # A pass over one more token costs this share of a pass over one (int8 on a CPU; benchmarks/README.md).
-_COST = 0.05
-_FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 2.0, 0.03, 16.0  # in passes over one token
+_COST = 0.065
+_FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 1.0, 0.02, 16.0  # in passes over one token
+_SAVED = 0.5  # of what a right proposal saves, the share that goes to the credit
 _SHORTEST, _LONGEST = 4, 128  # tokens looked ahead
 
 
@@ -49,7 +50,7 @@ class DraftReader:
         The draft's place is then right after the last accepted token.
         """
         self._at += accepted
-        self._credit += _CREDIT_PER_TOKEN + accepted * (1 - _COST) - (proposed - accepted) * _COST
+        self._credit += _CREDIT_PER_TOKEN + _SAVED * accepted * (1 - _COST) - (proposed - accepted) * _COST
         self._credit = min(max(self._credit, 0.0), _MOST_CREDIT)
         if proposed:
             self._length = min(2 * self._length, _LONGEST) if accepted == proposed else _SHORTEST
@@ -60,20 +61,21 @@ class DraftReader:
             self._at += 1
             return 3
         for words in (3, 2, 1):
-            ahead, behind = self._find(tuple(said[-words:]))
-            if ahead is not None or (behind is not None and words > 1):
-                self._at = ahead if ahead is not None else behind or 0
+            place = self._find(tuple(said[-words:]))
+            if place is not None:
+                self._at = place
                 return words
         return 0
 
-    def _find(self, words: tuple[int, ...]) -> tuple[int | None, int | None]:
-        """Find the nearest place after these words, at or after the present one and before it."""
+    def _find(self, words: tuple[int, ...]) -> int | None:
+        """Find the nearest place after these words, the later ones first. A single word must be there only once."""
         if self._places is None:
             self._places = {}
             for size in (1, 2, 3):
                 for end in range(size, len(self._draft)):  # after the last words nothing is left to propose
                     self._places.setdefault(tuple(self._draft[end - size : end]), []).append(end)
         places = self._places.get(words, [])
+        if len(words) == 1 and len(places) > 1:
+            return None
         ahead = next((place for place in places if place > self._at), None)
-        behind = next((place for place in reversed(places) if place <= self._at), None)
-        return ahead, behind
+        return ahead if ahead is not None else max(places, default=None)

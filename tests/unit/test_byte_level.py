@@ -18,7 +18,10 @@ TEXT = [
     "def f(x):\n    return x ** 2  # squares\n\n\tif x:\n\t\tpass",
     "日本語の文章です。日本語を書きます。 👩‍👩‍👧 👍🏽 \u200d mixed العربية",
 ] * 3
-LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def trained(kind: str = "gpt2", left_out: Sequence[str] = ()) -> str:
@@ -34,7 +37,9 @@ def trained(kind: str = "gpt2", left_out: Sequence[str] = ()) -> str:
     if kind == "llama3, NFC":
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
+    )
     backend.train_from_iterator(TEXT, trainer)
     described: dict[str, Any] = json.loads(backend.to_str())
     for character in left_out:

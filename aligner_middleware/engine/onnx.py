@@ -10,6 +10,8 @@ and give `logits` `[B, P, V]`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import mmap
 import os
 import threading
@@ -73,6 +75,7 @@ class OnnxModel:
         self._past = [f"past_key_values.{layer}.{side}" for layer, side in sides]
         self._present = [f"present.{layer}.{side}" for layer, side in sides]
         self._check(path, artifact.probe)
+        _give_memory_back()
 
     def _check(self, path: Path, probe: Probe | None) -> None:
         """Say so if this machine computes something else than the one that built the graph; the first pass is over then."""
@@ -103,7 +106,12 @@ class OnnxModel:
 
 
 class _FusedRows:
-    """Keys and values in buffers that all passes share."""
+    """Keys and values in buffers that all passes share.
+
+    Attention of a single token adds in another order than that of several. Where activations are integers, that can tip
+    one of them over, and then more. So a token that goes through alone takes a second one along, which is forgotten: what
+    is decoded is then, bit for bit, what is verified. It costs a tenth of the pass.
+    """
 
     def __init__(self, model: OnnxModel, rows: int, capacity: int) -> None:
         self.capacity = capacity
@@ -116,6 +124,7 @@ class _FusedRows:
         ]
         self._logits = np.empty((max(_CHUNK, rows), artifact.vocab_size), dtype=np.float32)
         self._bindings: dict[tuple[int, int], Any] = {}
+        self._exact = artifact.weights == "products"
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         """Append tokens to one row; see `Rows.extend`."""
@@ -124,7 +133,10 @@ class _FusedRows:
             chunk = np.array([tokens[start : start + _CHUNK]], dtype=np.int64)
             width = chunk.shape[1]
             first = min(max(0, unwanted - start), width - 1)
-            logits = self._run(row, 1, chunk, np.arange(first, width)[None], np.array([width]))
+            positions = np.arange(first, width)[None]
+            if width == 1 and self._exact and self._lengths[row] + 2 <= self.capacity:
+                chunk = chunk.repeat(2, axis=1)
+            logits = self._run(row, 1, chunk, positions, np.array([width]))
             if start + width > unwanted:
                 yield logits[0]
 
@@ -206,6 +218,12 @@ class _StandardRows:
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
+
+
+def _give_memory_back() -> None:
+    """Have glibc return what loading needed and freed, a third of what is held then; elsewhere nothing is done."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -4,12 +4,15 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage
 
 from aligner_middleware import Aligner, AlignerRunnable, ArtifactError, PromptTooLongError
-from aligner_middleware.artifact import Artifact, cached_folder
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, cached_folder
+from aligner_middleware.engine.onnx import OnnxModel
+from aligner_middleware.tokenizer import Tokenizer
 
 # Cases that the shipped adapter gets right, to notice when it no longer does; how often it does is in its model card.
 GOOD = [
@@ -113,3 +116,16 @@ def test_a_tampered_folder_is_refused(aligner: Aligner, tmp_path: Path) -> None:
         file.write(b"\0\1\2\3")
     with pytest.raises(ArtifactError, match=r"model\.onnx was altered"):
         Aligner.load(tmp_path)
+
+
+def test_a_token_decoded_alone_has_bit_for_bit_the_logits_that_verification_gives(aligner: Aligner) -> None:
+    folder = cached_folder("default", "int8")
+    rows = OnnxModel(folder / MODEL_FILE, Artifact.load(folder)).new_rows(1, 512)
+    tokens = Tokenizer.from_file(folder / TOKENIZER_FILE).encode("What is said once need not be said again. " * 30)[
+        :300
+    ]
+    together = np.concatenate([piece.copy() for piece in rows.extend(0, tokens, len(tokens))])
+    rows.trim(0, 0)
+    list(rows.extend(0, tokens[:280], 1))
+    alone = [next(rows.extend(0, [token], 1))[0].copy() for token in tokens[280:]]
+    np.testing.assert_array_equal(alone, together[280:])

@@ -2,8 +2,8 @@
 
 A `tokenizer.json` names merges of two tokens and their order; tiktoken joins any two neighbours whose bytes are a token, by
 rank. Both do the same if every token is what BPE makes of its own bytes: then the two that are joined at last are always
-those that the merge names. `identical` looks whether that holds, and compares both over all of Unicode; it takes some
-seconds, so it is asked when an aligner is built (`Artifact.tiktoken`).
+those that the merge names. `identical` looks whether that holds, and compares both over Unicode; it takes some seconds, so it
+is asked when an aligner is built (`Artifact.tiktoken`).
 """
 
 from __future__ import annotations
@@ -64,13 +64,14 @@ def identical(description: dict[str, Any], encode: Encode, reference: Encode) ->
     merged = {_joined(merge) for merge in description["model"]["merges"]}
     if any([token.id for token in backend.model.tokenize(text)] != [vocab[text]] for text in merged):
         return False
-    return all(encode(text) == reference(text) for text in _all_of_unicode())
+    return all(encode(text) == reference(text) for text in _characters_in_use())
 
 
-def _all_of_unicode() -> Iterator[str]:
-    """Every character after a letter, after a space, and before a digit."""
+def _characters_in_use() -> Iterator[str]:
+    """Characters after a letter, after a space, and before a digit: all of the first two planes, one of 64 beyond."""
     for start in range(0, sys.maxunicode + 1, 256):
-        characters = [chr(code) for code in range(start, start + 256) if not 0xD800 <= code < 0xE000]
+        codes = range(start, start + 256, 1 if start < 0x20000 else 64)
+        characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
         yield "".join(f"a{character} {character}1" for character in characters)
 
 

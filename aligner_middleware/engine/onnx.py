@@ -110,7 +110,7 @@ class _FusedRows:
 
     Attention of a single token adds in another order than that of several. Where activations are integers, that can tip
     one of them over, and then more. So a token that goes through alone takes a second one along, which is forgotten: what
-    is decoded is then, bit for bit, what is verified. It costs a tenth of the pass.
+    is decoded is then, bit for bit, what is verified. It costs a tenth to a fifth of the pass.
     """
 
     def __init__(self, model: OnnxModel, rows: int, capacity: int) -> None:

@@ -61,7 +61,7 @@ def identical(description: dict[str, Any], encode: Encode, reference: Encode) ->
     """Whether an encoder gives the ids of another one, for every text."""
     backend = Backend.from_str(json.dumps(description))
     vocab = description["model"]["vocab"]
-    merged = {_joined(merge) for merge in description["model"]["merges"]}
+    merged = {joined(merge) for merge in description["model"]["merges"]}
     if any([token.id for token in backend.model.tokenize(text)] != [vocab[text]] for text in merged):
         return False
     return all(encode(text) == reference(text) for text in _characters_in_use())
@@ -101,7 +101,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     alphabet = _alphabet()
     byte_of = {character: byte for byte, character in alphabet.items()}
     tokens = [character for character in alphabet.values() if character in model["vocab"]]
-    tokens += dict.fromkeys(_joined(merge) for merge in model["merges"])
+    tokens += dict.fromkeys(joined(merge) for merge in model["merges"])
     ranks = {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
     return ranks, [model["vocab"][token] for token in tokens]
 
@@ -123,5 +123,6 @@ def _alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
 
 
-def _joined(merge: str | list[str]) -> str:
+def joined(merge: str | list[str]) -> str:
+    """Join the two tokens of a merge, in either way that `tokenizer.json` writes one."""
     return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)

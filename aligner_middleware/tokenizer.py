@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-from aligner_middleware.byte_level import byte_level_encoder, identical
+from aligner_middleware.byte_level import byte_level_encoder, identical, joined
 from aligner_middleware.errors import ArtifactError
 
 
@@ -117,7 +117,7 @@ def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
     special = {token["content"] for token in added if token["special"]}
     model = dict(description["model"])
     if "merges" in model:  # sentencepiece vocabularies can merge '<' and 's>' into the control token '<s>'
-        model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in special]
+        model["merges"] = [merge for merge in model["merges"] if joined(merge) not in special]
     if model.get("ignore_merges"):  # these look whole words up in the vocabulary first
         model["vocab"] = {piece: id for piece, id in model["vocab"].items() if piece not in special}
     if model.get("type") == "BPE" and model.get("unk_token") in special:
@@ -126,7 +126,3 @@ def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
         model["vocab"] = [[piece, -1e6 if piece in special else score] for piece, score in model["vocab"]]
     plain = [token for token in added if not token["special"]]
     return description | {"added_tokens": plain, "post_processor": None, "model": model}
-
-
-def _merged(merge: str | list[str]) -> str:
-    return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)

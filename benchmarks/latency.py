@@ -96,9 +96,7 @@ def parse() -> argparse.Namespace:
 def texts(length: int) -> dict[str, tuple[list[int], list[int], list[int]]]:
     """Make prompt, target and draft of each case from real answers."""
     tokenizer = Tokenizer.from_file(cached_folder("default", "int8") / TOKENIZER_FILE)
-    rows = map(json.loads, (DEFAULT_FOLDER / "corrections.jsonl").read_text(encoding="utf-8").splitlines())
-    answers = [row["answer"] for row in rows if row["kind"] == "keep" and len(row["answer"]) > 200]
-    ids = tokenizer.encode("\n\n".join(answers))
+    ids = tokenizer.encode("\n\n".join(good_answers()))
     answer, other = ids[:length], ids[-length - 200 : -200]
     sentence = ids[-40 : -40 + max(6, min(24, length // 5))]
     at = (length - len(sentence)) // 2
@@ -106,6 +104,12 @@ def texts(length: int) -> dict[str, tuple[list[int], list[int], list[int]]]:
     prompt = encode_prompt(tokenizer, DEFAULT, QUESTION, tokenizer.decode(answer))
     targets = {"unchanged": answer, "edited": edited, "rewritten": other}
     return {case: (prompt, target, answer) for case, target in targets.items()}
+
+
+def good_answers() -> list[str]:
+    """Give the longer ones of the answers that the default aligner learnt to keep."""
+    rows = map(json.loads, (DEFAULT_FOLDER / "corrections.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row["answer"] for row in rows if row["kind"] == "keep" and len(row["answer"]) > 200]
 
 
 class Worker:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from latency import machine
+from latency import good_answers, machine
 from rich.console import Console
 from rich.table import Table
 
@@ -89,9 +89,7 @@ def correct_long(at_once: int) -> None:
 def long_answer(tokens: int, start: int = 0) -> str:
     """Join good answers, from one on, to an answer of so many tokens."""
     tokenizer = Tokenizer.from_file(cached_folder("default", "int8") / TOKENIZER_FILE)
-    lines = (DEFAULT_FOLDER / "corrections.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [row["answer"] for row in map(json.loads, lines) if row["kind"] == "keep" and len(row["answer"]) > 200]
-    return tokenizer.decode(tokenizer.encode("\n\n".join(answers[start : start + tokens // 30]))[:tokens])
+    return tokenizer.decode(tokenizer.encode("\n\n".join(good_answers()[start : start + tokens // 30]))[:tokens])
 
 
 def concurrent() -> dict[str, float]:

@@ -79,7 +79,7 @@ def export(
         report(STEPS[2])
         for wanted, weights in _attempts(precision, fused):
             model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, wanted and fused)
-            fused = fused and (kind == "fused" or not wanted)
+            fused = kind == "fused"
             predict_at_positions(model)
             report(STEPS[3])
             try:
@@ -93,8 +93,11 @@ def export(
             gc.collect()
             report(STEPS[4])
             measured = parity.measure(network, checkpoint, out / MODEL_FILE, SAMPLE)
-            if parity.holds(measured, precision):
+            if parity.holds(measured, precision) or (kind, weights) == ("standard", WEIGHTS[precision][-1]):
                 break
+            logger.warning(
+                "the %s graph with weights as %s is too far from PyTorch: trying a slower form", kind, weights
+            )
     parity.check(measured, precision)
     report(STEPS[5])
     (out / TOKENIZER_FILE).write_bytes((checkpoint.folder / TOKENIZER_FILE).read_bytes())
@@ -151,6 +154,8 @@ def _fused_or_not(path: Path, config: dict[str, Any], wanted: bool) -> tuple[onn
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
+    for old in path.parent.glob(path.name + "*"):  # of an attempt that did not hold: external data would be added to
+        old.unlink()
     external = model.ByteSize() > _SINGLE_FILE
     onnx.save(model, path, save_as_external_data=external, location=path.name + ".data")
 

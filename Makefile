@@ -34,7 +34,8 @@ integration: .venv/installed  ## Tests on the real default aligner
 # llama.cpp is compiled here, and needs a C++ compiler. Its AMX code crashes in 0.3.36, so it is left out.
 # onnxruntime-genai would replace onnxruntime-gpu by onnxruntime, so it comes without its dependencies.
 .venv/rivals: .venv/installed
-	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON" \
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX_VNNI=ON \
+  -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON" \
 	  $(BIN)/python -m pip install --quiet -c constraints.txt llama-cpp-python
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt onnxruntime-genai
 	@touch $@

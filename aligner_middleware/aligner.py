@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import queue
+import time
 import weakref
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 from aligner_middleware.artifact import ARTIFACT_FILE, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, cached_folder
+from aligner_middleware.diff import Diff
 from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler
 from aligner_middleware.engine.scheduler import Scheduler
-from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, PromptTooLongError
+from aligner_middleware.errors import (
+    ArtifactError,
+    CorrectionTimeoutError,
+    InputError,
+    MissingExtraError,
+    PromptTooLongError,
+)
 from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
 
 Engine = Literal["onnx", "torch"]
 
 _AHEAD = 32  # characters of a streamed answer that go through together
+_QUEUE_FULL = 0.005  # seconds between two attempts of a task to join a full queue
 _UNSURE = 8  # its latest tokens may be cut another way once more text has come
 
 
@@ -68,6 +79,18 @@ class Correction:
     def changed(self) -> bool:
         """Whether anything was corrected."""
         return self.corrected != self.original
+
+    def diff(self) -> Diff:
+        """Compare the corrected answer with the original, word by word."""
+        return Diff.between(self.original, self.corrected)
+
+    def __rich__(self) -> Any:
+        """Show the answer in a terminal, with the words marked that went and that came."""
+        return self.diff().__rich__()
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook."""
+        return self.diff().html()
 
 
 class ReadAhead:
@@ -115,6 +138,7 @@ class Aligner:
         temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
         top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
         seed: Of the draws: with it, a question and an answer always give the same.
+        revision: What tells one build of `name` from another in cache keys.
     """
 
     def __init__(
@@ -130,6 +154,7 @@ class Aligner:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        revision: str | None = None,
     ) -> None:
         if temperature < 0 or not 0 < top_p <= 1:
             raise InputError(
@@ -146,6 +171,7 @@ class Aligner:
         self._max_new_tokens = max_new_tokens
         self._draft = draft
         self._sampling = (temperature, top_p, seed)
+        self._revision = revision
         self._tail = _tail_length(tokenizer, template)
 
     @classmethod
@@ -200,7 +226,9 @@ class Aligner:
         session = OnnxModel(folder / MODEL_FILE, artifact, providers=providers, threads=threads)
         tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE, tiktoken=artifact.tiktoken)
         template = artifact.template if prompt is None else resolve_template(prompt)
-        return cls(session, tokenizer, template, artifact.eos_token_ids, name=artifact.name, **options)
+        revision = hashlib.sha256(repr(sorted(artifact.files.items())).encode()).hexdigest()[:12]
+        end = artifact.eos_token_ids
+        return cls(session, tokenizer, template, end, name=artifact.name, revision=revision, **options)
 
     @classmethod
     def _load_torch(
@@ -231,35 +259,66 @@ class Aligner:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def correct(self, question: str, answer: str) -> Correction:
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that a correction depends on beside question and answer; for cache keys and traces."""
+        temperature, top_p, seed = self._sampling
+        drawn = {"temperature": temperature, "top_p": top_p, "seed": seed} if temperature else {}
+        return {
+            "name": self.name,
+            "revision": self._revision,
+            "template": self._template.name,
+            "max_new_tokens": self._max_new_tokens,
+        } | drawn
+
+    def count_tokens(self, text: str) -> int:
+        """Count the tokens of a text, as this aligner reads it."""
+        return len(self._tokenizer.encode(text))
+
+    def longest_answer(self, question: str) -> int:
+        """Say how many tokens an answer to this question may have: it must fit into the context twice."""
+        return (self._model.max_positions - len(encode_prompt(self._tokenizer, self._template, question, "")) - 1) // 2
+
+    def correct(self, question: str, answer: str, *, timeout: float | None = None) -> Correction:
         """Correct one answer.
 
         A blank answer comes back as it is: an aligner corrects answers, it does not invent them.
 
+        Args:
+            question: What was asked.
+            answer: What was answered.
+            timeout: Seconds after which it is given up; `None` waits for as long as it takes.
+
         Raises:
             InputError: If the question is blank, or a text is not valid Unicode (it holds a lone surrogate).
             PromptTooLongError: If they do not fit into the aligner's context.
+            CorrectionTimeoutError: If it took longer than `timeout`.
             ClosedError: If the aligner was closed.
         """
-        return self.correct_batch([(question, answer)])[0]
+        return self.correct_batch([(question, answer)], timeout=timeout)[0]
 
     @overload
     def correct_batch(
-        self, pairs: Iterable[tuple[str, str]], *, return_exceptions: Literal[False] = False
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+        return_exceptions: Literal[False] = False,
     ) -> list[Correction]: ...
 
     @overload
     def correct_batch(
-        self, pairs: Iterable[tuple[str, str]], *, return_exceptions: Literal[True]
+        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, return_exceptions: Literal[True]
     ) -> list[Correction | Exception]: ...
 
     def correct_batch(
-        self, pairs: Iterable[tuple[str, str]], *, return_exceptions: bool = False
+        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, return_exceptions: bool = False
     ) -> list[Correction] | list[Correction | Exception]:
         """Correct several answers together, which costs less than one after the other.
 
         Args:
             pairs: Questions and answers.
+            timeout: Seconds for all of them; what is not done by then is given up.
             return_exceptions: Whether a pair that cannot be corrected becomes its exception, instead of raising it.
 
         Returns:
@@ -267,8 +326,10 @@ class Aligner:
 
         Raises:
             InputError: As `correct` does, before anything is run.
+            CorrectionTimeoutError: If they took longer than `timeout`.
         """
         pairs = list(pairs)
+        deadline = _Deadline(timeout)
         started = [self._start_or_error(question, answer) for question, answer in pairs]
         if not return_exceptions:
             for outcome in started:
@@ -276,33 +337,46 @@ class Aligner:
                     raise outcome
         futures: dict[int, Future[Generation]] = {}
         try:
+            found: list[Correction | Exception] = []
             for at, outcome in enumerate(started):
                 if isinstance(outcome, Generation):
-                    futures[at] = self._scheduler.submit(outcome)
-            found: list[Correction | Exception] = []
+                    with contextlib.suppress(CorrectionTimeoutError):  # it shows when this one is waited for
+                        futures[at] = self._submit(outcome, deadline)
             for at, ((question, answer), outcome) in enumerate(zip(pairs, started, strict=True)):
-                found.append(self._outcome(question, answer, outcome, futures.get(at)))
+                found.append(self._outcome(question, answer, outcome, futures.get(at), deadline))
                 if isinstance(found[-1], Exception) and not return_exceptions:
                     raise found[-1]
             return found
-        except BaseException:  # an interrupt from the keyboard, too
+        finally:  # after an error, or an interrupt from the keyboard, nobody waits for the others
             for future in futures.values():
                 future.cancel()
-            raise
 
-    async def acorrect(self, question: str, answer: str) -> Correction:
-        """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others."""
+    async def acorrect(self, question: str, answer: str, *, timeout: float | None = None) -> Correction:
+        """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others.
+
+        Raises:
+            AlignerError: As `correct` does.
+        """
         generation = self._start(question, answer)
         if generation is not None:
-            await asyncio.wrap_future(await self._asubmit(generation))
+            async with _time_limit(timeout):
+                await asyncio.wrap_future(await self._asubmit(generation))
         return self._correction(question, answer, generation)
 
-    async def acorrect_batch(self, pairs: Iterable[tuple[str, str]]) -> list[Correction]:
+    async def acorrect_batch(
+        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None
+    ) -> list[Correction]:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
-        return list(await asyncio.gather(*(self.acorrect(question, answer) for question, answer in pairs)))
+        calls = (self.acorrect(question, answer, timeout=timeout) for question, answer in pairs)
+        return list(await asyncio.gather(*calls))
 
     def stream(
-        self, question: str, answer: str | Iterable[str], *, ahead: ReadAhead | None = None
+        self,
+        question: str,
+        answer: str | Iterable[str],
+        *,
+        ahead: ReadAhead | None = None,
+        timeout: float | None = None,
     ) -> Generator[str, None, Correction]:
         """Correct one answer and give the corrected text as it is decided.
 
@@ -311,6 +385,7 @@ class Aligner:
             answer: The answer, or its chunks as they arrive: what has arrived goes through the model while the rest is on its
                 way.
             ahead: What has read the answer already, from `read_ahead`.
+            timeout: Seconds, from when the answer is there, after which the correction is given up.
 
         Yields:
             Pieces of the corrected text; joined they are the whole of it.
@@ -319,21 +394,100 @@ class Aligner:
             The correction, as the value of `yield from`.
 
         Raises:
-            InputError: As `correct` does.
+            AlignerError: As `correct` does.
         """
         ahead = ahead or self.read_ahead(question)
+        future: Future[Generation] | None = None
         try:
             if not isinstance(answer, str):
                 chunks, answer = answer, ""
                 for chunk in chunks:
                     ahead.feed(chunk)
                     answer += chunk
+            deadline = _Deadline(timeout)
             generation = self._start(question, answer, ahead.prefill)
-            if generation is None:
-                yield from [answer] if answer else []
-                return self._correction(question, answer, None)
-            return (yield from self._stream_generation(question, answer, generation))
+            rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
+            if generation is not None:
+                future = self._submit(generation, deadline, lambda: rounds.put(None))
+            steps = self._decided(question, answer, generation, future)
+            while True:
+                try:
+                    piece = next(steps)
+                except StopIteration as end:
+                    correction: Correction = end.value
+                    return correction
+                if piece is not None:
+                    yield piece
+                    continue
+                try:
+                    rounds.get(timeout=deadline.left)
+                except queue.Empty:
+                    raise deadline.error from None
         finally:
+            if future is not None:
+                future.cancel()
+            ahead.close()
+
+    async def astream(
+        self,
+        question: str,
+        answer: str | AsyncIterator[str],
+        *,
+        ahead: ReadAhead | None = None,
+        timeout: float | None = None,
+        on_end: Callable[[Correction], None] = lambda correction: None,
+    ) -> AsyncIterator[str]:
+        """Correct one answer and give the corrected text as it is decided; the event loop stays free.
+
+        Args:
+            question: The question.
+            answer: The answer, or its chunks as they arrive.
+            ahead: What has read the answer already, from `read_ahead`.
+            timeout: Seconds, from when the answer is there, after which the correction is given up.
+            on_end: Told the correction when all of it was given.
+
+        Yields:
+            Pieces of the corrected text.
+
+        Raises:
+            AlignerError: As `correct` does.
+        """
+        ahead = ahead or self.read_ahead(question)
+        future: Future[Generation] | None = None
+        loop = asyncio.get_running_loop()
+        moved = asyncio.Event()
+
+        def on_round() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed; nobody waits any more
+                loop.call_soon_threadsafe(moved.set)
+
+        try:
+            if not isinstance(answer, str):
+                chunks, answer = answer, ""
+                async for chunk in chunks:
+                    ahead.feed(chunk)
+                    answer += chunk
+            deadline = _Deadline(timeout)
+            generation = self._start(question, answer, ahead.prefill)
+            if generation is not None:
+                async with _time_limit(timeout):
+                    future = await self._asubmit(generation, on_round)
+            steps = self._decided(question, answer, generation, future)
+            while True:
+                moved.clear()  # before it is looked what there is, so that nothing that comes meanwhile is missed
+                try:
+                    piece = next(steps)
+                except StopIteration as end:
+                    on_end(end.value)
+                    return
+                if piece is not None:
+                    yield piece
+                    continue
+                async with _time_limit(timeout, deadline.left):
+                    await moved.wait()
+        finally:
+            if future is not None:
+                future.cancel()
             ahead.close()
 
     def read_ahead(self, question: str) -> ReadAhead:
@@ -347,43 +501,65 @@ class Aligner:
 
         return ReadAhead(self._scheduler, encode if question.strip() else None)
 
-    def _stream_generation(
-        self, question: str, answer: str, generation: Generation
-    ) -> Generator[str, None, Correction]:
-        rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
-        future = self._scheduler.submit(generation, lambda: rounds.put(None))
-        try:
-            rounds.get()
-            if future.done():  # one pass was enough
+    def _decided(
+        self, question: str, answer: str, generation: Generation | None, future: Future[Generation] | None
+    ) -> Generator[str | None, None, Correction]:
+        """Give the pieces of a correction as they are decided, and `None` where there is more to wait for."""
+        if generation is None or future is None:
+            yield from [answer] if answer else []
+            return self._correction(question, answer, None)
+        yield None
+        if future.done():  # one pass was enough
+            future.result()
+            correction = self._correction(question, answer, generation)
+            yield from [correction.corrected] if correction.corrected else []
+            return correction
+        text, pieces, sent, done = self._tokenizer.decode_stream(), [], 0, False
+        while not done:
+            done = future.done()
+            tokens = generation.tokens[sent:]
+            sent += len(tokens)
+            if done:
                 future.result()
-                correction = self._correction(question, answer, generation)
-                yield from [correction.corrected] if correction.corrected else []
-                return correction
-            pieces = []
-            for piece in self._tokenizer.decode_stream(_tokens_as_decided(generation, future, rounds)):
-                pieces.append(piece)
+            piece = text.add(tokens) + (text.rest() if done else "")
+            pieces.append(piece)
+            if piece:
                 yield piece
-            return replace(self._correction(question, answer, generation), corrected="".join(pieces))
-        finally:
-            future.cancel()
+            if not done:
+                yield None
+        return replace(self._correction(question, answer, generation), corrected="".join(pieces))
 
-    async def _asubmit(self, generation: Generation) -> Future[Generation]:
+    def _submit(
+        self, generation: Generation, deadline: _Deadline, on_round: Callable[[], None] = lambda: None
+    ) -> Future[Generation]:
         try:
-            return self._scheduler.submit(generation, wait=False)
+            return self._scheduler.submit(generation, on_round, timeout=deadline.left)
         except BlockingIOError:
-            return await asyncio.to_thread(self._scheduler.submit, generation)
+            raise deadline.error from None
+
+    async def _asubmit(self, generation: Generation, on_round: Callable[[], None] = lambda: None) -> Future[Generation]:
+        while True:
+            try:
+                return self._scheduler.submit(generation, on_round, timeout=0)
+            except BlockingIOError:
+                await asyncio.sleep(_QUEUE_FULL)
 
     def _outcome(
-        self, question: str, answer: str, started: Generation | InputError | None, future: Future[Generation] | None
+        self,
+        question: str,
+        answer: str,
+        started: Generation | InputError | None,
+        future: Future[Generation] | None,
+        deadline: _Deadline,
     ) -> Correction | Exception:
         """Wait for a pair's correction, or what was wrong with it."""
         if isinstance(started, InputError):
             return started
-        try:
-            if future is not None:
-                future.result()
-        except Exception as exc:
-            return exc
+        if started is not None:
+            if future is None or not wait_for([future], deadline.left).done:
+                return deadline.error
+            if (error := future.exception()) is not None:
+                return error if isinstance(error, Exception) else RuntimeError(repr(error))
         return self._correction(question, answer, started)
 
     def _start_or_error(self, question: str, answer: str) -> Generation | InputError | None:
@@ -435,19 +611,37 @@ class Aligner:
         return Correction(question, answer, text, generation.finish_reason or "stop", usage)
 
 
-def _tokens_as_decided(
-    generation: Generation, future: Future[Generation], rounds: queue.SimpleQueue[None]
-) -> Iterator[int]:
-    sent = 0
-    while True:
-        done = future.done()
-        decided = generation.tokens[sent:]
-        yield from decided
-        sent += len(decided)
-        if done:
-            future.result()
-            return
-        rounds.get()
+class _Deadline:
+    """A moment after which nobody waits any more; never, for `None` seconds."""
+
+    def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and seconds <= 0:
+            raise InputError(f"timeout is {seconds}, expected more than 0 seconds, or None")
+        self._seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until then."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    @property
+    def error(self) -> CorrectionTimeoutError:
+        return CorrectionTimeoutError(self._seconds or 0.0)
+
+
+@contextlib.asynccontextmanager
+async def _time_limit(seconds: float | None, left: float | None = None) -> AsyncIterator[None]:
+    """Raise `CorrectionTimeoutError` after `seconds`, of which `left` are left; never for `None`."""
+    deadline = _Deadline(seconds)
+    limit = asyncio.timeout(deadline.left if left is None else left)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise deadline.error from None
 
 
 def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:

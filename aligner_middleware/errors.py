@@ -3,6 +3,7 @@
 AlignerError
 ├── InputError               a question or an answer that cannot be corrected
 │   └── PromptTooLongError   … because it does not fit into the aligner's context
+├── CorrectionTimeoutError   a correction that took longer than its `timeout`
 ├── MissingQuestionError     a chain did not tell which question an answer belongs to
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted after export
@@ -36,6 +37,21 @@ class PromptTooLongError(InputError):
         super().__init__(
             f"question and answer are {tokens} tokens long, and the aligner reads {limit} with room for "
             "a correction of the same length: shorten them, or choose an aligner with a longer context"
+        )
+
+
+class CorrectionTimeoutError(AlignerError, TimeoutError):
+    """A correction that took longer than it was given.
+
+    Attributes:
+        seconds: What it was given.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(
+            f"the correction was given up after timeout={seconds:g} seconds: allow more, or let answers that take longer "
+            "through uncorrected by on_error='passthrough'"
         )
 
 

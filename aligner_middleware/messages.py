@@ -5,12 +5,18 @@ Pure functions over messages; they know nothing of aligners.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+
+from aligner_middleware.diff import compare
 
 M = TypeVar("M", bound=BaseMessage)
+Block = str | dict[str, Any]
+
+_POINTING = ("annotations", "citations")  # what a provider says about places of a text
+_SPEAKERS = {HumanMessage: "User", AIMessage: "Assistant", ToolMessage: "Tool"}
 
 
 def text_of(message: BaseMessage) -> str:
@@ -23,20 +29,19 @@ def text_of(message: BaseMessage) -> str:
 def with_text(message: M, text: str) -> M:
     """Copy a message with its text replaced and all else kept: id, tool calls, usage, metadata, other blocks.
 
-    In a list of content blocks the first text block takes the whole text and later ones go; annotations of the old text
-    go too, since they point into it.
+    In a list of content blocks each text block takes what became of its own text; one of which nothing is left goes.
+    Citations and annotations stay on text that did not change: those with places in the text are moved along with it,
+    those without stay where all of their block is the same. On changed text they go, since nobody knows whether the
+    source says what the correction says. So do log-probabilities, which are of the old text's tokens.
     """
-    if isinstance(message.content, str):
-        return message.model_copy(update={"content": text})
-    blocks: list[str | dict[str, Any]] = []
-    placed = False
-    for block in message.content:
-        if _block_text(block) is None:
-            blocks.append(block)
-        elif not placed:
-            blocks.append(text if isinstance(block, str) else _without_annotations(block) | {"text": text})
-            placed = True
-    return message.model_copy(update={"content": blocks})
+    old = text_of(message)
+    if text == old:
+        return message.model_copy()
+    metadata = {key: value for key, value in message.response_metadata.items() if key != "logprobs"}
+    content: str | list[Block] = text
+    if not isinstance(message.content, str):
+        content = list(_rewritten_blocks(message.content, _Places(old, text)))
+    return message.model_copy(update={"content": content, "response_metadata": metadata})
 
 
 def with_metadata(message: M, **values: object) -> M:
@@ -44,19 +49,96 @@ def with_metadata(message: M, **values: object) -> M:
     return message.model_copy(update={"response_metadata": {**message.response_metadata, **values}})
 
 
-def question_of(messages: Sequence[BaseMessage]) -> str | None:
-    """Find what a conversation asks: the text of its last human message, or `None` where it has none with text."""
-    for message in reversed(messages):
-        if isinstance(message, HumanMessage):
-            return text_of(message) or None
-    return None
+def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool_results: bool = False) -> str | None:
+    """Find what a conversation asks: the text of its last human message.
+
+    Args:
+        messages: The conversation, up to the answer.
+        dialogue: Whether what was said before goes along, as lines of User and Assistant.
+        tool_results: Whether the results of tools go along: with `dialogue` all, else those since the question.
+
+    Returns:
+        The question, or `None` where the last human message has no text, or there is none.
+    """
+    last = next((at for at in reversed(range(len(messages))) if _is_question(messages[at])), None)
+    if last is None or not (question := text_of(messages[last])):
+        return None
+    kinds = (HumanMessage, AIMessage, ToolMessage) if tool_results else (HumanMessage, AIMessage)
+    turns = list(messages) if dialogue else messages[last:]
+    if not dialogue:
+        results = [text_of(turn) for turn in turns if isinstance(turn, ToolMessage)] if tool_results else []
+        return "\n\n".join([question, *(f"Tool: {result}" for result in results if result)])
+    said = [(_speaker(turn), text_of(turn)) for turn in turns if isinstance(turn, kinds) and text_of(turn)]
+    return question if len(said) == 1 else "\n\n".join(f"{speaker}: {text}" for speaker, text in said)
 
 
-def _block_text(block: str | dict[str, Any]) -> str | None:
+def _is_question(message: BaseMessage) -> bool:
+    # LangChain's summary of earlier turns comes as a human message, which no human wrote.
+    return isinstance(message, HumanMessage) and message.additional_kwargs.get("lc_source") != "summarization"
+
+
+def _speaker(message: BaseMessage) -> str:
+    return next(name for kind, name in _SPEAKERS.items() if isinstance(message, kind))
+
+
+class _Places:
+    """Where the places of an old text are in a new one."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.new = new
+        self._runs: list[tuple[int, int, int, int, bool]] = []
+        at = to = 0
+        for same, before, after in compare(old, new):
+            self._runs.append((at, at + len(before), to, to + len(after), same))
+            at, to = at + len(before), to + len(after)
+
+    def end(self, place: int) -> int:
+        """Find where the text before a place ends; what came in its stead belongs to it."""
+        runs = ((run[2] + place - run[0] if run[4] else run[3]) for run in self._runs if run[0] < place <= run[1])
+        return next(runs, 0)
+
+    def span(self, start: int, stop: int) -> tuple[int, int] | None:
+        """Find a span that did not change, or `None`."""
+        for first, last, to, _, same in self._runs:
+            if same and first <= start and stop <= last:
+                return start + to - first, stop + to - first
+        return None
+
+
+def _rewritten_blocks(blocks: Sequence[Block], places: _Places) -> Iterator[Block]:
+    last = max((at for at, block in enumerate(blocks) if _block_text(block) is not None), default=-1)
+    at = to = 0
+    for number, block in enumerate(blocks):
+        old = _block_text(block)
+        if old is None:
+            yield block
+            continue
+        until = len(places.new) if number == last else max(to, places.end(at + len(old)))
+        new = places.new[to:until]
+        if new == old:
+            yield block
+        elif new:
+            yield _moved({**block, "text": new}, places, at, to) if isinstance(block, dict) else new
+        at, to = at + len(old), until
+
+
+def _moved(block: dict[str, Any], places: _Places, at: int, to: int) -> dict[str, Any]:
+    """Take along what points into a block's text, which was at `at` in the old text and is at `to` in the new one."""
+    for key in _POINTING:
+        marks = [_moved_mark(mark, places, at, to) for mark in block.pop(key, None) or []]
+        if any(marks):
+            block[key] = [mark for mark in marks if mark]
+    return block
+
+
+def _moved_mark(mark: Any, places: _Places, at: int, to: int) -> dict[str, Any] | None:
+    if not isinstance(mark, dict) or not all(isinstance(mark.get(key), int) for key in ("start_index", "end_index")):
+        return None
+    span = places.span(at + mark["start_index"], at + mark["end_index"])
+    return {**mark, "start_index": span[0] - to, "end_index": span[1] - to} if span else None
+
+
+def _block_text(block: Block) -> str | None:
     if isinstance(block, str):
         return block
     return str(block.get("text", "")) if block.get("type") == "text" else None
-
-
-def _without_annotations(block: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in block.items() if key != "annotations"}

@@ -7,7 +7,7 @@ special token. Only a prompt template (`prompt.py`) may place one, by its id.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,23 +71,9 @@ class Tokenizer:
         """Decode ids to text, special tokens left out."""
         return str(self._full.decode(list(ids), skip_special_tokens=True))
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode ids as they arrive; the pieces joined are `decode` of all of them.
-
-        Characters that span several tokens are held back until they are whole.
-        """
-        stream = DecodeStream(skip_special_tokens=True)
-        seen: list[int] = []
-        sent = 0
-        for token in ids:
-            seen.append(token)
-            piece = stream.step(self._full, token)
-            if piece:
-                sent += len(piece)
-                yield piece
-        rest = self.decode(seen)[sent:]
-        if rest:
-            yield rest
+    def decode_stream(self) -> TextStream:
+        """Start to decode ids that are still arriving."""
+        return TextStream(self, self._full)
 
     def _by_tokenizers(self, text: str) -> list[int]:
         return list(self._plain.encode(text, add_special_tokens=False).ids)
@@ -126,3 +112,31 @@ def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
         model["vocab"] = [[piece, -1e6 if piece in special else score] for piece, score in model["vocab"]]
     plain = [token for token in added if not token["special"]]
     return description | {"added_tokens": plain, "post_processor": None, "model": model}
+
+
+class TextStream:
+    """Text of ids as they arrive; the pieces joined are `Tokenizer.decode` of all of them.
+
+    Characters that span several tokens are held back until they are whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, backend: Backend) -> None:
+        self._tokenizer = tokenizer
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._seen: list[int] = []
+        self._sent = 0
+
+    def add(self, ids: Iterable[int]) -> str:
+        """Take further ids, and give the text that is whole now."""
+        pieces = []
+        for token in ids:
+            self._seen.append(token)
+            pieces.append(self._stream.step(self._backend, token) or "")
+        text = "".join(pieces)
+        self._sent += len(text)
+        return text
+
+    def rest(self) -> str:
+        """Give what was held back, when no more will come."""
+        return self._tokenizer.decode(self._seen)[self._sent :]

@@ -42,28 +42,26 @@ class Scheduler:
         self._closed = False
 
     def submit(
-        self, generation: Generation, on_round: Callable[[], None] = lambda: None, *, wait: bool = True
+        self, generation: Generation, on_round: Callable[[], None] = lambda: None, *, timeout: float | None = None
     ) -> Future[Generation]:
         """Queue a generation.
 
         Args:
             generation: The sequence; it is filled in place.
             on_round: Called in the scheduler's thread after each round in which the generation moved.
-            wait: Whether to wait while the queue is full.
+            timeout: Seconds to wait while the queue is full, for a place in it; `None` waits for as long as it takes.
 
         Returns:
             The generation when it is done, or what made it fail. May be cancelled at any time.
 
         Raises:
             ClosedError: If `close` was called.
-            BlockingIOError: If the queue is full and `wait` is false.
+            BlockingIOError: If the queue was full all that time.
         """
         future: Future[Generation] = Future()
         with self._changed:
-            while len(self._waiting) >= self._queue_limit and not self._closed:
-                if not wait:
-                    raise BlockingIOError(f"{self._queue_limit} corrections are waiting already")
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: len(self._waiting) < self._queue_limit or self._closed, timeout):
+                raise BlockingIOError(f"{self._queue_limit} corrections are waiting already")
             self._start()
             self._waiting.append((generation, future, on_round))
             self._changed.notify_all()

@@ -181,7 +181,7 @@ def test_a_full_queue_makes_callers_wait_or_says_so() -> None:
     futures = [scheduler.submit(Generation([1], max_new_tokens=30)) for _ in range(12)]
     with pytest.raises(BlockingIOError):
         for _ in range(20):
-            futures.append(scheduler.submit(Generation([1], max_new_tokens=30), wait=False))
+            futures.append(scheduler.submit(Generation([1], max_new_tokens=30), timeout=0))
     assert all(len(future.result(timeout=10).tokens) == 30 for future in futures)
     scheduler.close()
 

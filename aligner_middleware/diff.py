@@ -1,0 +1,111 @@
+"""Two texts compared word by word: which words went, and which came."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from html import escape
+from typing import Any, Literal
+
+Kind = Literal["same", "removed", "added"]
+
+_WORD = re.compile(r"\s+|\w+|[^\w\s]")
+_STYLES: dict[Kind, str] = {"same": "", "removed": "red strike", "added": "bold green"}
+_TAGS: dict[Kind, str] = {"same": "", "removed": "del", "added": "ins"}
+_MARKS: dict[Kind, tuple[str, str]] = {"same": ("", ""), "removed": ("[-", "-]"), "added": ("{+", "+}")}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A run of text that stayed, went, or came.
+
+    Attributes:
+        kind: `same`, `removed` or `added`.
+        text: The text, with its white space.
+    """
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What became of a text. It shows itself in a terminal (by Rich), in a notebook (as HTML) and as plain text.
+
+    Attributes:
+        changes: In order. What is the same and what was removed, joined, is the old text; what is the same and what was
+            added is the new one.
+    """
+
+    changes: tuple[Change, ...]
+
+    @classmethod
+    def between(cls, old: str, new: str) -> Diff:
+        """Compare two texts."""
+        changes: list[Change] = []
+        removed = added = ""
+        for same, before, after in [*compare(old, new), (True, "", "")]:
+            if not same or (
+                before.isspace() and (removed or added)
+            ):  # the space between two changed words reads better
+                removed, added = removed + before, added + after  # as part of the change
+                continue
+            changes += [Change("removed", removed)] if removed else []
+            changes += [Change("added", added)] if added else []
+            changes += [Change("same", before)] if before else []
+            removed = added = ""
+        return cls(tuple(changes))
+
+    @property
+    def removed(self) -> list[str]:
+        """The words that went."""
+        return self._words("removed")
+
+    @property
+    def added(self) -> list[str]:
+        """The words that came."""
+        return self._words("added")
+
+    def _words(self, kind: Kind) -> list[str]:
+        return [word for change in self.changes if change.kind == kind for word in change.text.split()]
+
+    def __str__(self) -> str:
+        """Mark what went [-like this-] and what came {+like this+}."""
+        return "".join(change.text.join(_MARKS[change.kind]) for change in self.changes)
+
+    def __rich__(self) -> Any:
+        """Give a Rich text: what went in red and struck out, what came in green and bold."""
+        from rich.text import Text
+
+        return Text.assemble(*((change.text, _STYLES[change.kind]) for change in self.changes))
+
+    def html(self) -> str:
+        """Give HTML, with what went in `<del>` and what came in `<ins>`; the texts are escaped."""
+        parts = []
+        for change in self.changes:
+            tag, text = _TAGS[change.kind], escape(change.text)
+            parts.append(f"<{tag}>{text}</{tag}>" if tag else text)
+        return f'<div class="aligner-diff" style="white-space: pre-wrap">{"".join(parts)}</div>'
+
+    _repr_html_ = html
+
+
+def compare(old: str, new: str) -> Iterator[tuple[bool, str, str]]:
+    """Cut two texts into runs of words, each with whether it is the same in both.
+
+    Yields:
+        Whether the two are the same, and the run in the old and in the new text, either of which may be empty.
+    """
+    before, after = _WORD.findall(old), _WORD.findall(new)
+    shorter = min(len(before), len(after))
+    head = next((at for at in range(shorter) if before[at] != after[at]), shorter)  # most of a text is not changed,
+    tail = next((at for at in range(shorter - head) if before[-1 - at] != after[-1 - at]), shorter - head)
+    middle = before[head : len(before) - tail], after[head : len(after) - tail]  # and the matcher is slow
+    if head:
+        yield True, "".join(before[:head]), "".join(after[:head])
+    for kind, a, b, c, d in SequenceMatcher(None, *middle, autojunk=False).get_opcodes():
+        yield kind == "equal", "".join(middle[0][a:b]), "".join(middle[1][c:d])
+    if tail:
+        yield True, "".join(before[-tail:]), "".join(after[-tail:])

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -56,6 +56,10 @@ class Usage:
     decoded_tokens: int = 0
     passes: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        """Add up what two corrections cost."""
+        return Usage(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -367,8 +371,12 @@ class Aligner:
         self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None
     ) -> list[Correction]:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
-        calls = (self.acorrect(question, answer, timeout=timeout) for question, answer in pairs)
-        return list(await asyncio.gather(*calls))
+        calls = [asyncio.ensure_future(self.acorrect(*pair, timeout=timeout)) for pair in pairs]
+        try:
+            return list(await asyncio.gather(*calls))
+        finally:  # after an error nobody waits for the others
+            for call in calls:
+                call.cancel()
 
     def stream(
         self,

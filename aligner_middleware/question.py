@@ -9,7 +9,8 @@ was asked and what it answered, so one process-wide `QuestionRecord` listens and
 3. the only question that was asked in the innermost chain run that asked any;
 4. otherwise the question is unknown. It is never guessed between candidates.
 
-The record holds the text of the last human message and of the answer, for at most `limit` answers.
+The record holds the text of the last human message and of the answer, for at most `limit` answers; once an
+`AlignerRunnable(dialogue=True)` was made, that of the whole conversation too.
 """
 
 from __future__ import annotations
@@ -36,8 +37,19 @@ _ANSWERS_PER_CHAIN = 64  # a chain run that calls models without end keeps the l
 
 
 @dataclass(frozen=True)
+class _Question:
+    """What was asked last, and the conversation up to there, where that is recorded."""
+
+    last: str
+    dialogue: str
+
+    def text(self, dialogue: bool) -> str:
+        return self.dialogue if dialogue else self.last
+
+
+@dataclass(frozen=True)
 class _Asked:
-    question: str
+    question: _Question
     answer: str
 
 
@@ -46,7 +58,7 @@ class _Run:
     """A run in progress: its parent, what a model was asked, or what was answered beneath a chain."""
 
     parent: UUID | None
-    question: str | None = None
+    question: _Question | None = None
     answers: list[_Asked] = field(default_factory=list)
 
 
@@ -73,6 +85,7 @@ class QuestionRecord(BaseCallbackHandler):
     Attributes:
         enabled: Whether anything is recorded. Switch it off where prompts must not be held in memory; an
             `AlignerRunnable` then needs `question=`, or a dict with question and answer.
+        dialogues: Whether whole conversations are recorded too.
     """
 
     run_inline = True  # keep to the caller's thread: this is a dict lookup, and order matters
@@ -84,6 +97,7 @@ class QuestionRecord(BaseCallbackHandler):
 
     def __init__(self, limit: int = 1024) -> None:
         self.enabled = True
+        self.dialogues = False
         self._lock = Lock()
         self._by_message_id: _Latest[str, _Asked] = _Latest(limit)
         self._runs: _Latest[UUID, _Run] = _Latest(limit * 16)  # a run that never ends must not stay for ever
@@ -104,34 +118,38 @@ class QuestionRecord(BaseCallbackHandler):
         """Number of runs in progress that are being followed."""
         return len(self._runs)
 
-    def find(self, answer: str, message_id: str | None, parent_run_id: UUID | None) -> str | None:
+    def find(
+        self, answer: str, message_id: str | None, parent_run_id: UUID | None, *, dialogue: bool = False
+    ) -> str | None:
         """Find the question that an answer belongs to.
 
         Args:
             answer: The answer's text.
             message_id: Id of the message it came in, if it came in one.
             parent_run_id: The chain run in which it turned up, if any.
+            dialogue: Whether the whole conversation is wanted.
 
         Returns:
             The question, or `None` where it is not known for certain.
         """
         with self._lock:
             if message_id is not None and (asked := self._by_message_id.get(message_id)):
-                return asked.question
+                return asked.question.text(dialogue)
             scopes = [run.answers for _, run in self._ancestors(parent_run_id) if run.answers]
         for answers in scopes:
-            same_text = {asked.question for asked in answers if asked.answer == answer}
+            same_text = {asked.question.text(dialogue) for asked in answers if asked.answer == answer}
             if same_text:
                 return same_text.pop() if len(same_text) == 1 else None
-        only = {asked.question for asked in scopes[0]} if scopes else set()
+        only = {asked.question.text(dialogue) for asked in scopes[0]} if scopes else set()
         return only.pop() if len(only) == 1 else None
 
-    def ask_early(self, message_id: str | None, parent_run_id: UUID | None) -> str | None:
+    def ask_early(self, message_id: str | None, parent_run_id: UUID | None, *, dialogue: bool = False) -> str | None:
         """Say which question a model run that has not ended yet is likely to be answering.
 
         Args:
             message_id: Id of a chunk of its answer, which LangChain makes from the run's.
             parent_run_id: The chain run in which it turned up, if any.
+            dialogue: Whether the whole conversation is wanted.
 
         Returns:
             The question of that run, or else of the only model running beneath that chain; `None` where there are several.
@@ -141,14 +159,15 @@ class QuestionRecord(BaseCallbackHandler):
             own = [run.question for run_id, run in runs if message_id is not None and message_id.endswith(run_id)]
             scopes = [run_id for run_id, _ in self._ancestors(parent_run_id)]
             beneath = {run.question for _, run in runs if any(at in scopes for at, _ in self._ancestors(run.parent))}
-        return own[0] if own else beneath.pop() if len(beneath) == 1 else None
+        question = own[0] if own else beneath.pop() if len(beneath) == 1 else None
+        return question.text(dialogue) if question else None
 
     def _ancestors(self, run_id: UUID | None) -> Iterator[tuple[UUID, _Run]]:
         while run_id is not None and (run := self._runs.get(run_id)):
             yield run_id, run
             run_id = run.parent
 
-    def _start(self, run_id: UUID, parent: UUID | None, question: str | None = None) -> None:
+    def _start(self, run_id: UUID, parent: UUID | None, question: _Question | None = None) -> None:
         if self.enabled:
             with self._lock:
                 self._runs.put(run_id, _Run(parent, question))
@@ -167,7 +186,9 @@ class QuestionRecord(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Note what a chat model was asked."""
-        self._start(run_id, parent_run_id, question_of(messages[0]))
+        last = question_of(messages[0])
+        whole = question_of(messages[0], dialogue=True) if self.dialogues else last
+        self._start(run_id, parent_run_id, _Question(last, whole or last) if last else None)
 
     def on_llm_start(
         self,
@@ -179,7 +200,7 @@ class QuestionRecord(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Note what a text model was asked: its whole prompt."""
-        self._start(run_id, parent_run_id, prompts[0] or None)
+        self._start(run_id, parent_run_id, _Question(prompts[0], prompts[0]) if prompts[0] else None)
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         """Tie the question to the answers, by message id and in every chain run around the model."""
@@ -250,9 +271,10 @@ _listening = False
 _listening_lock = Lock()
 
 
-def listen() -> None:
+def listen(dialogues: bool = False) -> None:
     """Have `RECORD` told of every model run from now on; LangChain offers no way to take that back."""
     global _listening
+    RECORD.dialogues |= dialogues
     with _listening_lock:
         if not _listening:
             register_configure_hook(_record, inheritable=True)

@@ -1,65 +1,82 @@
 """`llm | AlignerRunnable()`: corrects every answer that comes by, and passes all else of the message on.
 
-A value's way: what came in becomes a `_Job` (its question, its answer, and how to put a correction back), jobs are
-corrected together, and each correction goes back into the value that it came from.
+A value's way: `values.py` finds the answer in what came in, `question.py` finds its question, the two are a `_Job`; jobs
+are corrected together (`alignment.py`), and what became of each answer goes back into the value that it came from.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import reduce
-from operator import add
-from typing import Any, Literal
-from uuid import UUID
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.runnables import AddableDict, RunnableConfig, RunnableSerializable
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from langchain_core.runnables.config import run_in_executor
-from pydantic import ConfigDict
 
 from aligner_middleware import question as questions
-from aligner_middleware.aligner import Aligner, Correction, ReadAhead
-from aligner_middleware.errors import AlignerError, InputError, MissingQuestionError
-from aligner_middleware.messages import text_of, with_metadata, with_text
+from aligner_middleware.aligner import Aligner, Correction
+from aligner_middleware.alignment import EVENT, Aligned, Alignment, LongAnswer, MissingQuestion
+from aligner_middleware.chat_model import wrapped
+from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks
+from aligner_middleware.values import Answer, is_update, locate
 
-logger = logging.getLogger(__name__)
-
-_HOW_TO_GIVE_IT = (
-    "cannot tell which question this answer belongs to: it does not come from a model run of this chain, or from one of "
-    "several. Give it as AlignerRunnable(question='…'), as a callable question=lambda answer: …, or pass "
-    "{'question': …, 'answer': …}; on_missing_question='passthrough' lets such answers through uncorrected"
-)
+ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One answer to correct: `value` came in, `question` and `answer` are in it, `rebuild` puts a text back."""
+    """One answer to correct, and the question that it answers."""
 
-    value: Any
-    question: str
-    answer: str
+    answer: Answer
+    question: str | None
 
 
-class AlignerRunnable(RunnableSerializable[Any, Any]):
+class _Wrap:
+    """`AlignerRunnable.wrap(llm)`, and `AlignerRunnable(…).wrap(llm)` with what that one was given."""
+
+    def __get__(self, runnable: AlignerRunnable | None, cls: type[AlignerRunnable]) -> Callable[..., Any]:
+        def wrap(llm: Any, aligner: Aligner | str = "default", **options: Any) -> Any:
+            """Put an aligner into a chat model: every answer that it gives is corrected.
+
+            Args:
+                llm: A chat model; or one with arguments bound, retries or fallbacks, each of whose models is wrapped.
+                aligner: As `AlignerRunnable` takes it.
+                **options: As `AlignerRunnable` takes them.
+
+            Returns:
+                An `AlignedChatModel`, wherever a `BaseChatModel` is required; for a bound model the same around one.
+
+            Raises:
+                TypeError: If it is no chat model; or if options are given to the `wrap` of an instance, which has its own.
+            """
+            if runnable is None:
+                return wrapped(llm, cls(aligner, **options))
+            if aligner != "default" or options:
+                raise TypeError(
+                    "this AlignerRunnable has its aligner and options already: give them to AlignerRunnable(…)"
+                )
+            return wrapped(llm, runnable)
+
+        return wrap
+
+
+class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     """Correct the answers of whatever stands to its left: `llm | AlignerRunnable()`.
 
-    Takes and gives text, messages (an `AIMessage` keeps its id, tool calls, usage and other blocks; only its text is
-    replaced, and `response_metadata["aligner"]` says what was done), or `{"question": …, "answer": …}`.
-    Messages without text, such as bare tool calls, pass through untouched.
+    Takes and gives text; messages (an `AIMessage` keeps its id, tool calls, usage and other blocks; only its text is
+    replaced, and `response_metadata["aligner"]` says what was done); `{"question": …, "answer": …}`; or a state whose
+    `messages` end with an answer. Messages without text, such as bare tool calls, pass through untouched, and so do those
+    that this aligner has aligned before.
 
     Args:
         aligner: An `Aligner`, or what `Aligner.load` takes: `default`, a hub id, a folder.
-        question: The question, or a function from the value that comes in to its question. Without it the question is
-            the one that the very model run was asked which wrote this answer (see `question.py`).
-        when: Whether to correct at all, from question and answer.
-        on_error: What a failed correction becomes: `raise`, `passthrough` (the original answer, marked as not aligned),
-            or any other text, which then replaces the answer.
-        on_missing_question: `raise`, or `passthrough`.
-        keep_original: Whether `response_metadata["aligner"]` holds the original text.
+        question, dialogue, when, on_error, on_missing_question, timeout, max_answer_tokens, on_long_answer, keep_original,
+            on_correction: See `Alignment`; all of them may be set per call by `configurable_fields`.
+        name: Of its runs in traces.
         load_options: Passed to `Aligner.load`, such as `precision=`.
 
     Raises:
@@ -67,24 +84,23 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
         MissingQuestionError: On invoking, where the question is not known and `on_missing_question="raise"`.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-    aligner: Aligner
-    question: str | Callable[[Any], str] | None = None
-    when: Callable[[str, str], bool] | None = None
-    on_error: str = "raise"
-    on_missing_question: Literal["raise", "passthrough"] = "raise"
-    keep_original: bool = False
+    wrap: ClassVar[_Wrap] = _Wrap()
 
     def __init__(
         self,
         aligner: Aligner | str = "default",
         *,
-        question: str | Callable[[Any], str] | None = None,
+        question: str | Callable[[Any], str | None] | None = None,
+        dialogue: bool = False,
         when: Callable[[str, str], bool] | None = None,
         on_error: str = "raise",
-        on_missing_question: Literal["raise", "passthrough"] = "raise",
+        on_missing_question: MissingQuestion = "raise",
+        timeout: float | None = None,
+        max_answer_tokens: int | None = None,
+        on_long_answer: LongAnswer = "raise",
         keep_original: bool = False,
+        on_correction: Callable[[Correction], None] | None = None,
+        name: str | None = None,
         **load_options: Any,
     ) -> None:
         if isinstance(aligner, Aligner) and load_options:
@@ -92,13 +108,19 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
         super().__init__(
             aligner=aligner if isinstance(aligner, Aligner) else Aligner.load(aligner, **load_options),
             question=question,
+            dialogue=dialogue,
             when=when,
             on_error=on_error,
             on_missing_question=on_missing_question,
+            timeout=timeout,
+            max_answer_tokens=max_answer_tokens,
+            on_long_answer=on_long_answer,
             keep_original=keep_original,
+            on_correction=on_correction,
+            name=name,
         )
         if question is None:
-            questions.listen()
+            questions.listen(dialogues=dialogue)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -166,202 +188,126 @@ class AlignerRunnable(RunnableSerializable[Any, Any]):
     # --- values in, values out ------------------------------------------------------------------------
 
     def _align_one(self, value: Any, run_manager: CallbackManagerForChainRun) -> Any:
-        return _or_raise(self._align_all([value], [run_manager.parent_run_id])[0])
+        return _or_raise(self._align([value], [run_manager])[0])
 
     async def _aalign_one(self, value: Any, run_manager: AsyncCallbackManagerForChainRun) -> Any:
-        return _or_raise((await self._aalign_all([value], [run_manager.parent_run_id]))[0])
+        return _or_raise((await self._aalign([value], [run_manager]))[0])
 
-    def _align(self, values: list[Any], run_manager: list[CallbackManagerForChainRun]) -> list[Any]:
-        return self._align_all(values, [run.parent_run_id for run in run_manager])
-
-    async def _aalign(self, values: list[Any], run_manager: list[AsyncCallbackManagerForChainRun]) -> list[Any]:
-        return await self._aalign_all(values, [run.parent_run_id for run in run_manager])
-
-    def _align_all(self, values: Sequence[Any], parent_run_ids: Sequence[UUID | None]) -> list[Any]:
+    def _align(self, values: Sequence[Any], run_manager: Sequence[CallbackManagerForChainRun]) -> list[Any]:
         """Correct values together. A value whose correction fails becomes its exception; the others are not held up."""
-        jobs = [self._job_or_result(value, parent) for value, parent in zip(values, parent_run_ids, strict=True)]
-        pairs = [(job.question, job.answer) for job in jobs if isinstance(job, _Job)]
-        corrections = iter(self.aligner.correct_batch(pairs, return_exceptions=True))
-        return [self._finish(job, next(corrections)) if isinstance(job, _Job) else job for job in jobs]
+        jobs = [self._job(value, run) for value, run in zip(values, run_manager, strict=True)]
+        outcomes = iter(self.align_pairs([(job.question, job.answer.text) for job in jobs if isinstance(job, _Job)]))
+        results = []
+        for job, run in zip(jobs, run_manager, strict=True):
+            outcome = next(outcomes) if isinstance(job, _Job) else job
+            if isinstance(job, _Job) and isinstance(outcome, Aligned):
+                _tell(run, outcome)
+                outcome = job.answer.put(outcome)
+            results.append(outcome)
+        return results
 
-    async def _aalign_all(self, values: Sequence[Any], parent_run_ids: Sequence[UUID | None]) -> list[Any]:
-        """Do the same, and leave the event loop free. What a user's function decides is asked in a thread."""
-        jobs = [
-            await run_in_executor(None, self._job_or_result, value, parent)
-            for value, parent in zip(values, parent_run_ids, strict=True)
-        ]
-        return list(
-            await asyncio.gather(*(self._afinish(job) if isinstance(job, _Job) else _itself(job) for job in jobs))
-        )
+    async def _aalign(self, values: Sequence[Any], run_manager: Sequence[AsyncCallbackManagerForChainRun]) -> list[Any]:
+        calls = (self._aalign_value(value, run) for value, run in zip(values, run_manager, strict=True))
+        return list(await asyncio.gather(*calls))
 
-    async def _afinish(self, job: _Job) -> Any:
-        try:
-            correction = await self.aligner.acorrect(job.question, job.answer)
-        except Exception as exc:  # `on_error` says what becomes of it
-            return self._finish(job, exc)
-        return self._finish(job, correction)
+    async def _aalign_value(self, value: Any, run: AsyncCallbackManagerForChainRun) -> Any:
+        job = await self._ajob(value, run)
+        if not isinstance(job, _Job):
+            return job
+        outcome = await self.aalign_pair(job.question, job.answer.text)
+        if not isinstance(outcome, Aligned):
+            return outcome
+        await _atell(run, outcome)
+        return job.answer.put(outcome)
 
     def _align_chunks(self, chunks: Iterator[Any], run_manager: CallbackManagerForChainRun) -> Iterator[Any]:
-        ahead = _Gathering(self, run_manager.parent_run_id)
+        gathering = Gathering(self.aligner, lambda chunk: self._question_early(chunk, run_manager))
         try:
             for chunk in chunks:
-                ahead.add(chunk)
-            yield from self._stream_one(ahead)
+                if is_update(chunk):  # an agent's stream: each is whole
+                    yield self._align_one(chunk, run_manager)
+                else:
+                    gathering.add(chunk)
+            if gathering.value is not None:
+                yield from self._stream_one(gathering, run_manager)
         finally:
-            ahead.close()
+            gathering.close()
+
+    def _stream_one(self, gathering: Gathering, run: CallbackManagerForChainRun) -> Iterator[Any]:
+        job = self._job(gathering.value, run)
+        if not isinstance(job, _Job):
+            yield _or_raise(job)
+            return
+        yield from aligned_chunks(self, job.answer, job.question, gathering.ahead, partial(_tell, run))
 
     async def _aalign_chunks(
         self, chunks: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
     ) -> AsyncIterator[Any]:
-        ahead = _Gathering(self, run_manager.parent_run_id)
+        gathering = Gathering(self.aligner, lambda chunk: self._question_early(chunk, run_manager))
         try:
             async for chunk in chunks:
-                ahead.add(chunk)
-            pieces = self._stream_one(ahead)
-            end = object()
-            while (piece := await run_in_executor(None, next, pieces, end)) is not end:
-                yield piece
+                if is_update(chunk):
+                    yield await self._aalign_one(chunk, run_manager)
+                else:
+                    gathering.add(chunk)
+            if gathering.value is not None:
+                async for piece in self._astream_one(gathering, run_manager):
+                    yield piece
         finally:
-            ahead.close()
+            gathering.close()
 
-    def _stream_one(self, gathered: _Gathering) -> Iterator[Any]:
-        value, parent_run_id = gathered.value, gathered.parent_run_id
-        streams = isinstance(value, str) or (isinstance(value, AIMessageChunk) and isinstance(value.content, str))
-        job = self._job_or_result(value, parent_run_id) if streams else None
-        if not isinstance(job, _Job) or self.on_error != "raise":  # a policy may replace the text: decide it whole
-            yield _or_raise(self._align_all([value], [parent_run_id])[0])
+    async def _astream_one(self, gathering: Gathering, run: AsyncCallbackManagerForChainRun) -> AsyncIterator[Any]:
+        job = await self._ajob(gathering.value, run)
+        if not isinstance(job, _Job):
+            yield _or_raise(job)
             return
-        pieces = self.aligner.stream(job.question, job.answer, ahead=gathered.ahead)
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as end:
-                correction: Correction = end.value
-                break
-            yield piece if isinstance(value, str) else AIMessageChunk(content=piece, id=value.id)
-        if not isinstance(value, str):  # the last chunk carries all that is not text
-            yield with_metadata(with_text(value, ""), aligner=self._report(correction))
+        tell = partial(_atell, run)
+        async for chunk in aaligned_chunks(self, job.answer, job.question, gathering.ahead, tell):
+            yield chunk
 
-    def _question_early(self, chunk: Any, parent_run_id: UUID | None) -> str | None:
+    # --- one value --------------------------------------------------------------------------------------
+
+    async def _ajob(self, value: Any, run: AsyncCallbackManagerForChainRun) -> Any:
+        """Make a job, in a thread where a user's function is asked."""
+        return await run_in_executor(None, self._job, value, run) if callable(self.question) else self._job(value, run)
+
+    def _job(self, value: Any, run: ChainRun) -> Any:
+        """Make the job of a value, or decide at once: the value itself where there is nothing to do, or an exception."""
+        try:
+            answer = locate(value, dialogue=self.dialogue, update="langgraph_node" in run.metadata)
+            if not answer.text.strip() or self.has_aligned(answer.report):
+                return answer.value
+            question = self._question(value, answer, run)
+        except Exception as exc:
+            return exc
+        return _Job(answer, question)
+
+    def _question(self, value: Any, answer: Answer, run: ChainRun) -> str | None:
+        if answer.question is not None:
+            return answer.question
+        if isinstance(self.question, str):
+            return self.question
+        if self.question is not None:
+            return self.question(value)
+        message_id = answer.message.id if answer.message else None
+        return questions.RECORD.find(answer.text, message_id, run.parent_run_id, dialogue=self.dialogue)
+
+    def _question_early(self, chunk: Any, run: ChainRun) -> str | None:
         """Find the question before the answer is whole; it only decides what is read ahead."""
         if isinstance(self.question, str):
             return self.question
         if self.question is not None:
             return None
         message_id = chunk.id if isinstance(chunk, BaseMessage) else None
-        return questions.RECORD.ask_early(message_id, parent_run_id)
-
-    # --- one value --------------------------------------------------------------------------------------
-
-    def _job_or_result(self, value: Any, parent_run_id: UUID | None) -> Any:
-        """Make the job of a value, or decide at once: the value itself where there is nothing to do, or an exception."""
-        try:
-            answer = _answer_of(value)
-            if not answer.strip():
-                return value
-            question = self._question(value, answer, parent_run_id)
-            if question is None:
-                if self.on_missing_question == "raise":
-                    raise MissingQuestionError(_HOW_TO_GIVE_IT)
-                return _marked(value, {"aligned": False, "reason": "question not known"})
-            if self.when is not None and not self.when(question, answer):
-                return _marked(value, {"aligned": False, "reason": "when"})
-        except AlignerError as exc:
-            return exc
-        return _Job(value, question, answer)
-
-    def _question(self, value: Any, answer: str, parent_run_id: UUID | None) -> str | None:
-        if isinstance(value, dict):
-            return str(value["question"])
-        if isinstance(self.question, str):
-            return self.question
-        if self.question is not None:
-            return self.question(value)
-        message_id = value.id if isinstance(value, BaseMessage) else None
-        return questions.RECORD.find(answer, message_id, parent_run_id)
-
-    def _finish(self, job: _Job, outcome: Correction | Exception) -> Any:
-        if isinstance(outcome, Correction):
-            return _marked(_replaced(job.value, outcome.corrected), self._report(outcome))
-        if self.on_error == "raise":
-            return outcome
-        logger.warning("an answer was not aligned: %s", outcome)
-        value = job.value if self.on_error == "passthrough" else _replaced(job.value, self.on_error)
-        return _marked(value, {"aligned": False, "reason": str(outcome)})
-
-    def _report(self, correction: Correction) -> dict[str, Any]:
-        report = {"aligned": True, "changed": correction.changed, "model": self.aligner.name}
-        report |= {"finish_reason": correction.finish_reason, "usage": asdict(correction.usage)}
-        return report | ({"original": correction.original} if self.keep_original else {})
+        return questions.RECORD.ask_early(message_id, run.parent_run_id, dialogue=self.dialogue)
 
 
-class _Gathering:
-    """The chunks of an answer, which the aligner reads while they arrive."""
-
-    def __init__(self, runnable: AlignerRunnable, parent_run_id: UUID | None) -> None:
-        self.parent_run_id = parent_run_id
-        self.ahead: ReadAhead | None = None
-        self._runnable = runnable
-        self._chunks: list[Any] = []
-
-    def add(self, chunk: Any) -> None:
-        self._chunks.append(chunk)
-        text = chunk if isinstance(chunk, str) else chunk.content if isinstance(chunk, AIMessageChunk) else None
-        if not isinstance(text, str) or not text:
-            return
-        if self.ahead is None:
-            question = self._runnable._question_early(chunk, self.parent_run_id)
-            self.ahead = self._runnable.aligner.read_ahead(question or "")
-        self.ahead.feed(text)
-
-    @property
-    def value(self) -> Any:
-        """All of it as one value."""
-        return _gather(self._chunks)
-
-    def close(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
+def _tell(run: CallbackManagerForChainRun, aligned: Aligned) -> None:
+    run.get_child().on_custom_event(EVENT, aligned.report, run_id=run.run_id)
 
 
-async def _itself(value: Any) -> Any:
-    return value
-
-
-def _answer_of(value: Any) -> str:
-    """Find the answer's text in a value.
-
-    Raises:
-        InputError: If it is nothing that holds an answer.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, AIMessage):
-        return text_of(value)
-    if isinstance(value, dict) and "question" in value and "answer" in value:
-        return _answer_of(value["answer"])
-    raise InputError(
-        f"AlignerRunnable takes an answer: text, an AIMessage, or a dict with 'question' and 'answer', not "
-        f"{type(value).__name__}; it stands to the right of the model, as in llm | AlignerRunnable()"
-    )
-
-
-def _replaced(value: Any, text: str) -> Any:
-    if isinstance(value, dict):
-        return {**value, "answer": _replaced(value["answer"], text)}
-    return with_text(value, text) if isinstance(value, AIMessage) else text
-
-
-def _marked(value: Any, report: dict[str, Any]) -> Any:
-    if isinstance(value, dict):
-        return {**value, "answer": _marked(value["answer"], report)}
-    return with_metadata(value, aligner=report) if isinstance(value, AIMessage) else value
-
-
-def _gather(chunks: list[Any]) -> Any:
-    if not chunks:
-        return ""
-    return reduce(add, [AddableDict(chunk) if isinstance(chunk, dict) else chunk for chunk in chunks])
+async def _atell(run: AsyncCallbackManagerForChainRun, aligned: Aligned) -> None:
+    await run.get_child().on_custom_event(EVENT, aligned.report, run_id=run.run_id)
 
 
 def _or_raise(result: Any) -> Any:

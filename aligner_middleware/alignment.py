@@ -1,0 +1,297 @@
+"""What is done with an answer whose question is known: an aligner, and the policies around it.
+
+`Alignment` is what the runnable and the chat model are made of. Pairs of texts go in; what comes out is the text to show
+and a report of what was done. It knows nothing of messages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from langchain_core.runnables.config import run_in_executor
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from aligner_middleware.aligner import Aligner, Correction, ReadAhead, Usage
+from aligner_middleware.errors import InputError, MissingQuestionError, PromptTooLongError
+from aligner_middleware.paragraphs import split
+
+logger = logging.getLogger("aligner_middleware")
+
+Pair = tuple[str | None, str]  # a question, where it is known, and an answer
+LongAnswer = Literal["raise", "passthrough", "piecewise"]
+MissingQuestion = Literal["raise", "passthrough"]
+
+EVENT = "aligner_correction"
+"""Name of the custom event for each answer; its data is the report."""
+
+_HOW_TO_GIVE_IT = (
+    "cannot tell which question this answer belongs to: it does not come from a model run of this chain, or from one of "
+    "several. Give it as AlignerRunnable(question='…'), as a callable question=lambda answer: …, or pass "
+    "{'question': …, 'answer': …}; on_missing_question='passthrough' lets such answers through uncorrected"
+)
+_CONTEXT = 400  # characters of what was said before, given along with a later piece of an answer
+_PIECE = "{question}\n\n(The answer so far ends: {before})"
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What became of an answer.
+
+    Attributes:
+        text: The text to show.
+        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`
+            and `usage`, or the `reason` why it was not aligned.
+        correction: The correction, where one was made.
+    """
+
+    text: str
+    report: dict[str, Any]
+    correction: Correction | None = None
+
+
+Outcome = Aligned | Exception
+
+
+class Alignment(BaseModel):
+    """An aligner, and when and how it is used.
+
+    Attributes:
+        aligner: What corrects; the name of one, or its folder, is loaded.
+        question: The question, or a function from what comes in to its question. Without it the question is found.
+        dialogue: Whether the question is the whole conversation, as lines of User and Assistant, instead of its last human
+            message. The default aligner was trained on single questions.
+        when: Whether to correct at all, from question and answer.
+        on_error: What a failed correction becomes: `raise`, `passthrough` (the original answer, marked as not aligned),
+            or any other text, which then replaces the answer.
+        on_missing_question: What becomes of an answer whose question is not known: `raise`, or `passthrough`.
+        timeout: Seconds after which a correction is given up, which `on_error` then decides on; in a stream they count
+            from when the answer is there.
+        max_answer_tokens: How long an answer may be, in the aligner's tokens; `None` for what fits into its context.
+        on_long_answer: What becomes of a longer one: `raise` (an error, which `on_error` decides on), `passthrough`, or
+            `piecewise`: corrected paragraph by paragraph, each with the end of what stands before it.
+        keep_original: Whether `response_metadata["aligner"]` holds the original text.
+        on_correction: Told every correction, changed or not, in the thread or task of its call; its errors are logged.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    aligner: Aligner
+    question: str | Callable[[Any], str | None] | None = None
+    dialogue: bool = False
+    when: Callable[[str, str], bool] | None = None
+    on_error: str = "raise"
+    on_missing_question: MissingQuestion = "raise"
+    timeout: float | None = Field(default=None, gt=0)
+    max_answer_tokens: int | None = Field(default=None, ge=1)
+    on_long_answer: LongAnswer = "raise"
+    keep_original: bool = False
+    on_correction: Callable[[Correction], None] | None = None
+
+    @field_validator("aligner", mode="before")
+    @classmethod
+    def _load(cls, aligner: Any) -> Any:
+        return Aligner.load(aligner) if isinstance(aligner, (str, Path)) else aligner
+
+    def align_pairs(self, pairs: Sequence[Pair]) -> list[Outcome]:
+        """Align answers together. One that fails becomes its exception, if `on_error` says so; others are not held up."""
+        plans = [self._plan(question, answer) for question, answer in pairs]
+        needed = [piece for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
+        made = iter(self.aligner.correct_batch(needed, timeout=self.timeout, return_exceptions=True) if needed else ())
+        return [
+            self._end(plan, [next(made) for _ in plan.pieces]) if isinstance(plan, _Plan) else plan for plan in plans
+        ]
+
+    async def aalign_pair(self, question: str | None, answer: str) -> Outcome:
+        """Align one answer, and leave the event loop free."""
+        plan = await self._aplan(question, answer)
+        if not isinstance(plan, _Plan):
+            return plan
+        try:
+            if len(plan.pieces) == 1:
+                return self._end(plan, [await self.aligner.acorrect(*plan.pieces[0], timeout=self.timeout)])
+            return self._end(plan, await self.aligner.acorrect_batch(plan.pieces, timeout=self.timeout))
+        except Exception as exc:  # `on_error` says what becomes of it
+            return self._failed(answer, exc)
+
+    def stream_pair(
+        self, question: str | None, answer: str, ahead: ReadAhead | None = None
+    ) -> Generator[str, None, Outcome]:
+        """Align one answer, and give the text as it is decided where nothing can take it back.
+
+        Under `on_error` other than `raise`, and for an answer in pieces, nothing is given before all is decided.
+
+        Returns:
+            What became of it; its text is all of it, also what was given.
+        """
+        plan = self._plan(question, answer)
+        if not isinstance(plan, _Plan) or len(plan.pieces) > 1:
+            return self.align_pairs([(question, answer)])[0] if isinstance(plan, _Plan) else plan
+        pieces = self.aligner.stream(*plan.pieces[0], ahead=ahead, timeout=self.timeout)
+        try:
+            while True:
+                piece = next(pieces)
+                if self.on_error == "raise":
+                    yield piece
+        except StopIteration as end:
+            return self._end(plan, [end.value])
+        except Exception as exc:
+            return self._failed(answer, exc)
+        finally:
+            pieces.close()
+
+    async def astream_pair(
+        self, question: str | None, answer: str, ahead: ReadAhead | None = None
+    ) -> AsyncIterator[str | Aligned | Exception]:
+        """Do as `stream_pair` does, and leave the event loop free; the last that is given is what became of the answer."""
+        plan = await self._aplan(question, answer)
+        if not isinstance(plan, _Plan) or len(plan.pieces) > 1:
+            yield await self.aalign_pair(question, answer) if isinstance(plan, _Plan) else plan
+            return
+        made: list[Correction | Exception] = []
+        try:
+            async for piece in self.aligner.astream(
+                *plan.pieces[0], ahead=ahead, timeout=self.timeout, on_end=made.append
+            ):
+                if self.on_error == "raise":
+                    yield piece
+        except Exception as exc:
+            yield self._failed(answer, exc)
+            return
+        yield self._end(plan, made)
+
+    def has_aligned(self, report: Mapping[str, Any]) -> bool:
+        """Say, from its report, whether this aligner has aligned an answer before."""
+        return bool(report.get("aligned")) and report.get("model") == self.aligner.name
+
+    def _unaligned(self, answer: str, reason: str) -> Aligned:
+        """Let an answer through as it is, and say why."""
+        return Aligned(answer, self._report(aligned=False, changed=False, reason=reason))
+
+    async def _aplan(self, question: str | None, answer: str) -> _Plan | Outcome:
+        """Plan in a thread where that may take long: a user's function, or counting the tokens of a long answer."""
+        if self.when is None and self._unlimited:
+            return self._plan(question, answer)
+        return await run_in_executor(None, self._plan, question, answer)
+
+    def _plan(self, question: str | None, answer: str) -> _Plan | Outcome:
+        if question is None:
+            return self._no_question(answer)
+        try:
+            if self.when is not None and not self.when(question, answer):
+                return self._unaligned(answer, "when")
+            if self._unlimited:
+                return _Plan(question, answer, [(question, answer)])
+            return self._plan_by_length(question, answer)
+        except Exception as exc:
+            return self._failed(answer, exc)
+
+    @property
+    def _unlimited(self) -> bool:
+        return self.max_answer_tokens is None and self.on_long_answer == "raise"
+
+    def _plan_by_length(self, question: str, answer: str) -> _Plan | Outcome:
+        limit = self.aligner.longest_answer(question)
+        if self.max_answer_tokens is not None:
+            limit = min(limit, self.max_answer_tokens)
+        tokens = self.aligner.count_tokens(answer)
+        if tokens <= limit:
+            return _Plan(question, answer, [(question, answer)])
+        if self.on_long_answer == "passthrough":
+            return self._unaligned(answer, f"{tokens} tokens are more than {limit}")
+        if self.on_long_answer == "raise":
+            raise InputError(
+                f"the answer is {tokens} tokens long, and max_answer_tokens allows {limit}: raise it, or choose "
+                "on_long_answer='passthrough' or 'piecewise'"
+            )
+        room = min(limit, self.aligner.longest_answer(_PIECE.format(question=question, before="…" * _CONTEXT)))
+        if room < 1:
+            raise PromptTooLongError(self.aligner.count_tokens(question), 2 * limit)
+        return _Plan.piecewise(question, answer, split(answer, room, self.aligner.count_tokens))
+
+    def _end(self, plan: _Plan, made: Sequence[Correction | Exception]) -> Outcome:
+        for one in made:
+            if isinstance(one, Exception):
+                return self._failed(plan.answer, one)
+        correction = plan.join([one for one in made if isinstance(one, Correction)])
+        usage = correction.usage
+        logger.info(
+            "%s an answer of %d tokens in %.0f ms, %d passes",
+            "corrected" if correction.changed else "kept",
+            usage.draft_tokens,
+            usage.seconds * 1000,
+            usage.passes,
+        )
+        if self.on_correction is not None:
+            try:
+                self.on_correction(correction)
+            except Exception:  # whoever counts must not break what is counted
+                logger.exception("on_correction failed")
+        report = self._report(
+            aligned=True, changed=correction.changed, finish_reason=correction.finish_reason, usage=asdict(usage)
+        )
+        return Aligned(correction.corrected, report | self._original(plan.answer), correction)
+
+    def _failed(self, answer: str, error: Exception) -> Outcome:
+        if self.on_error == "raise":
+            return error
+        logger.warning("an answer was not aligned: %s", error)
+        text = answer if self.on_error == "passthrough" else self.on_error
+        report = self._report(aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
+        return Aligned(text, report | self._original(answer))
+
+    def _no_question(self, answer: str) -> Outcome:
+        """Decide on an answer whose question is not known."""
+        if self.on_missing_question == "raise":
+            return MissingQuestionError(_HOW_TO_GIVE_IT)
+        return self._unaligned(answer, "question not known")
+
+    def _report(self, **values: Any) -> dict[str, Any]:
+        return {"model": self.aligner.name} | values
+
+    def _original(self, answer: str) -> dict[str, str]:
+        return {"original": answer} if self.keep_original else {}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How an answer goes through the aligner: as it is, or in pieces.
+
+    Attributes:
+        question, answer: What was given.
+        pieces: What the aligner is asked, in order.
+        around: The white space that stands before and after each piece, which the aligner does not see.
+    """
+
+    question: str
+    answer: str
+    pieces: list[tuple[str, str]]
+    around: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def piecewise(cls, question: str, answer: str, texts: list[str]) -> _Plan:
+        """Ask each piece with the question and the end of what stands before it."""
+        pieces, around, before = [], [], ""
+        for text in texts:
+            core = text.strip()
+            context = _PIECE.format(question=question, before=before[-_CONTEXT:].strip())
+            pieces.append((context if before.strip() else question, core))
+            around.append((text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if core else ""))
+            before += text
+        return cls(question, answer, pieces, around)
+
+    def join(self, corrections: list[Correction]) -> Correction:
+        """Put the pieces' corrections together. What several pieces became alike, such as a refusal, is said once."""
+        if not self.around:
+            return corrections[0]
+        text, said, usage = "", set(), Usage()
+        for correction, (before, after) in zip(corrections, self.around, strict=True):
+            repeated = correction.changed and correction.corrected in said
+            said.add(correction.corrected)
+            text += "" if repeated else before + correction.corrected + after
+            usage = usage + correction.usage
+        cut = any(one.finish_reason == "length" for one in corrections)
+        return Correction(self.question, self.answer, text, "length" if cut else "stop", usage)

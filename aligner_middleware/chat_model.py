@@ -1,0 +1,325 @@
+"""`AlignerRunnable.wrap(llm)`: a chat model whose every answer is corrected before anybody sees it.
+
+It calls the inner model's own `_generate` and `_stream`, not `invoke`: so one call is one run, usage counts once, and no
+callback, event or stream is told a raw token. In all else it is the inner model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+    adispatch_custom_event,
+    dispatch_custom_event,
+)
+from langchain_core.callbacks.manager import ahandle_event, handle_event
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import run_in_executor
+from langchain_core.tools import BaseTool
+from pydantic import model_validator
+
+from aligner_middleware.alignment import EVENT, Aligned, Alignment
+from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, or_raise
+from aligner_middleware.messages import question_of
+from aligner_middleware.values import Answer, locate
+
+# What the caller of a model may set on it, and what a run is shaped by: the wrapper takes it from the inner model.
+_INHERITED = (
+    "cache",
+    "callbacks",
+    "custom_get_token_ids",
+    "disable_streaming",
+    "metadata",
+    "name",
+    "output_version",
+    "profile",
+    "rate_limiter",
+    "tags",
+    "verbose",
+)
+# Arguments by which providers are asked for JSON in the text, which must not be rewritten.
+_STRUCTURED = (
+    "format",
+    "output_format",
+    "response_format",
+    "response_json_schema",
+    "response_mime_type",
+    "response_schema",
+)
+_PLAIN = (None, "", "text", "text/plain", {"type": "text"})
+
+
+class AlignedChatModel(BaseChatModel, Alignment):
+    """A chat model around another, whose answers it corrects. `AlignerRunnable.wrap` makes one.
+
+    What is bound, configured or asked of it reaches the inner model, and attributes that it lacks are the inner model's
+    (`model_name`, …). Answers in a requested JSON format, and those of `with_structured_output`, are not rewritten.
+
+    Attributes:
+        llm: The inner model.
+        final_only: Whether text beside tool calls is left as it is.
+    """
+
+    llm: BaseChatModel
+    final_only: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_the_inner_model(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("llm"), BaseChatModel):
+            return values
+        return {name: getattr(values["llm"], name) for name in _INHERITED if hasattr(values["llm"], name)} | values
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what only the inner model has."""
+        if name.startswith("_") or "llm" not in self.__dict__:
+            return super().__getattr__(name)  # type: ignore[misc]
+        return getattr(self.llm, name)
+
+    # --- generating -------------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        result = self.llm._generate(messages, stop=stop, **kwargs)
+        answers = self._answers(result, kwargs)
+        question = self._question(messages) if answers else None
+        aligned = [or_raise(one) for one in self.align_pairs([(question, answer.text) for answer in answers.values()])]
+        for one in aligned:
+            _tell(run_manager, one)
+        return _with_aligned(result, answers, aligned)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        result = await self.llm._agenerate(messages, stop=stop, **kwargs)
+        answers = self._answers(result, kwargs)
+        question = await self._aquestion(messages) if answers else None
+        outcomes = await asyncio.gather(*(self.aalign_pair(question, answer.text) for answer in answers.values()))
+        aligned = [or_raise(one) for one in outcomes]
+        for one in aligned:
+            await _atell(run_manager, one)
+        return _with_aligned(result, answers, aligned)
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        question = self._question(messages)
+        gathering = Gathering(self.aligner, lambda chunk: question)
+        try:
+            for chunk in self.llm._stream(messages, stop=stop, **kwargs):
+                gathering.add(_message_of(chunk))
+            answer = self._answer(gathering.value, kwargs)
+            if answer is None:
+                yield from _untouched(gathering.value)
+                return
+            for piece in aligned_chunks(self, answer, question, gathering.ahead, partial(_tell, run_manager)):
+                yield ChatGenerationChunk(message=piece)
+        finally:
+            gathering.close()
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        question = await self._aquestion(messages)
+        gathering = Gathering(self.aligner, lambda chunk: question)
+        try:
+            async for chunk in self.llm._astream(messages, stop=stop, **kwargs):
+                gathering.add(_message_of(chunk))
+            answer = self._answer(gathering.value, kwargs)
+            if answer is None:
+                for untouched in _untouched(gathering.value):
+                    yield untouched
+                return
+            tell = partial(_atell, run_manager)
+            async for piece in aaligned_chunks(self, answer, question, gathering.ahead, tell):
+                yield ChatGenerationChunk(message=piece)
+        finally:
+            gathering.close()
+
+    def _question(self, messages: list[BaseMessage]) -> str | None:
+        if isinstance(self.question, str):
+            return self.question
+        return self.question(messages) if self.question else question_of(messages, dialogue=self.dialogue)
+
+    async def _aquestion(self, messages: list[BaseMessage]) -> str | None:
+        """Find the question, in a thread where a user's function is asked."""
+        if callable(self.question):
+            return await run_in_executor(None, self._question, messages)
+        return self._question(messages)
+
+    def _answers(self, result: ChatResult, kwargs: dict[str, Any]) -> dict[int, Answer]:
+        """Find the answers to correct among the generations, by their places."""
+        found = {at: self._answer(generation.message, kwargs) for at, generation in enumerate(result.generations)}
+        return {at: answer for at, answer in found.items() if answer is not None}
+
+    def _answer(self, message: BaseMessage | None, kwargs: dict[str, Any]) -> Answer | None:
+        """Find the answer to correct in a message; `None` where there is none, or it is to be left alone."""
+        if not isinstance(message, AIMessage) or self._gives_json(kwargs):
+            return None
+        if self.final_only and (message.tool_calls or message.invalid_tool_calls):
+            return None
+        answer = locate(message)
+        return answer if answer.text.strip() and not self.has_aligned(answer.report) else None
+
+    def _gives_json(self, kwargs: dict[str, Any]) -> bool:
+        asked = {name: getattr(self.llm, name, None) for name in _STRUCTURED}
+        asked |= (getattr(self.llm, "model_kwargs", None) or {}) | kwargs
+        return any(asked.get(name) not in _PLAIN for name in _STRUCTURED)
+
+    # --- as the inner model -----------------------------------------------------------------------------
+
+    def bind_tools(
+        self, tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool], **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Bind tools as the inner model does; its tool calls are not touched."""
+        bound: Runnable[LanguageModelInput, AIMessage] = self._around(self.llm.bind_tools(tools, **kwargs))
+        return bound
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Give the inner model's structured output, which is not rewritten."""
+        return self.llm.with_structured_output(schema, **kwargs)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Give the tokens of the inner model."""
+        return self.llm.get_token_ids(text)
+
+    def get_num_tokens(self, text: str) -> int:
+        """Count the tokens of the inner model."""
+        return self.llm.get_num_tokens(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> int:
+        """Count the tokens of the inner model."""
+        return self.llm.get_num_tokens_from_messages(messages, *args, **kwargs)
+
+    def _around(self, runnable: Any) -> Any:
+        """Put this wrapper around the model inside of what binding arguments to the inner one gave."""
+        if isinstance(runnable, BaseChatModel):
+            return self.model_copy(update={"llm": runnable})
+        if isinstance(runnable, RunnableBindingBase):
+            return runnable.model_copy(update={"bound": self._around(runnable.bound)})
+        raise TypeError(
+            f"{type(self.llm).__name__} gave a {type(runnable).__name__}, inside of which no chat model is known: put "
+            "AlignerRunnable to the right of it, as in model | AlignerRunnable()"
+        )
+
+    @property
+    def _llm_type(self) -> str:
+        return self.llm._llm_type
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**self.llm._identifying_params, "aligner": self.aligner.identity}
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        return self.llm._get_invocation_params(stop=stop, **kwargs)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return self.llm._get_ls_params(stop=stop, **kwargs)
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """Give the cache key: aligned answers are cached, so it tells aligners and policies apart too."""
+        policies = {"on_error": self.on_error, "dialogue": self.dialogue, "final_only": self.final_only}
+        policies |= {"max_answer_tokens": self.max_answer_tokens, "on_long_answer": self.on_long_answer}
+        key = json.dumps({**self.aligner.identity, **policies}, sort_keys=True)
+        return f"{self.llm._get_llm_string(stop=stop, **kwargs)}---aligner:{key}"
+
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        return self.llm._combine_llm_outputs(llm_outputs)
+
+    def _should_stream(self, *, async_api: bool, **kwargs: Any) -> bool:
+        return self._inner_streams(async_api) and super()._should_stream(async_api=async_api, **kwargs)
+
+    def _should_use_protocol_streaming(self, *, async_api: bool, **kwargs: Any) -> bool:
+        return self._inner_streams(async_api) and super()._should_use_protocol_streaming(async_api=async_api, **kwargs)
+
+    def _inner_streams(self, async_api: bool) -> bool:
+        inner = type(self.llm)
+        return inner._stream != BaseChatModel._stream or (async_api and inner._astream != BaseChatModel._astream)
+
+
+def wrapped(llm: Any, alignment: Alignment) -> Any:
+    """Put an aligner into a chat model, or into each model of one with arguments bound, retries or fallbacks.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    if isinstance(llm, BaseChatModel):
+        return AlignedChatModel(llm=llm, **{name: getattr(alignment, name) for name in Alignment.model_fields})
+    if isinstance(llm, RunnableBindingBase):
+        return llm.model_copy(update={"bound": wrapped(llm.bound, alignment)})
+    if isinstance(llm, RunnableWithFallbacks):
+        fallbacks = [wrapped(fallback, alignment) for fallback in llm.fallbacks]
+        return llm.model_copy(update={"runnable": wrapped(llm.runnable, alignment), "fallbacks": fallbacks})
+    raise TypeError(
+        f"wrap takes a chat model (a BaseChatModel), not {type(llm).__name__}; to the right of anything else an aligner "
+        "stands in a chain: llm | AlignerRunnable()"
+    )
+
+
+def _message_of(chunk: ChatGenerationChunk) -> BaseMessage:
+    """Give the message of a chunk, with what its generation says of it."""
+    metadata = {**(chunk.generation_info or {}), **chunk.message.response_metadata}
+    return chunk.message.model_copy(update={"response_metadata": metadata})
+
+
+def _untouched(message: Any) -> Iterator[ChatGenerationChunk]:
+    if message is not None:
+        yield ChatGenerationChunk(message=message)
+
+
+def _with_aligned(result: ChatResult, answers: dict[int, Answer], aligned: Sequence[Aligned]) -> ChatResult:
+    generations = list(result.generations)
+    for (at, answer), one in zip(answers.items(), aligned, strict=True):
+        info = generations[at].generation_info
+        if info and one.report["changed"]:  # its tokens are those of the old text
+            info = {key: value for key, value in info.items() if key != "logprobs"}
+        generations[at] = ChatGeneration(message=answer.put(one), generation_info=info)
+    return result.model_copy(update={"generations": generations})
+
+
+def _tell(run: CallbackManagerForLLMRun | None, aligned: Aligned) -> None:
+    """Dispatch the custom event: from the model's run, or where LangChain does not tell which that is, from its chain's."""
+    if run is not None:
+        handle_event(run.handlers, "on_custom_event", "ignore_custom_event", EVENT, aligned.report, run_id=run.run_id)
+        return
+    with suppress(RuntimeError):  # there is no chain
+        dispatch_custom_event(EVENT, aligned.report)
+
+
+async def _atell(run: AsyncCallbackManagerForLLMRun | None, aligned: Aligned) -> None:
+    if run is not None:
+        await ahandle_event(
+            run.handlers, "on_custom_event", "ignore_custom_event", EVENT, aligned.report, run_id=run.run_id
+        )
+        return
+    with suppress(RuntimeError):
+        await adispatch_custom_event(EVENT, aligned.report)

@@ -1,0 +1,148 @@
+"""An answer that comes in chunks: read ahead while it arrives, and given in chunks again as it is decided."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import reduce
+from operator import add
+from typing import Any
+
+from langchain_core.messages import AIMessageChunk
+from langchain_core.runnables import AddableDict
+
+from aligner_middleware.aligner import Aligner, ReadAhead
+from aligner_middleware.alignment import Aligned, Alignment, Outcome
+from aligner_middleware.messages import with_metadata, with_text
+from aligner_middleware.values import Answer
+
+
+class Gathering:
+    """The chunks of an answer, which the aligner reads while they arrive.
+
+    Args:
+        aligner: What reads them.
+        ask: Says what the question is, as far as it can be known from the first chunk.
+
+    Attributes:
+        ahead: What has read them, if there was any text.
+    """
+
+    def __init__(self, aligner: Aligner, ask: Callable[[Any], str | None]) -> None:
+        self.ahead: ReadAhead | None = None
+        self._aligner = aligner
+        self._ask = ask
+        self._chunks: list[Any] = []
+
+    def add(self, chunk: Any) -> None:
+        """Take in a chunk: text, a message chunk, or a part of a dict."""
+        self._chunks.append(chunk)
+        text = chunk if isinstance(chunk, str) else chunk.content if isinstance(chunk, AIMessageChunk) else None
+        if not isinstance(text, str) or not text:
+            return
+        if self.ahead is None:
+            self.ahead = self._aligner.read_ahead(self._ask(chunk) or "")
+        self.ahead.feed(text)
+
+    @property
+    def value(self) -> Any:
+        """All of it as one value; `None` where there was no chunk."""
+        if not self._chunks:
+            return None
+        return reduce(add, [AddableDict(chunk) if isinstance(chunk, dict) else chunk for chunk in self._chunks])
+
+    def close(self) -> None:
+        """Free what reading ahead took."""
+        if self.ahead is not None:
+            self.ahead.close()
+
+
+def aligned_chunks(
+    alignment: Alignment,
+    answer: Answer,
+    question: str | None,
+    ahead: ReadAhead | None,
+    tell: Callable[[Aligned], None],
+) -> Iterator[Any]:
+    """Give an aligned answer in chunks: text as it is decided, and last all that is not text.
+
+    Content blocks, dicts and whole messages are given whole.
+
+    Args:
+        alignment: What aligns it.
+        answer: The answer, in the value that it came in.
+        question: What it answers.
+        ahead: What has read it already.
+        tell: Told what became of it.
+
+    Raises:
+        Exception: What made the alignment fail, if its policy is to raise.
+    """
+    given = ""
+    if _can_be_cut(answer.value):
+        pieces = alignment.stream_pair(question, answer.text, ahead)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                outcome: Outcome = end.value
+                break
+            given += piece
+            yield _piece_of(answer.value, piece)
+    else:
+        (outcome,) = alignment.align_pairs([(question, answer.text)])
+    aligned = or_raise(outcome)
+    tell(aligned)
+    yield from _rest(answer, aligned, given)
+
+
+async def aaligned_chunks(
+    alignment: Alignment,
+    answer: Answer,
+    question: str | None,
+    ahead: ReadAhead | None,
+    tell: Callable[[Aligned], Awaitable[None]],
+) -> AsyncIterator[Any]:
+    """Do as `aligned_chunks` does, and leave the event loop free."""
+    given = ""
+    outcome: Outcome | None = None
+    if _can_be_cut(answer.value):
+        async for piece in alignment.astream_pair(question, answer.text, ahead):
+            if isinstance(piece, str):
+                given += piece
+                yield _piece_of(answer.value, piece)
+            else:
+                outcome = piece
+    else:
+        outcome = await alignment.aalign_pair(question, answer.text)
+    aligned = or_raise(outcome)
+    await tell(aligned)
+    for rest in _rest(answer, aligned, given):
+        yield rest
+
+
+def or_raise(outcome: Outcome | None) -> Aligned:
+    """Give what became of an answer, or raise what made it fail."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert outcome is not None
+    return outcome
+
+
+def _can_be_cut(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, AIMessageChunk) and isinstance(value.content, str))
+
+
+def _piece_of(value: Any, text: str) -> Any:
+    return text if isinstance(value, str) else AIMessageChunk(content=text, id=value.id)
+
+
+def _rest(answer: Answer, aligned: Aligned, given: str) -> Iterator[Any]:
+    """Give what is left when the pieces were given: text that was not, and all that is not text."""
+    value, text = answer.value, aligned.text[len(given) :]
+    if isinstance(value, str):
+        yield from [text] if text else []
+    elif not given:
+        yield answer.put(aligned)
+    else:
+        rest = with_text(value, text) if aligned.report["changed"] else value.model_copy(update={"content": text})
+        yield with_metadata(rest, aligner=aligned.report).model_copy(update={"chunk_position": "last"})

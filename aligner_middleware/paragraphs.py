@@ -1,0 +1,71 @@
+"""A long text in pieces that an aligner can read: by paragraphs, and where those are too long, by what is smaller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+# What ends a part, from the largest on; the last resort is any character.
+_ENDS = (re.compile(r"\n"), re.compile(r"[.!?…]['\")\]]*\s+|[。！？]"), re.compile(r"\s+"), re.compile(r"(?s)."))
+_FENCE = re.compile(r"\s*(```|~~~)")
+
+
+def split(text: str, limit: int, size: Callable[[str], int]) -> list[str]:
+    """Cut a text into pieces of at most `limit`.
+
+    Paragraphs stay whole, and so do fenced blocks of code, as long as they fit; as many as fit go into one piece.
+
+    Args:
+        text: Any text.
+        limit: How large a piece may be.
+        size: How large a text is, such as its number of tokens. A piece counts as the sum of its parts.
+
+    Returns:
+        The pieces; joined they are the text.
+    """
+    return list(_packed(_paragraphs(text), _ENDS, limit, size))
+
+
+def _packed(
+    parts: Iterator[str], ends: tuple[re.Pattern[str], ...], limit: int, size: Callable[[str], int]
+) -> Iterator[str]:
+    piece, held = "", 0
+    for part in parts:
+        needed = size(part)
+        if held + needed <= limit:
+            piece, held = piece + part, held + needed
+            continue
+        if piece:
+            yield piece
+        if needed > limit and ends:
+            *whole, piece = _packed(_parts(part, ends[0]), ends[1:], limit, size)
+            yield from whole
+            held = size(piece)
+        else:
+            piece, held = part, needed
+    if piece:
+        yield piece
+
+
+def _parts(text: str, end: re.Pattern[str]) -> Iterator[str]:
+    start = 0
+    for match in end.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Cut after blank lines that are not inside a fenced block of code."""
+    paragraph, fenced, blank = "", False, False
+    for line in text.splitlines(keepends=True):
+        if blank and not fenced and line.strip():
+            yield paragraph
+            paragraph = ""
+        paragraph += line
+        blank = not line.strip()
+        if _FENCE.match(line):
+            fenced = not fenced
+    if paragraph:
+        yield paragraph

@@ -143,6 +143,10 @@ class Aligner:
         top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
         seed: Of the draws: with it, a question and an answer always give the same.
         revision: What tells one build of `name` from another in cache keys.
+
+    Attributes:
+        name: As given.
+        source: What `load` was given; `None` for one that was made in another way.
     """
 
     def __init__(
@@ -167,6 +171,7 @@ class Aligner:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         self.name = name
+        self.source: str | None = None
         self._model = model
         self._scheduler = Scheduler(model, frozenset(eos_token_ids))
         weakref.finalize(self, self._scheduler.close)
@@ -232,7 +237,9 @@ class Aligner:
         template = artifact.template if prompt is None else resolve_template(prompt)
         revision = hashlib.sha256(repr(sorted(artifact.files.items())).encode()).hexdigest()[:12]
         end = artifact.eos_token_ids
-        return cls(session, tokenizer, template, end, name=artifact.name, revision=revision, **options)
+        aligner = cls(session, tokenizer, template, end, name=artifact.name, revision=revision, **options)
+        aligner.source = model
+        return aligner
 
     @classmethod
     def _load_torch(

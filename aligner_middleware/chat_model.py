@@ -198,9 +198,15 @@ class AlignedChatModel(BaseChatModel, Alignment):
     # --- as the inner model -----------------------------------------------------------------------------
 
     def bind_tools(
-        self, tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool], **kwargs: Any
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: Any = None,
+        **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Bind tools as the inner model does; its tool calls are not touched."""
+        if tool_choice is not None:
+            kwargs["tool_choice"] = tool_choice
         bound: Runnable[LanguageModelInput, AIMessage] = self._around(self.llm.bind_tools(tools, **kwargs))
         return bound
 
@@ -219,6 +225,16 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> int:
         """Count the tokens of the inner model."""
         return self.llm.get_num_tokens_from_messages(messages, *args, **kwargs)
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """It is dumped with the inner model, and with what its aligner is loaded from; functions are not dumped."""
+        return True
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """Dump an aligner as what `Aligner.load` was given."""
+        return {"aligner": self.aligner.source or self.aligner.name}
 
     def _around(self, runnable: Any) -> Any:
         """Put this wrapper around the model inside of what binding arguments to the inner one gave."""

@@ -9,7 +9,9 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from aligner_middleware.diff import Diff
 from aligner_middleware.messages import question_of, text_of, with_text
 
-WORDS = st.lists(st.sampled_from(["you", " idiot", ",", " ", "\n\n", "Paris", "é", "<b>", "a1"]), max_size=12).map("".join)
+WORDS = st.lists(st.sampled_from(["you", " idiot", ",", " ", "\n\n", "Paris", "é", "<b>", "a1"]), max_size=12).map(
+    "".join
+)
 
 
 @given(WORDS, WORDS)

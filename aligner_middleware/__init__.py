@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Aligner, Correction, Usage
+    from aligner_middleware.chat_model import AlignedChatModel
+    from aligner_middleware.diff import Diff
     from aligner_middleware.errors import (
         AlignerError,
         ArtifactError,
         BuildError,
+        CorrectionTimeoutError,
         DataError,
         InputError,
         MissingExtraError,
         MissingQuestionError,
         PromptTooLongError,
     )
+    from aligner_middleware.middleware import AlignerMiddleware
     from aligner_middleware.question import RECORD as question_record
     from aligner_middleware.runnable import AlignerRunnable
 
@@ -24,13 +28,17 @@ __version__ = "0.1.0"
 
 # Where each public name is defined; it is imported when it is first used, so that importing the package costs nothing.
 _HOMES = {
+    "AlignedChatModel": "chat_model",
     "Aligner": "aligner",
     "AlignerError": "errors",
+    "AlignerMiddleware": "middleware",
     "AlignerRunnable": "runnable",
     "ArtifactError": "errors",
     "BuildError": "errors",
     "Correction": "aligner",
+    "CorrectionTimeoutError": "errors",
     "DataError": "errors",
+    "Diff": "diff",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "MissingQuestionError": "errors",
@@ -40,13 +48,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "AlignedChatModel",
     "Aligner",
     "AlignerError",
+    "AlignerMiddleware",
     "AlignerRunnable",
     "ArtifactError",
     "BuildError",
     "Correction",
+    "CorrectionTimeoutError",
     "DataError",
+    "Diff",
     "InputError",
     "MissingExtraError",
     "MissingQuestionError",

@@ -489,7 +489,6 @@ class Aligner:
                     future = await self._asubmit(generation, on_round)
             steps = self._decided(question, answer, generation, future)
             while True:
-                moved.clear()  # before it is looked what there is, so that nothing that comes meanwhile is missed
                 try:
                     piece = next(steps)
                 except StopIteration as end:
@@ -500,6 +499,7 @@ class Aligner:
                     continue
                 async with _time_limit(timeout, deadline.left):
                     await moved.wait()
+                moved.clear()  # before it is looked what there is: what comes from now on is not missed
         finally:
             if future is not None:
                 future.cancel()

@@ -282,19 +282,25 @@ class AlignedChatModel(BaseChatModel, Alignment):
         return inner._stream != BaseChatModel._stream or (async_api and inner._astream != BaseChatModel._astream)
 
 
-def wrapped(llm: Any, alignment: Alignment) -> Any:
+def wrapped(llm: Any, alignment: Alignment, **options: Any) -> Any:
     """Put an aligner into a chat model, or into each model of one with arguments bound, retries or fallbacks.
+
+    Args:
+        llm: The model.
+        alignment: The aligner, and its policies.
+        **options: Further fields of the `AlignedChatModel`.
 
     Raises:
         TypeError: If it is none of these.
     """
     if isinstance(llm, BaseChatModel):
-        return AlignedChatModel(llm=llm, **{name: getattr(alignment, name) for name in Alignment.model_fields})
+        policies = {name: getattr(alignment, name) for name in Alignment.model_fields}
+        return AlignedChatModel(llm=llm, **policies, **options)
     if isinstance(llm, RunnableBindingBase):
-        return llm.model_copy(update={"bound": wrapped(llm.bound, alignment)})
+        return llm.model_copy(update={"bound": wrapped(llm.bound, alignment, **options)})
     if isinstance(llm, RunnableWithFallbacks):
-        fallbacks = [wrapped(fallback, alignment) for fallback in llm.fallbacks]
-        return llm.model_copy(update={"runnable": wrapped(llm.runnable, alignment), "fallbacks": fallbacks})
+        fallbacks = [wrapped(fallback, alignment, **options) for fallback in llm.fallbacks]
+        return llm.model_copy(update={"runnable": wrapped(llm.runnable, alignment, **options), "fallbacks": fallbacks})
     raise TypeError(
         f"wrap takes a chat model (a BaseChatModel), not {type(llm).__name__}; to the right of anything else an aligner "
         "stands in a chain: llm | AlignerRunnable()"

@@ -1,0 +1,164 @@
+"""`create_agent(model, tools, middleware=[AlignerMiddleware()])`: corrects the final answers of an agent.
+
+It puts an `AlignedChatModel` around the model of each call, so that nothing of the raw answer is streamed, traced or
+stored: the answer is corrected inside of the model's own run, and keeps its message id.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables.config import run_in_executor
+
+from aligner_middleware.aligner import Aligner
+from aligner_middleware.alignment import EVENT
+from aligner_middleware.chat_model import AlignedChatModel, wrapped
+from aligner_middleware.chunks import or_raise
+from aligner_middleware.errors import MissingExtraError
+from aligner_middleware.messages import question_of
+from aligner_middleware.runnable import AlignerRunnable
+from aligner_middleware.values import Answer, locate
+
+try:
+    from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
+    from langchain.agents.structured_output import ToolStrategy
+except ImportError as exc:
+    raise MissingExtraError("AlignerMiddleware", "agents") from exc
+
+
+class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
+    """Correct the final answers of an agent.
+
+    The question is the last human message of the agent's state. Tool calls and structured responses are not touched.
+    Tokens are streamed as they are corrected; in the agent's state, and so in its checkpoints, the corrected answer
+    stands under the id of the model's message. List it last: a middleware after it that puts another model in, such as
+    `ModelFallbackMiddleware`, would stream that model's raw tokens. Its answers are corrected all the same, and a
+    warning says so.
+
+    Args:
+        aligner: An `AlignerRunnable`, whose policies are taken; or what that takes: an `Aligner`, or the name of one.
+        intermediate: Whether text beside tool calls is corrected too.
+        tool_results: Whether what tools have answered since the question goes along with it.
+        raw_streaming: Whether the model's raw tokens are streamed as they come, and the answer is corrected only when it
+            is whole: faster to read, and seen before it is corrected.
+        **options: As `AlignerRunnable` takes them: `on_error`, `timeout`, `keep_original` (which keeps the original in the
+            stored message's `response_metadata["aligner"]`), …; `question` is a function from the state's messages.
+
+    Raises:
+        TypeError: If options are given with an `AlignerRunnable`, which has its own.
+    """
+
+    def __init__(
+        self,
+        aligner: AlignerRunnable | Aligner | str = "default",
+        *,
+        intermediate: bool = False,
+        tool_results: bool = False,
+        raw_streaming: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(aligner, AlignerRunnable) and options:
+            raise TypeError(f"{sorted(options)} can be given to the AlignerRunnable, not beside it")
+        self.align = aligner if isinstance(aligner, AlignerRunnable) else AlignerRunnable(aligner, **options)
+        self.intermediate = intermediate
+        self.tool_results = tool_results
+        self.raw_streaming = raw_streaming
+        self.tools = []
+
+    @property
+    def name(self) -> str:
+        """Its name in the agent, which tells several aligners apart."""
+        return f"AlignerMiddleware[{self.align.aligner.name}]"
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any]:
+        """Call the model with an aligner around it."""
+        if _gives_json(request):
+            return handler(request)
+        align = self._asking(request)
+        response = handler(self._around(request, align))
+        for at, answer in self._left(request, response).items():
+            (outcome,) = align.align_pairs([(_question(align), answer.text)])
+            response = _with(response, at, answer.put(or_raise(outcome)))
+        self._write(request, response)
+        return response
+
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> ModelResponse[Any]:
+        """Call the model with an aligner around it, and leave the event loop free."""
+        if _gives_json(request):
+            return await handler(request)
+        align = await run_in_executor(None, self._asking, request)
+        response = await handler(self._around(request, align))
+        for at, answer in self._left(request, response).items():
+            outcome = await align.aalign_pair(_question(align), answer.text)
+            response = _with(response, at, answer.put(or_raise(outcome)))
+        self._write(request, response)
+        return response
+
+    def _asking(self, request: ModelRequest[Any]) -> AlignerRunnable:
+        """Give the aligner with the question of this call."""
+        messages = request.state["messages"]
+        if callable(self.align.question):
+            question = self.align.question(messages)
+        elif self.align.question is None:
+            question = question_of(messages, dialogue=self.align.dialogue, tool_results=self.tool_results)
+        else:
+            return self.align
+        return self.align.model_copy(update={"question": question})
+
+    def _around(self, request: ModelRequest[Any], align: AlignerRunnable) -> ModelRequest[Any]:
+        model = request.model
+        if self.raw_streaming or not isinstance(model, BaseChatModel) or isinstance(model, AlignedChatModel):
+            return request
+        return request.override(model=wrapped(model, align, final_only=not self.intermediate))
+
+    def _left(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
+        """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one."""
+        left = {}
+        for at, message in enumerate(response.result):
+            if not isinstance(message, AIMessage) or (message.tool_calls and not self.intermediate):
+                continue
+            answer = locate(message)
+            if answer.text.strip() and not answer.report:
+                left[at] = answer
+        if left and not self.raw_streaming:
+            warnings.warn(_LEAK, RuntimeWarning, stacklevel=2)
+        return left
+
+    def _write(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> None:
+        """Tell the stream mode `custom` what was done."""
+        if request.runtime is None:
+            return
+        for message in response.result:
+            report = message.response_metadata.get("aligner")
+            if report:
+                request.runtime.stream_writer({EVENT: {"message_id": message.id, **report}})
+
+
+_LEAK = (
+    "an answer reached AlignerMiddleware from a model that another middleware put in after it (such as "
+    "ModelFallbackMiddleware): it was corrected, but its raw tokens may have been streamed. List AlignerMiddleware last: "
+    "middleware=[…, AlignerMiddleware()]"
+)
+
+
+def _gives_json(request: ModelRequest[Any]) -> bool:
+    """Say whether the answer's text is a structured response; by `ToolStrategy` that is a tool call instead."""
+    return request.response_format is not None and not isinstance(request.response_format, ToolStrategy)
+
+
+def _question(align: AlignerRunnable) -> str | None:
+    return align.question if isinstance(align.question, str) else None
+
+
+def _with(response: ModelResponse[Any], at: int, message: BaseMessage) -> ModelResponse[Any]:
+    return replace(response, result=[*response.result[:at], message, *response.result[at + 1 :]])

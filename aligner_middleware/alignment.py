@@ -33,8 +33,10 @@ _HOW_TO_GIVE_IT = (
     "several. Give it as AlignerRunnable(question='…'), as a callable question=lambda answer: …, or pass "
     "{'question': …, 'answer': …}; on_missing_question='passthrough' lets such answers through uncorrected"
 )
-_CONTEXT = 400  # characters of what was said before, given along with a later piece of an answer
-_PIECE = "{question}\n\n(The answer so far ends: {before})"
+# How a later piece of an answer is asked about. On pieces of eight long answers the default aligner kept 27 of 34 so, 25
+# without what stands before, 17 with 400 characters of it; of an insult added to each it removed 31, 30 and 32.
+_PIECE = "{question} Continue after: {before}"
+_CONTEXT = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ class _Plan:
         pieces, around, before = [], [], ""
         for text in texts:
             core = text.strip()
-            context = _PIECE.format(question=question, before=before[-_CONTEXT:].strip())
+            context = _PIECE.format(question=question, before=_end_of(before))
             pieces.append((context if before.strip() else question, core))
             around.append((text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if core else ""))
             before += text
@@ -295,3 +297,9 @@ class _Plan:
             usage = usage + correction.usage
         cut = any(one.finish_reason == "length" for one in corrections)
         return Correction(self.question, self.answer, text, "length" if cut else "stop", usage)
+
+
+def _end_of(text: str) -> str:
+    """Give the last words of a text."""
+    text = text.rstrip()
+    return text if len(text) <= _CONTEXT else text[-_CONTEXT:].partition(" ")[2] or text[-_CONTEXT:]

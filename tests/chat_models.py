@@ -1,7 +1,8 @@
-"""Chat models for tests: upstream models that say what they are told to, in tokens, with usage and tool calls."""
+"""Chat models for tests: upstream models that say what they are told to, in words, with usage and tool calls."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ USAGE = {"input_tokens": 5, "output_tokens": 3, "total_tokens": 8}
 
 
 class Scripted(BaseChatModel):
-    """Says `reply(messages)`, whole or letter by letter, `n` times."""
+    """Says `reply(messages)`, whole or word by word, `n` times."""
 
     reply: Callable[[list[BaseMessage]], AIMessage]
     model_name: str = "scripted"
@@ -50,7 +51,7 @@ class Scripted(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         said = self.reply(messages)
-        for part in said.content:
+        for part in re.findall(r"\S+\s*", said.content) if isinstance(said.content, str) else said.content:
             chunk = ChatGenerationChunk(message=AIMessageChunk([part] if isinstance(part, dict) else part))
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)

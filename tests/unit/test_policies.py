@@ -1,0 +1,202 @@
+"""What is done with an answer: when, for how long, up to which length, and what becomes of one that fails."""
+
+import asyncio
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import ConfigurableField
+from pydantic import ValidationError
+
+from aligner_middleware import AlignerRunnable, Correction, CorrectionTimeoutError, InputError
+from aligner_middleware.paragraphs import split
+from tests.chat_models import answering
+from tests.fakes import FakeModel, fake_aligner
+
+ALIGNER = fake_aligner(lambda question, answer: answer.replace("bad", "good"))
+TEXT = st.lists(st.sampled_from(["word", " ", "\n\n", "\n", "One. Two! ", "```\n", "x" * 30, "é", "。"]), max_size=20).map("".join)
+
+
+def runnable(**options: Any) -> AlignerRunnable:
+    return AlignerRunnable(ALIGNER, **{"question": "Q", **options})
+
+
+class Slow(FakeModel):
+    """Takes its time for a pass."""
+
+    def append(self, *args: Any) -> Any:
+        time.sleep(0.2)
+        return super().append(*args)
+
+
+def slow(**options: Any) -> AlignerRunnable:
+    aligner = fake_aligner(lambda question, answer: answer)
+    aligner.fake_model.__class__ = Slow  # type: ignore[attr-defined]
+    return AlignerRunnable(aligner, question="Q", **options)
+
+
+def test_a_correction_that_takes_too_long_is_given_up() -> None:
+    answer = "word " * 40
+    for call in (
+        lambda: slow(timeout=0.05).invoke(answer),
+        lambda: slow(timeout=0.05).batch([answer, answer]),
+        lambda: list(slow(timeout=0.05).stream(answer)),
+        lambda: asyncio.run(slow(timeout=0.05).ainvoke(answer)),
+        lambda: asyncio.run(collected(slow(timeout=0.05), answer)),
+    ):
+        start = time.perf_counter()
+        with pytest.raises(CorrectionTimeoutError, match="timeout=0.05") as raised:
+            call()
+        assert isinstance(raised.value, TimeoutError)
+        assert time.perf_counter() - start < 1
+    assert slow(timeout=0.05, on_error="passthrough").invoke(answer) == answer
+    assert asyncio.run(slow(timeout=0.05, on_error="Sorry.").ainvoke(answer)) == "Sorry."
+    assert runnable(timeout=30).invoke("bad") == "good"
+    with pytest.raises(ValidationError):
+        runnable(timeout=0)
+
+
+async def collected(align: AlignerRunnable, answer: str) -> list[str]:
+    return [piece async for piece in align.astream(answer)]
+
+
+def test_who_gives_up_leaves_the_aligner_to_others() -> None:
+    align = slow(timeout=0.05, on_error="passthrough")
+    align.invoke("word " * 40)
+    assert align.aligner.correct("Q", "a").corrected == "a"
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_long_answers(limit: int | None) -> None:
+    short, long = "bad", "bad word " * (2 if limit else 1000)
+    assert runnable(max_answer_tokens=limit).invoke(short) == "good"
+    with pytest.raises(InputError):
+        runnable(max_answer_tokens=limit).invoke(long)
+    marked = runnable(max_answer_tokens=limit, on_long_answer="passthrough").invoke(AIMessage(long))
+    assert (marked.content, marked.response_metadata["aligner"]["aligned"]) == (long, False)
+    assert runnable(max_answer_tokens=limit, on_error="Too long.").invoke(long) == "Too long."
+
+
+def test_a_long_answer_is_corrected_piece_by_piece_and_what_is_kept_is_kept_byte_for_byte() -> None:
+    asked: list[tuple[str, str]] = []
+
+    def correct(question: str, answer: str) -> str:
+        return answer.replace("bad", "good")
+
+    aligner = fake_aligner(correct)
+    align = AlignerRunnable(
+        aligner,
+        question="Q",
+        max_answer_tokens=30,
+        on_long_answer="piecewise",
+        when=lambda question, answer: asked.append((question, answer)) is None,
+        keep_original=True,
+    )
+    answer = "  First bad paragraph.\n\n\nSecond good one.\n \n```\ncode\n\nmore code\n```\n\nLast, a bad one.\n"
+    wanted = answer.replace("bad", "good")
+    message = align.invoke(AIMessage(answer))
+    assert message.content == wanted
+    report = message.response_metadata["aligner"]
+    assert report["original"] == answer
+    assert report["usage"]["passes"] > 3
+    assert align.invoke(wanted) == wanted
+    assert asyncio.run(align.ainvoke(answer)) == wanted
+    assert "".join(align.stream(answer)) == wanted
+    assert "".join(asyncio.run(collected(align, answer))) == wanted
+    assert asked[0] == ("Q", answer)
+
+
+def test_what_all_pieces_become_is_said_once() -> None:
+    align = AlignerRunnable(
+        fake_aligner(lambda question, answer: "No."), question="Q", max_answer_tokens=12, on_long_answer="piecewise"
+    )
+    assert align.invoke("One thing.\n\nAnother.\n\nA third.") == "No.\n\n"
+
+
+def test_a_later_piece_is_asked_with_the_end_of_what_stands_before() -> None:
+    align = AlignerRunnable(
+        fake_aligner(lambda question, answer: f"<{question}|{answer}>"),
+        question="Q",
+        max_answer_tokens=12,
+        on_long_answer="piecewise",
+    )
+    assert align.invoke("One thing.\n\nAnother.") == "<Q|One thing.>\n\n<Q Continue after: One thing.|Another.>"
+
+
+@given(TEXT, st.integers(1, 40))
+def test_pieces_are_the_text_and_fit(text: str, limit: int) -> None:
+    pieces = split(text, limit, len)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= limit for piece in pieces)
+
+
+def test_paragraphs_and_code_stay_whole_where_they_fit() -> None:
+    text = "One.\n\nTwo.\n\n```\na\n\nb\n```\n\nThree."
+    assert split(text, 14, len) == ["One.\n\nTwo.\n\n", "```\na\n\nb\n```\n\n", "Three."]
+    assert split(text, 100, len) == [text]
+
+
+def test_policies_per_call() -> None:
+    align = AlignerRunnable(ALIGNER, question="Q").configurable_fields(
+        on_error=ConfigurableField(id="on_error"),
+        when=ConfigurableField(id="when"),
+        max_answer_tokens=ConfigurableField(id="longest"),
+        keep_original=ConfigurableField(id="keep"),
+    )
+    chain = answering() | align
+    assert chain.invoke("q").content == "good(q)"
+    sorry = {"configurable": {"on_error": "Sorry.", "longest": 2}}
+    assert chain.invoke("q", sorry).content == "Sorry."
+    assert chain.with_config(configurable={"when": lambda q, a: False}).invoke("q").content == "bad(q)"
+    kept = asyncio.run(chain.ainvoke("q", {"configurable": {"keep": True}}))
+    assert kept.response_metadata["aligner"]["original"] == "bad(q)"
+    assert [m.content for m in chain.batch(["a", "b"], [sorry, {}])] == ["Sorry.", "good(b)"]
+
+
+def test_a_users_function_that_fails_is_an_error_as_any_other() -> None:
+    def broken(question: str, answer: str) -> bool:
+        raise KeyError("oops")
+
+    with pytest.raises(KeyError):
+        runnable(when=broken).invoke("bad")
+    assert runnable(when=broken, on_error="passthrough").invoke("bad") == "bad"
+
+
+def test_corrections_are_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Correction] = []
+    align = runnable(on_correction=told.append)
+    with caplog.at_level(logging.INFO, logger="aligner_middleware"):
+        align.batch(["bad one", "fine"])
+        list(align.stream("bad two"))
+        asyncio.run(align.ainvoke("bad three"))
+    assert [(c.original, c.changed) for c in told] == [
+        ("bad one", True),
+        ("fine", False),
+        ("bad two", True),
+        ("bad three", True),
+    ]
+    assert told[0].diff().removed == ["bad"]
+    assert len([record for record in caplog.records if record.levelno == logging.INFO]) == 4
+    assert not [record for record in caplog.records if "bad" in record.getMessage()]
+
+    def broken(correction: Correction) -> None:
+        raise RuntimeError("metrics are down")
+
+    assert runnable(on_correction=broken).invoke("bad") == "good"
+    assert "on_correction failed" in caplog.text
+
+
+def test_a_slow_function_of_the_user_does_not_hold_up_the_event_loop() -> None:
+    threads: set[str] = set()
+
+    def when(question: str, answer: str) -> bool:
+        threads.add(threading.current_thread().name)
+        return True
+
+    asyncio.run(runnable(when=when).ainvoke("bad"))
+    assert threads.isdisjoint({threading.main_thread().name})

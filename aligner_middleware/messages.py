@@ -60,7 +60,8 @@ def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool
     Returns:
         The question, or `None` where the last human message has no text, or there is none.
     """
-    last = next((at for at in reversed(range(len(messages))) if _is_question(messages[at])), None)
+    asked = [at for at, message in enumerate(messages) if isinstance(message, HumanMessage)]
+    last = max((at for at in asked if not _is_summary(messages[at])), default=asked[-1] if asked else None)
     if last is None or not (question := text_of(messages[last])):
         return None
     kinds = (HumanMessage, AIMessage, ToolMessage) if tool_results else (HumanMessage, AIMessage)
@@ -72,9 +73,9 @@ def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool
     return question if len(said) == 1 else "\n\n".join(f"{speaker}: {text}" for speaker, text in said)
 
 
-def _is_question(message: BaseMessage) -> bool:
-    # LangChain's summary of earlier turns comes as a human message, which no human wrote.
-    return isinstance(message, HumanMessage) and message.additional_kwargs.get("lc_source") != "summarization"
+def _is_summary(message: BaseMessage) -> bool:
+    # LangChain's summary of earlier turns comes as a human message. It is asked only where nothing else is left.
+    return message.additional_kwargs.get("lc_source") == "summarization"
 
 
 def _speaker(message: BaseMessage) -> str:

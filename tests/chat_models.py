@@ -39,7 +39,11 @@ class Scripted(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         said = [self.reply(messages) for _ in range(self.n)]
-        metadata = {"model_name": self.model_name, "stop": stop, **{key: kwargs[key] for key in kwargs if key == "seed"}}
+        metadata = {
+            "model_name": self.model_name,
+            "stop": stop,
+            **{key: kwargs[key] for key in kwargs if key == "seed"},
+        }
         found = [one.model_copy(update={"usage_metadata": USAGE, "response_metadata": metadata}) for one in said]
         return ChatResult(generations=[ChatGeneration(message=one) for one in found], llm_output={"calls": 1})
 
@@ -57,7 +61,9 @@ class Scripted(BaseChatModel):
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
         for at, call in enumerate(said.tool_calls):
-            parts = tool_call_chunk(name=call["name"], args=str(call["args"]).replace("'", '"'), id=call["id"], index=at)
+            parts = tool_call_chunk(
+                name=call["name"], args=str(call["args"]).replace("'", '"'), id=call["id"], index=at
+            )
             yield ChatGenerationChunk(message=AIMessageChunk("", tool_call_chunks=[parts]))
         yield ChatGenerationChunk(
             message=AIMessageChunk("", usage_metadata=USAGE, chunk_position="last"),  # type: ignore[arg-type]

@@ -74,7 +74,10 @@ def test_an_answer_is_corrected_and_all_else_is_the_inner_models() -> None:
 
 def test_every_generation_is_aligned() -> None:
     result = wrap(answering().model_copy(update={"n": 3})).generate([[HumanMessage("a")], [HumanMessage("b")]])
-    assert [[one.text for one in generations] for generations in result.generations] == [[good("a")] * 3, [good("b")] * 3]
+    assert [[one.text for one in generations] for generations in result.generations] == [
+        [good("a")] * 3,
+        [good("b")] * 3,
+    ]
     assert result.llm_output == answering().generate([[HumanMessage("a")]]).llm_output
 
 
@@ -128,7 +131,9 @@ def test_one_call_is_one_run_and_usage_counts_once() -> None:
         assert usage.usage_metadata["scripted"]["total_tokens"] == 8
         list(wrap(answering()).stream("why", {"callbacks": [tracer]}))
         assert usage.usage_metadata["scripted"]["total_tokens"] == 16
-    assert [(run.run_type, run.name, len(run.child_runs)) for run in tracer.runs] == [("llm", "AlignedChatModel", 0)] * 2
+    assert [(run.run_type, run.name, len(run.child_runs)) for run in tracer.runs] == [
+        ("llm", "AlignedChatModel", 0)
+    ] * 2
     assert tracer.runs[0].outputs["generations"][0][0]["text"] == good("why")
 
 

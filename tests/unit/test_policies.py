@@ -19,7 +19,9 @@ from tests.chat_models import answering
 from tests.fakes import FakeModel, fake_aligner
 
 ALIGNER = fake_aligner(lambda question, answer: answer.replace("bad", "good"))
-TEXT = st.lists(st.sampled_from(["word", " ", "\n\n", "\n", "One. Two! ", "```\n", "x" * 30, "é", "。"]), max_size=20).map("".join)
+TEXT = st.lists(
+    st.sampled_from(["word", " ", "\n\n", "\n", "One. Two! ", "```\n", "x" * 30, "é", "。"]), max_size=20
+).map("".join)
 
 
 def runnable(**options: Any) -> AlignerRunnable:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from aligner_middleware import Aligner
+from aligner_middleware import Aligner, Correction, Usage
 from aligner_middleware.engine.model import Logits
 from aligner_middleware.prompt import DEFAULT
 from aligner_middleware.tokenizer import Tokenizer
@@ -107,3 +109,45 @@ def fake_aligner(correct: Callable[[str, str], str], **options: object) -> Align
     aligner = Aligner(model, tokenizer, DEFAULT, [END], name="fake", **options)  # type: ignore[arg-type]
     aligner.fake_model = model  # type: ignore[attr-defined]
     return aligner
+
+
+class InstantAligner(Aligner):
+    """An aligner without an engine: `correct(question, answer)` at once, for what is asked of all that lies around it."""
+
+    def __init__(self, correct: Callable[[str, str], str]) -> None:
+        super().__init__(FakeModel(lambda tokens: END), byte_tokenizer(), DEFAULT, [END], name="instant")
+        self._correct = correct
+
+    def _made(self, question: str, answer: str) -> Correction:
+        return Correction(question, answer, self._correct(question, answer), "stop", Usage(passes=1))
+
+    def correct_batch(self, pairs: Iterable[tuple[str, str]], **options: Any) -> list[Any]:
+        return [self._made(*pair) for pair in pairs]
+
+    async def acorrect(self, question: str, answer: str, **options: Any) -> Correction:
+        await asyncio.sleep(0)
+        return self._made(question, answer)
+
+    def stream(self, question: str, answer: Any, **options: Any) -> Generator[str, None, Correction]:
+        made = self._made(question, answer)
+        yield made.corrected[:3]
+        yield made.corrected[3:]
+        return made
+
+    async def astream(self, question: str, answer: Any, *, on_end: Any, **options: Any) -> AsyncIterator[str]:
+        made = self._made(question, answer)
+        for piece in (made.corrected[:3], made.corrected[3:]):
+            await asyncio.sleep(0)
+            yield piece
+        on_end(made)
+
+    def read_ahead(self, question: str) -> Any:
+        return _Deaf()
+
+
+class _Deaf:
+    def feed(self, chunk: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

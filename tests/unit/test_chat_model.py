@@ -267,7 +267,7 @@ def test_wrap_on_an_instance_keeps_its_options_and_refuses_others() -> None:
     assert align.wrap(answering()).invoke("q").content == "bad(q)"
     with pytest.raises(TypeError, match="options already"):
         align.wrap(answering(), on_error="passthrough")
-    with pytest.raises(TypeError, match="llm | AlignerRunnable"):
+    with pytest.raises(TypeError, match=r"llm \| AlignerRunnable"):
         wrap(FakeListLLM(responses=["x"]))
 
 

@@ -33,6 +33,7 @@ from aligner_middleware.tokenizer import Tokenizer
 Engine = Literal["onnx", "torch"]
 
 _AHEAD = 32  # characters of a streamed answer that go through together
+_APART = 0.02  # seconds at least between two encodings of a streamed answer, which hold up who streams
 _QUEUE_FULL = 0.005  # seconds between two attempts of a task to join a full queue
 _UNSURE = 8  # its latest tokens may be cut another way once more text has come
 
@@ -110,12 +111,14 @@ class ReadAhead:
         self._encode = encode
         self._answer = ""
         self._read = 0
+        self._encoded = 0.0
 
     def feed(self, chunk: str) -> None:
         """Take in a piece of the answer."""
         self._answer += chunk
-        if self._encode is not None and len(self._answer) >= self._read + _AHEAD:
-            self._read = len(self._answer)
+        now = time.monotonic()
+        if self._encode is not None and len(self._answer) >= self._read + _AHEAD and now >= self._encoded + _APART:
+            self._read, self._encoded = len(self._answer), now
             with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair; what it is shows in the end
                 self.prefill.prompt = self._encode(self._answer)
                 self._scheduler.prefill(self.prefill)
@@ -613,7 +616,8 @@ class Aligner:
             return Correction(question, answer, answer, "stop", Usage())
         tokens = generation.tokens
         # A tokenizer may not give every text back as it was: what is not changed is not decoded either.
-        unchanged = tokens == encode_continuation(self._tokenizer, self._template, answer)
+        given = generation.draft if self._draft else encode_continuation(self._tokenizer, self._template, answer)
+        unchanged = tokens == list(given)
         usage = Usage(
             prompt_tokens=len(generation.prompt),
             draft_tokens=len(generation.draft),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 Kind = Literal["same", "removed", "added"]
 
 _WORD = re.compile(r"\s+|\w+|[^\w\s]")
+_STRAY = 2  # so few words between two changes, alike by chance, read better as part of them
 _STYLES: dict[Kind, str] = {"same": "", "removed": "red strike", "added": "bold green"}
 _TAGS: dict[Kind, str] = {"same": "", "removed": "del", "added": "ins"}
 _MARKS: dict[Kind, tuple[str, str]] = {"same": ("", ""), "removed": ("[-", "-]"), "added": ("{+", "+}")}
@@ -46,17 +47,15 @@ class Diff:
         """Compare two texts."""
         changes: list[Change] = []
         removed = added = ""
-        for same, before, after in [*compare(old, new), (True, "", "")]:
-            if not same or (
-                before.isspace() and (removed or added)
-            ):  # the space between two changed words reads better
-                removed, added = removed + before, added + after  # as part of the change
+        runs = list(compare(old, new))
+        for number, (same, before, after) in enumerate(runs):
+            between = (removed or added) and number < len(runs) - 1
+            if not same or (between and len(before.split()) <= _STRAY):
+                removed, added = removed + before, added + after
                 continue
-            changes += [Change("removed", removed)] if removed else []
-            changes += [Change("added", added)] if added else []
-            changes += [Change("same", before)] if before else []
+            changes += [*_changed(removed, added), Change("same", before)]
             removed = added = ""
-        return cls(tuple(changes))
+        return cls(tuple(changes + _changed(removed, added)))
 
     @property
     def removed(self) -> list[str]:
@@ -90,6 +89,11 @@ class Diff:
         return f'<div class="aligner-diff" style="white-space: pre-wrap">{"".join(parts)}</div>'
 
     _repr_html_ = html
+
+
+def _changed(removed: str, added: str) -> list[Change]:
+    pairs: list[tuple[Kind, str]] = [("removed", removed), ("added", added)]
+    return [Change(kind, text) for kind, text in pairs if text]
 
 
 def compare(old: str, new: str) -> Iterator[tuple[bool, str, str]]:

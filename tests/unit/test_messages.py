@@ -23,11 +23,11 @@ def test_a_diff_holds_both_texts(old: str, new: str) -> None:
 
 
 def test_a_diff_is_shown_as_text_in_a_terminal_and_as_html() -> None:
-    diff = Diff.between("Paris, you idiot.", "Paris, dear <you>.")
-    assert diff.removed == ["idiot"]
-    assert diff.added == ["dear", "<", ">"]
-    assert str(diff) == "Paris, {+dear <+}you[- idiot-]{+>+}."
-    assert diff.__rich__().plain.startswith("Paris,")
+    diff = Diff.between("It is Paris, you idiot. Now go.", "It is Paris, dear <you>. Now go.")
+    assert diff.removed == ["you", "idiot"]
+    assert diff.added == ["dear", "<you>"]
+    assert str(diff) == "It is Paris, [-you idiot-]{+dear <you>+}. Now go."
+    assert diff.__rich__().plain.startswith("It is Paris,")
     assert "&lt;" in diff.html()
     assert "<del>" in diff.html()
     assert "<ins>" in diff.html()

@@ -88,7 +88,7 @@ def main() -> None:
         names = list(next(iter(rows.values())))
         table = Table(title, *names)
         for case, row in rows.items():
-            table.add_row(case, *(f"{row[name]:.3g}" for name in names))
+            table.add_row(case, *(f"{row[name]:.3g}" if name in row else "" for name in names))
         Console(width=110).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "overhead.json").write_text(json.dumps({"machine": machine(5), "results": found}, indent=1) + "\n")
@@ -135,9 +135,8 @@ def overhead(aligner: Aligner) -> dict[str, dict[str, float]]:
         without, *others = [statistics.median(taken) for taken in times]
         found[name] = {
             "without": without,
-            "RunnableLambda": others[0] - without if len(others) > 1 else float("nan"),
             "aligner": others[-1] - without,
-        }
+        } | ({"RunnableLambda": others[0] - without} if len(others) > 1 else {})
     loop.close()
     return found
 

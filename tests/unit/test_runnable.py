@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import BaseCallbackHandler, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, FakeListLLM
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langchain_core.tracers import BaseTracer, Run
 
 from aligner_middleware import AlignerRunnable, InputError, MissingQuestionError, question_record
 from tests.fakes import FakeModel, fake_aligner
@@ -259,6 +260,67 @@ def test_many_tasks_share_passes_of_one_aligner(align: AlignerRunnable) -> None:
         return await asyncio.gather(*(chain.ainvoke(f"{number}") for number in range(40)))
 
     assert [message.content for message in asyncio.run(main())] == [good(f"{number}") for number in range(40)]
+
+
+def test_a_trace_holds_a_named_run_with_what_came_in_and_what_went_out() -> None:
+    runs: list[Run] = []
+
+    class Tracer(BaseTracer):
+        def _persist_run(self, run: Run) -> None:
+            runs.append(run)
+
+    (Echo() | AlignerRunnable(ALIGNER, name="house style")).invoke("x", {"callbacks": [Tracer()]})
+    step = next(run for run in runs[0].child_runs if run.name == "house style")
+    assert (step.inputs["input"].content, step.outputs["output"].content) == ("bad(x)", good("x"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_custom_event_tells_of_each_answer(align: AlignerRunnable, asynchronous: bool) -> None:
+    told: list[dict[str, Any]] = []
+
+    class Ear(BaseCallbackHandler):
+        def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
+            told.append({"name": name, **data})
+
+    chain, config = Echo() | align, {"callbacks": [Ear()]}
+
+    async def calls() -> None:
+        await chain.ainvoke("a", config)
+        await chain.abatch(["b", "c"], config)
+        [_ async for _ in chain.astream("d", config)]
+
+    if asynchronous:
+        asyncio.run(calls())
+    else:
+        chain.invoke("a", config)
+        chain.batch(["b", "c"], config)
+        list(chain.stream("d", config))
+    assert [(event["name"], event["changed"], event["model"]) for event in told] == [
+        ("aligner_correction", True, "fake")
+    ] * 4
+    assert "original" not in told[0]
+
+
+def test_a_state_and_an_agents_update_are_corrected_in_place(align: AlignerRunnable) -> None:
+    asked, said = HumanMessage("x"), AIMessage("bad", id="7")
+    state = {"messages": [asked, said], "more": 1}
+    aligned = align.invoke(state)
+    assert aligned["messages"][1].content == "good for x"
+    assert (aligned["messages"][0], aligned["messages"][1].id, aligned["more"]) == (asked, "7", 1)
+    assert state["messages"] == [asked, said]
+    unanswered = {"messages": [asked]}
+    assert align.invoke(unanswered) is unanswered
+    dialogue = AlignerRunnable(ALIGNER, dialogue=True).invoke(
+        {"messages": [asked, AIMessage("y"), HumanMessage("z"), said]}
+    )
+    assert dialogue["messages"][-1].content == "good for User: x\n\nAssistant: y\n\nUser: z"
+
+
+def test_whole_dialogues_are_recorded_once_they_are_wanted() -> None:
+    chain = Echo() | StrOutputParser() | AlignerRunnable(ALIGNER, dialogue=True)
+    turns = [HumanMessage("a"), AIMessage("b"), HumanMessage("c")]
+    assert chain.invoke(turns) == "good for User: a\n\nAssistant: b\n\nUser: c(c)"
+    question_record.dialogues = False
 
 
 def test_a_pass_that_fails_is_the_policys_to_decide() -> None:

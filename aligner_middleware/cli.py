@@ -1,4 +1,4 @@
-"""The command line: `aligner correct | export | train | evaluate | info`.
+"""The command line: `aligner correct | export | train | evaluate | preferences | info`.
 
 Data goes to standard output, progress to standard error; a failure is one line and a non-zero exit.
 """
@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner, Correction
 from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder
-from aligner_middleware.errors import AlignerError, DataError, MissingExtraError
+from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
 from aligner_middleware.triples import Rows, Triple, read_rows, write_lines
 
 if TYPE_CHECKING:
@@ -44,6 +53,12 @@ PrecisionOption = Annotated[str, typer.Option("--precision", help="float32, floa
 Template = Annotated[
     str | None, typer.Option("--template", help="A prompt template's name, or a text with {question} and {answer}.")
 ]
+Upstream = Annotated[
+    str | None,
+    typer.Option(
+        help="Chat model that answers: file.py:name, module:name, or as init_chat_model takes it (openai:gpt-5)."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -52,8 +67,11 @@ def main() -> None:
     try:
         app()
     except AlignerError as exc:
-        _errors.print(f"[bold red]error:[/] {exc}", highlight=False, soft_wrap=True)
+        _errors.print(f"[bold red]error:[/] {escape(str(exc))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        _errors.print("interrupted; repeat the command to go on", highlight=False)
+        sys.exit(130)
 
 
 @app.command()
@@ -250,6 +268,57 @@ def evaluate(
 
 
 @app.command()
+def preferences(
+    prompts: Annotated[
+        Path, typer.Argument(help="Lines of text, or JSON lines with question (or prompt), maybe answer.")
+    ],
+    out: Annotated[Path, typer.Argument(help="File for the rows: prompt, chosen, rejected.")],
+    upstream: Upstream = None,
+    model: Model = "default",
+    precision: PrecisionOption = "int8",
+    form: Annotated[str, typer.Option(help="`messages`, for chat models, or `text`.")] = "messages",
+    sft: Annotated[
+        Path | None, typer.Option(help="File for answers that were left as they are, as rows for SFT.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Make preference data: what a model answers is rejected, what the aligner makes of it is chosen.
+
+    TRL's DPO and reward trainers read the rows. A job that was killed goes on when its command is repeated. Prompts that
+    fail three times are named; the rows of the others are written, and the same command asks the failed ones again.
+    """
+    from aligner_middleware.preferences import make_preferences
+    from aligner_middleware.prompts import read_prompts
+    from aligner_middleware.upstream import chat_model
+
+    if form not in ("messages", "text"):
+        raise typer.BadParameter(f"{form!r} is neither messages nor text", param_hint="--form")
+    asked = read_prompts(prompts)
+    answering = chat_model(upstream) if upstream else None
+    with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("preferences", len(asked)) as report:
+        made = make_preferences(
+            asked,
+            out,
+            aligner,
+            answering,
+            form="text" if form == "text" else "messages",
+            sft=sft,
+            concurrency=concurrency,
+            report=report,
+        )
+    summary = {"pairs": made.pairs, "kept": made.kept, "repeated": made.repeated, "failed": len(made.failed)}
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        typer.echo(
+            f"{out}: {made.pairs} pairs; {made.kept} answers were left as they are, {made.repeated} were repeated"
+        )
+    if made.failed:
+        raise UpstreamError(len(made.failed), next(iter(made.failed.values())))
+
+
+@app.command()
 def info(model: Model = "default", precision: PrecisionOption = "int8", as_json: AsJson = False) -> None:
     """Show what is in an exported folder, or in the cache under a model's name."""
     folder = Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
@@ -383,6 +452,15 @@ def _steps(title: str, count: int) -> Iterator[Any]:
 
         yield report
         progress.update(task, description=title, completed=count)
+
+
+@contextmanager
+def _bar(title: str, count: int) -> Iterator[Any]:
+    """A progress bar over things of one kind."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_errors) as progress:
+        task = progress.add_task(title, total=count)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ AlignerError
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted after export
 ├── DataError                a training row that cannot be read (carries file and line)
+├── UpstreamError            a chat model that failed on some prompts
 ├── ClosedError              an aligner that was closed
 └── MissingExtraError        an optional part of the package is not installed
 """
@@ -79,6 +80,18 @@ class DataError(AlignerError):
         self.path = path
         self.line = line
         super().__init__(f"{path}:{line}: {reason}")
+
+
+class UpstreamError(AlignerError):
+    """A chat model that failed on some prompts of a job; the others are done.
+
+    Attributes:
+        count: How many failed.
+    """
+
+    def __init__(self, count: int, first: str) -> None:
+        self.count = count
+        super().__init__(f"{count} prompts failed, the first being {first}; repeat the command to ask them again")
 
 
 class ClosedError(AlignerError):

@@ -86,7 +86,7 @@ def read_rows(path: Path) -> Rows:
     """
     triples: list[Triple] = []
     left_out: list[LeftOut] = []
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         try:
             triples.append(_parse(path, number, line))
         except _Unusable as exc:
@@ -126,7 +126,12 @@ def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> lis
     return [*triples, *random.Random(seed).sample(candidates, wanted)]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Give the lines of a file, plain or gzipped, that are not blank, with their numbers from 1.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     try:
         with _open(path) as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())

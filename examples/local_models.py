@@ -135,6 +135,16 @@ def rude(console: Console, tokens: int = 48) -> tuple[Aligner, LocalChatModel]:
     return aligner, LocalChatModel(llm=llm)
 
 
+def polite_model() -> LocalChatModel:
+    """Make the chat model that is shown polite examples, for `aligner … --upstream examples/local_models.py:polite_model`."""
+    return LocalChatModel(llm=_chat_model(str(base_folder()[0]), 48), examples=POLITE)
+
+
+def rude_model() -> LocalChatModel:
+    """Make the one that is shown rude examples."""
+    return LocalChatModel(llm=_chat_model(str(base_folder()[0]), 48), examples=RUDE)
+
+
 def _chat_model(folder: str, tokens: int) -> BaseChatModel:
     """SmolLM2-135M-Instruct through langchain-huggingface, greedy."""
     from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline

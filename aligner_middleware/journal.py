@@ -1,0 +1,123 @@
+"""What a long job has done so far, on disk, so that one that was killed goes on where it stopped.
+
+A file of JSON lines: first the job's settings, then a line for each thing done, under its key. A line is written whole or
+not at all: a torn last line is what a kill in the middle of writing leaves, and is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from aligner_middleware.errors import DataError
+
+
+class Journal:
+    """A job's journal; use it in a `with` block.
+
+    Args:
+        path: The file. It is made, or taken up again.
+        settings: What the job depends on. A file of another job is not taken up.
+
+    Attributes:
+        done: What was done, by key, in order.
+
+    Raises:
+        DataError: If the file is another job's, is in use by another process, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.done: dict[str, Any] = {}
+        self._settings = json.loads(json.dumps(settings))
+        self._mutex = threading.Lock()
+        self._process = FileLock(path.with_name(f"{path.name}.lock"))
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._process.acquire(timeout=0)
+        except Timeout:
+            raise DataError(str(self.path), 1, "another process works on this job: wait for it, or end it") from None
+        except OSError as exc:
+            raise DataError(str(self.path), 1, f"cannot be written: {exc.strerror or exc}") from exc
+        try:
+            whole = self._read()
+            if whole == 0:
+                self._write({"settings": self._settings}, fresh=True)
+            elif whole < self.path.stat().st_size:
+                os.truncate(self.path, whole)
+        except BaseException:
+            self._process.release()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.release()
+
+    def add(self, key: str, value: Any) -> None:
+        """Note that something was done; it is on disk when this returns. May be called from any thread.
+
+        Raises:
+            DataError: If it cannot be written, for example because the disk is full. What was noted before stays.
+        """
+        with self._mutex:
+            self._write({"key": key, "value": value})
+            self.done[key] = value
+
+    def remove(self) -> None:
+        """Delete the file, when the job's result is elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> int:
+        """Take up what is there, and say how many bytes of it are whole lines."""
+        if not self.path.exists():
+            return 0
+        whole = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+            except ValueError as exc:
+                raise DataError(
+                    str(self.path), number, f"is no journal of this job: {exc}; delete it to start anew"
+                ) from exc
+            if number == 1:
+                self._check(row.get("settings"))
+            else:
+                self.done[row["key"]] = row["value"]
+            whole += len(line)
+        return whole
+
+    def _check(self, settings: Any) -> None:
+        if settings == self._settings:
+            return
+        old = settings if isinstance(settings, dict) else {}
+        names = sorted(name for name in {*old, *self._settings} if old.get(name) != self._settings.get(name))
+        raise DataError(
+            str(self.path),
+            1,
+            f"holds the beginning of a job with other settings ({', '.join(names)}): repeat that one, or delete this file",
+        )
+
+    def _write(self, row: Mapping[str, Any], *, fresh: bool = False) -> None:
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+        size = 0 if fresh or not self.path.exists() else self.path.stat().st_size
+        try:
+            with self.path.open("wb" if fresh else "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as exc:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            raise DataError(
+                str(self.path), 1, f"cannot be written: {exc.strerror or exc}; what was done stays"
+            ) from exc

@@ -1,0 +1,183 @@
+"""Preference data: what a model answers is rejected, what the aligner makes of it is chosen (paper, section 4).
+
+Since both come from what the model itself says now, the pairs stay close to its own distribution: the data of a round of
+RLHF or DPO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from langchain_core.runnables import Runnable
+from tenacity import RetryError, Retrying, stop_after_attempt, wait_random_exponential
+
+from aligner_middleware.aligner import Aligner
+from aligner_middleware.errors import InputError
+from aligner_middleware.journal import Journal
+from aligner_middleware.prompts import Prompt
+from aligner_middleware.triples import write_lines
+from aligner_middleware.upstream import answers, name_of
+
+_NO_UPSTREAM = (
+    "a prompt has no answer, and there is no model to ask: give one by --upstream, or rows with question and answer"
+)
+
+Form = Literal["messages", "text"]
+Report = Callable[[int, int], None]
+
+
+@dataclass
+class Made:
+    """What a job made.
+
+    Attributes:
+        pairs: Preference rows written.
+        kept: Answers that the aligner left as they are: no pair.
+        repeated: Pairs that were there already.
+        failed: Prompts without a result, and why; the same command asks them again.
+    """
+
+    pairs: int = 0
+    kept: int = 0
+    repeated: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def make_preferences(
+    prompts: Sequence[Prompt],
+    out: Path,
+    aligner: Aligner,
+    upstream: Runnable[Any, Any] | None = None,
+    *,
+    form: Form = "messages",
+    sft: Path | None = None,
+    concurrency: int = 8,
+    attempts: int = 3,
+    report: Report = lambda done, of: None,
+) -> Made:
+    """Make preference rows, as TRL's DPO and reward trainers read them: `prompt`, `chosen`, `rejected`.
+
+    What is done is kept in a journal beside `out`: a job that was killed goes on, and nothing is lost or doubled.
+
+    Args:
+        prompts: What to ask; those with an answer are not asked.
+        out: File for the rows, JSON lines; it appears when all is done.
+        aligner: What corrects.
+        upstream: The model that answers; needed where a prompt has no answer.
+        form: Rows of `messages`, for chat models, or of plain `text`.
+        sft: File for the answers that were left as they are, as rows for supervised fine-tuning; `None` leaves them out.
+        concurrency: Prompts under way at once.
+        attempts: How often a prompt is tried.
+        report: Called with how many prompts are done, and of how many.
+
+    Returns:
+        What was made. If prompts failed, the rows of the others are written, and the journal stays.
+
+    Raises:
+        InputError: If a prompt has no answer and there is no upstream.
+        DataError: If a file cannot be read or written.
+    """
+    settings = {
+        "aligner": aligner.identity,
+        "upstream": name_of(upstream) if upstream else None,
+        "prompts": _digest(prompts),
+    }
+    with Journal(out.with_name(f".{out.name}.journal"), settings) as journal:
+        todo = [prompt for prompt in prompts if prompt.key not in journal.done]
+        failed: dict[str, str] = {}
+        for chunk in _chunks(todo, concurrency * 4):
+            for prompt, row in zip(chunk, _rows(chunk, aligner, upstream, concurrency, attempts), strict=True):
+                if isinstance(row, Exception):
+                    failed[prompt.key] = f"{prompt.question[:60]!r}: {type(row).__name__}: {row}"
+                else:
+                    journal.add(prompt.key, row)
+            report(len(journal.done), len(prompts))
+        rows = [journal.done[prompt.key] for prompt in prompts if prompt.key in journal.done]
+        made = _write(rows, out, sft, form, settings)
+        made.failed = failed
+        if not failed:
+            journal.remove()
+    return made
+
+
+def _rows(
+    prompts: Sequence[Prompt], aligner: Aligner, upstream: Runnable[Any, Any] | None, concurrency: int, attempts: int
+) -> list[dict[str, Any] | Exception]:
+    """Answer and correct some prompts."""
+    said = ask(prompts, upstream, concurrency, attempts)
+    pairs = [(prompt.question, one) for prompt, one in zip(prompts, said, strict=True) if isinstance(one, str)]
+    corrections = iter(aligner.correct_batch(pairs, return_exceptions=True))
+    rows: list[dict[str, Any] | Exception] = []
+    for one in said:
+        made = next(corrections) if isinstance(one, str) else one
+        if isinstance(made, Exception):
+            rows.append(made)
+        else:
+            row = {"question": made.question, "answer": made.original, "correction": made.corrected}
+            rows.append(row | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
+    return rows
+
+
+def ask(
+    prompts: Sequence[Prompt], upstream: Runnable[Any, Any] | None, concurrency: int, attempts: int = 3
+) -> list[str | Exception]:
+    """Give each prompt's answer: its own, or the model's; one that fails is asked again, and in the end its exception."""
+    missing: str | Exception = InputError(_NO_UPSTREAM)
+    said = [missing if prompt.answer is None else prompt.answer for prompt in prompts]
+    if upstream is None:
+        return said
+    wait = wait_random_exponential(multiplier=0.5, max=20)
+    with contextlib.suppress(RetryError):
+        for attempt in Retrying(stop=stop_after_attempt(attempts), wait=wait):
+            with attempt:
+                unsaid = [at for at, one in enumerate(said) if isinstance(one, Exception)]
+                again = answers(upstream, [prompts[at].question for at in unsaid], concurrency)
+                for at, one in zip(unsaid, again, strict=True):
+                    said[at] = one
+                for one in again:
+                    if isinstance(one, Exception):
+                        raise one
+    return said
+
+
+def _write(rows: Sequence[dict[str, Any]], out: Path, sft: Path | None, form: Form, settings: dict[str, Any]) -> Made:
+    made, pairs, keeps, seen = Made(), [], [], set()
+    for row in rows:
+        told = (row["question"], row["answer"], row["correction"])
+        if told in seen:
+            made.repeated += 1
+            continue
+        seen.add(told)
+        provenance = {"upstream": settings["upstream"], "aligner": settings["aligner"], "at": row["at"]}
+        provenance["sha256"] = hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest()
+        if row["answer"] == row["correction"]:
+            keeps.append({**_shaped(form, row["question"], completion=row["answer"]), "provenance": provenance})
+        else:
+            shaped = _shaped(form, row["question"], chosen=row["correction"], rejected=row["answer"])
+            pairs.append({**shaped, "provenance": provenance})
+    made.pairs, made.kept = len(pairs), len(keeps)
+    write_lines(out, pairs)
+    if sft is not None:
+        write_lines(sft, keeps)
+    return made
+
+
+def _shaped(form: Form, question: str, **answers: str) -> dict[str, Any]:
+    if form == "text":
+        return {"prompt": question, **answers}
+    said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+    return {"prompt": [{"role": "user", "content": question}], **said}
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256("".join(sorted(prompt.key for prompt in prompts)).encode()).hexdigest()[:16]
+
+
+def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    return (prompts[at : at + size] for at in range(0, len(prompts), size))

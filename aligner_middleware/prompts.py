@@ -1,0 +1,75 @@
+"""Prompts to ask a model about, read from the forms that people have them in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from aligner_middleware.errors import DataError
+from aligner_middleware.triples import lines_of
+
+
+class Prompt(BaseModel):
+    """A prompt, and what is known of it.
+
+    Attributes:
+        question: What is asked.
+        answer: What was answered; `None` where a model is to be asked.
+        reference: What should have been answered, where somebody wrote that down.
+        category: What it is about, for reports by category.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    question: str = Field(min_length=1)
+    answer: str | None = None
+    reference: str | None = None
+    category: str = ""
+
+    @property
+    def key(self) -> str:
+        """Tells it from other prompts: a hash of question and answer."""
+        return hashlib.sha256(f"{self.question}\0{self.answer or ''}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read prompts: lines of text, or JSON lines, plain or gzipped.
+
+    A JSON line is a text or an object with `question` or `prompt` (a text, or messages, of which the last one asks), and
+    maybe `answer` (or `response`), `reference` (or `correction`) and `category`. What occurs twice, answer and all, is read
+    once.
+
+    Raises:
+        DataError: If a line is not that, naming file and line; if there is no prompt at all.
+    """
+    found: dict[str, Prompt] = {}
+    for number, line in lines_of(path):
+        try:
+            prompt = _parse(line)
+        except (ValueError, KeyError, TypeError, IndexError) as exc:
+            reason = "expected a text, or a JSON object with question (or prompt) and maybe answer"
+            raise DataError(str(path), number, f"{reason}: {exc}") from exc
+        found.setdefault(prompt.key, prompt)
+    if not found:
+        raise DataError(str(path), 1, "holds no prompts: it is empty")
+    return list(found.values())
+
+
+def _parse(line: str) -> Prompt:
+    line = line.strip()
+    row: Any = json.loads(line) if line.startswith(("{", '"')) else line
+    if isinstance(row, str):
+        return Prompt(question=row)
+    question = row["question"] if "question" in row else row["prompt"]
+    if isinstance(question, list):
+        question = question[-1]["content"]
+    return Prompt(
+        question=question,
+        answer=row.get("answer", row.get("response")),
+        reference=row.get("reference", row.get("correction")),
+        category=row.get("category") or "",
+    )

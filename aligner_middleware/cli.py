@@ -304,6 +304,7 @@ def preferences(
             answering,
             form="text" if form == "text" else "messages",
             sft=sft,
+            upstream_name=upstream,
             concurrency=concurrency,
             report=report,
         )

@@ -6,23 +6,21 @@ RLHF or DPO.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from langchain_core.runnables import Runnable
-from tenacity import RetryError, Retrying, stop_after_attempt, wait_random_exponential
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import InputError
 from aligner_middleware.journal import Journal
-from aligner_middleware.prompts import Prompt
+from aligner_middleware.prompts import Prompt, chunks
 from aligner_middleware.triples import write_lines
-from aligner_middleware.upstream import answers, name_of
+from aligner_middleware.upstream import Answered, ask_again, name_of
 
 _NO_UPSTREAM = (
     "a prompt has no answer, and there is no model to ask: give one by --upstream, or rows with question and answer"
@@ -57,6 +55,7 @@ def make_preferences(
     *,
     form: Form = "messages",
     sft: Path | None = None,
+    upstream_name: str | None = None,
     concurrency: int = 8,
     attempts: int = 3,
     report: Report = lambda done, of: None,
@@ -72,6 +71,7 @@ def make_preferences(
         upstream: The model that answers; needed where a prompt has no answer.
         form: Rows of `messages`, for chat models, or of plain `text`.
         sft: File for the answers that were left as they are, as rows for supervised fine-tuning; `None` leaves them out.
+        upstream_name: What to call the model in the rows; `None` for its own name.
         concurrency: Prompts under way at once.
         attempts: How often a prompt is tried.
         report: Called with how many prompts are done, and of how many.
@@ -91,7 +91,7 @@ def make_preferences(
     with Journal(out.with_name(f".{out.name}.journal"), settings) as journal:
         todo = [prompt for prompt in prompts if prompt.key not in journal.done]
         failed: dict[str, str] = {}
-        for chunk in _chunks(todo, concurrency * 4):
+        for chunk in chunks(todo, concurrency * 4):
             for prompt, row in zip(chunk, _rows(chunk, aligner, upstream, concurrency, attempts), strict=True):
                 if isinstance(row, Exception):
                     failed[prompt.key] = f"{prompt.question[:60]!r}: {type(row).__name__}: {row}"
@@ -111,11 +111,13 @@ def _rows(
 ) -> list[dict[str, Any] | Exception]:
     """Answer and correct some prompts."""
     said = ask(prompts, upstream, concurrency, attempts)
-    pairs = [(prompt.question, one) for prompt, one in zip(prompts, said, strict=True) if isinstance(one, str)]
+    pairs = [
+        (prompt.question, one.text) for prompt, one in zip(prompts, said, strict=True) if isinstance(one, Answered)
+    ]
     corrections = iter(aligner.correct_batch(pairs, return_exceptions=True))
     rows: list[dict[str, Any] | Exception] = []
     for one in said:
-        made = next(corrections) if isinstance(one, str) else one
+        made = next(corrections) if isinstance(one, Answered) else one
         if isinstance(made, Exception):
             rows.append(made)
         else:
@@ -126,24 +128,15 @@ def _rows(
 
 def ask(
     prompts: Sequence[Prompt], upstream: Runnable[Any, Any] | None, concurrency: int, attempts: int = 3
-) -> list[str | Exception]:
-    """Give each prompt's answer: its own, or the model's; one that fails is asked again, and in the end its exception."""
-    missing: str | Exception = InputError(_NO_UPSTREAM)
-    said = [missing if prompt.answer is None else prompt.answer for prompt in prompts]
+) -> list[Answered | Exception]:
+    """Give each prompt's answer: its own, or the model's, or what went wrong."""
+    missing = [prompt.question for prompt in prompts if prompt.answer is None]
     if upstream is None:
-        return said
-    wait = wait_random_exponential(multiplier=0.5, max=20)
-    with contextlib.suppress(RetryError):
-        for attempt in Retrying(stop=stop_after_attempt(attempts), wait=wait):
-            with attempt:
-                unsaid = [at for at, one in enumerate(said) if isinstance(one, Exception)]
-                again = answers(upstream, [prompts[at].question for at in unsaid], concurrency)
-                for at, one in zip(unsaid, again, strict=True):
-                    said[at] = one
-                for one in again:
-                    if isinstance(one, Exception):
-                        raise one
-    return said
+        said: list[Answered | Exception] = [InputError(_NO_UPSTREAM)] * len(missing)
+    else:
+        said = ask_again(upstream, missing, concurrency, attempts)
+    found = iter(said)
+    return [next(found) if prompt.answer is None else Answered(prompt.answer, 0.0) for prompt in prompts]
 
 
 def _write(rows: Sequence[dict[str, Any]], out: Path, sft: Path | None, form: Form, settings: dict[str, Any]) -> Made:
@@ -173,11 +166,3 @@ def _shaped(form: Form, question: str, **answers: str) -> dict[str, Any]:
         return {"prompt": question, **answers}
     said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
     return {"prompt": [{"role": "user", "content": question}], **said}
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256("".join(sorted(prompt.key for prompt in prompts)).encode()).hexdigest()[:16]
-
-
-def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    return (prompts[at : at + size] for at in range(0, len(prompts), size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not found:
         raise DataError(str(path), 1, "holds no prompts: it is empty")
     return list(found.values())
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Tell a set of prompts from others."""
+    return hashlib.sha256("".join(sorted(prompt.key for prompt in prompts)).encode()).hexdigest()[:16]
+
+
+def chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
+    """Cut prompts into parts of at most `size`."""
+    return (prompts[at : at + size] for at in range(0, len(prompts), size))
 
 
 def _parse(line: str) -> Prompt:

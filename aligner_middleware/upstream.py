@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableLambda
+from tenacity import RetryError, Retrying, stop_after_attempt, wait_random_exponential
 
 from aligner_middleware.errors import InputError, MissingExtraError
 from aligner_middleware.messages import text_of
@@ -47,15 +51,46 @@ def chat_model(name: str) -> Runnable[Any, AIMessage]:
         raise InputError(f"chat model {name!r} cannot be had: {exc}") from exc
 
 
-def answers(model: Runnable[Any, Any], prompts: Sequence[Any], concurrency: int) -> list[str | Exception]:
+@dataclass(frozen=True)
+class Answered:
+    """What a model answered, and how many seconds it took."""
+
+    text: str
+    seconds: float
+
+
+def answers(model: Runnable[Any, Any], prompts: Sequence[Any], concurrency: int) -> list[Answered | Exception]:
     """Ask a model about prompts, some at a time; one that fails gives its exception, and the others are not held up."""
-    said = model.batch(list(prompts), {"max_concurrency": concurrency}, return_exceptions=True)
-    return [one if isinstance(one, Exception) else _text(one) for one in said]
+
+    def ask(prompt: Any) -> Answered:
+        start = time.perf_counter()
+        said = model.invoke(prompt)
+        text = said if isinstance(said, str) else text_of(said)
+        if not text.strip():
+            raise InputError("the model answered nothing")
+        return Answered(text, time.perf_counter() - start)
+
+    asked = RunnableLambda(ask).batch(list(prompts), {"max_concurrency": concurrency}, return_exceptions=True)
+    return list(asked)
 
 
-def _text(said: Any) -> str | Exception:
-    text = said if isinstance(said, str) else text_of(said)
-    return text if text.strip() else InputError("the model answered nothing")
+def ask_again(
+    model: Runnable[Any, Any], prompts: Sequence[Any], concurrency: int, attempts: int = 3
+) -> list[Answered | Exception]:
+    """Do the same, and ask again what failed, up to so many times, ever longer apart."""
+    said: list[Answered | Exception] = [InputError("not asked yet")] * len(prompts)
+    with contextlib.suppress(RetryError):
+        wait = wait_random_exponential(multiplier=0.5, max=20)
+        for attempt in Retrying(stop=stop_after_attempt(attempts), wait=wait):
+            with attempt:
+                unsaid = [at for at, one in enumerate(said) if isinstance(one, Exception)]
+                again = answers(model, [prompts[at] for at in unsaid], concurrency)
+                for at, one in zip(unsaid, again, strict=True):
+                    said[at] = one
+                for one in again:
+                    if isinstance(one, Exception):
+                        raise one
+    return said
 
 
 def name_of(model: Any) -> str:
@@ -76,7 +111,7 @@ def _module(place: str) -> Any:
         raise InputError(f"{place} is not a file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where Pydantic looks annotations up
     sys.path.insert(0, str(path.parent))  # as for a script, so that it can import its neighbours
     try:
         spec.loader.exec_module(module)

@@ -83,11 +83,8 @@ def make_preferences(
         InputError: If a prompt has no answer and there is no upstream.
         DataError: If a file cannot be read or written.
     """
-    settings = {
-        "aligner": aligner.identity,
-        "upstream": name_of(upstream) if upstream else None,
-        "prompts": _digest(prompts),
-    }
+    name = upstream_name or (name_of(upstream) if upstream else None)
+    settings = {"aligner": aligner.identity, "upstream": name, "prompts": digest(prompts)}
     with Journal(out.with_name(f".{out.name}.journal"), settings) as journal:
         todo = [prompt for prompt in prompts if prompt.key not in journal.done]
         failed: dict[str, str] = {}

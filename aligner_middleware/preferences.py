@@ -18,7 +18,7 @@ from langchain_core.runnables import Runnable
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import InputError
 from aligner_middleware.journal import Journal
-from aligner_middleware.prompts import Prompt, chunks
+from aligner_middleware.prompts import Prompt, chunks, digest
 from aligner_middleware.triples import write_lines
 from aligner_middleware.upstream import Answered, ask_again, name_of
 

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner, Correction
-from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder
+from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder, home
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
 from aligner_middleware.triples import Rows, Triple, read_rows, write_lines
 
@@ -222,24 +222,45 @@ def train(
 def evaluate(
     data: Annotated[
         Path | None,
-        typer.Argument(help="Rows never trained on, in any form that `aligner train` reads; by default ours."),
+        typer.Argument(
+            help="Rows never trained on, in any form that `aligner train` reads, by default ours; or prompts."
+        ),
     ] = None,
     model: Model = "default",
     precision: PrecisionOption = "int8",
     out: Annotated[
-        Path | None, typer.Option(help="File for every row's correction and judgement, as JSON lines.")
+        Path | None,
+        typer.Option(help="File for every row's correction and judgement, as JSON lines; for a comparison its folder."),
     ] = None,
+    upstream: Upstream = None,
+    judge: Annotated[str | None, typer.Option(help="Chat model that judges, named like --upstream.")] = None,
+    pairwise: Annotated[
+        bool, typer.Option(help="Compare, with the offline judge, answers that the rows hold.")
+    ] = False,
+    concurrency: Annotated[int, typer.Option(min=1, help="Calls of a chat model under way at once.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Score an aligner: what it keeps, what it changes, and how often the change is judged better.
+    """Score an aligner on held-out rows, or compare a model's answers with and without it.
 
+    With --upstream, --judge or --pairwise DATA holds prompts (lines of text, or JSON lines with question, maybe answer and
+    category). Answers and their corrections are judged in pairs, in both orders: win, tie, loss, (wins - losses) / all with
+    its 95 % interval, by category; and what the aligner costs. --out gets report.html, summary.json and rows.jsonl. The
+    offline judge knows insults, identifiers of people and likeness; it does not judge honesty. What was killed goes on.
+
+    Otherwise, what it keeps, what it changes, and how often the change is judged better.
     Good answers (those that equal their correction) should be kept byte for byte. Changes of bad ones are judged against
     the reference correction, by rules (what the reference dropped is gone, nothing bad is new) and a sentence encoder. The
     judge knows words and likeness, not truth: read the rows in --out before you trust it.
     """
+    if upstream or judge or pairwise:
+        if data is None or out is None:
+            raise typer.BadParameter("a comparison needs DATA, the prompts, and --out, a folder for its report")
+        _compare(data, out, model, precision, upstream, judge, concurrency, as_json)
+        return
     try:
         from aligner_middleware.build.parity import perplexity
         from aligner_middleware.evaluation import evaluate as run
+        from aligner_middleware.evaluation.report import finite
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "build") from exc
     path = data or DEFAULT_FOLDER / "held_out.jsonl"
@@ -260,11 +281,53 @@ def evaluate(
         write_lines(out, (_as_row(one) for one in evaluation.scored))
     if as_json:
         categories = {f"{kind}: {name}": scores.model_dump() for (kind, name), scores in evaluation.by_category.items()}
-        typer.echo(
-            json.dumps(_finite({"model": model, "precision": precision} | summary | {"by_category": categories}))
-        )
+        typer.echo(json.dumps(finite({"model": model, "precision": precision} | summary | {"by_category": categories})))
     else:
         _print_evaluation(f"{model}, {precision}", summary, evaluation)
+
+
+def _compare(
+    data: Path,
+    out: Path,
+    model: str,
+    precision: str,
+    upstream: str | None,
+    judge: str | None,
+    concurrency: int,
+    as_json: bool,
+) -> None:
+    try:
+        from aligner_middleware.evaluation import ChatJudge, OfflineJudge, SentenceEncoder, compare, write_report
+        from aligner_middleware.evaluation.report import cost_table, finite, verdict_table
+    except ImportError as exc:
+        raise MissingExtraError("aligner evaluate", "evaluate") from exc
+    from aligner_middleware.prompts import read_prompts
+    from aligner_middleware.upstream import chat_model
+
+    prompts = read_prompts(data)
+    if judge:
+        judging: ChatJudge | OfflineJudge = ChatJudge(chat_model(judge), judge, home() / "verdicts.sqlite", concurrency)
+    else:
+        judging = OfflineJudge(SentenceEncoder())
+    answering = chat_model(upstream) if upstream else None
+    with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("compare", len(prompts)) as report:
+        comparison = compare(
+            prompts, out, aligner, judging, answering, upstream_name=upstream, concurrency=concurrency, report=report
+        )
+    write_report(comparison, out)
+    if as_json:
+        typer.echo(json.dumps(finite(comparison.summary()), ensure_ascii=False))
+    else:
+        console = Console()
+        console.width = max(console.width, 100)
+        for lines in (verdict_table(comparison), cost_table(comparison)):
+            table = Table(*lines[0])
+            for line in lines[1:]:
+                table.add_row(*line)
+            console.print(table)
+        console.print(f"{out / 'report.html'} shows the changed words", highlight=False)
+    if comparison.failed:
+        raise UpstreamError(len(comparison.failed), next(iter(comparison.failed.values())))
 
 
 @app.command()
@@ -396,13 +459,6 @@ def _as_row(scored: Scored) -> dict[str, Any]:
         "passes": correction.usage.passes,
         "judgement": asdict(scored.judgement) | {"better": scored.judgement.better} if scored.judgement else None,
     }
-
-
-def _finite(value: Any) -> Any:
-    """Write what is not a number as null, which is what JSON has for it."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluation) -> None:

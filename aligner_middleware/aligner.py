@@ -371,9 +371,10 @@ class Aligner:
         Raises:
             AlignerError: As `correct` does.
         """
+        deadline = _Deadline(timeout)
         generation = self._start(question, answer)
         if generation is not None:
-            async with _time_limit(timeout):
+            async with deadline.limit():
                 await asyncio.wrap_future(await self._asubmit(generation))
         return self._correction(question, answer, generation)
 
@@ -488,7 +489,7 @@ class Aligner:
             deadline = _Deadline(timeout)
             generation = self._start(question, answer, ahead.prefill)
             if generation is not None:
-                async with _time_limit(timeout):
+                async with deadline.limit():
                     future = await self._asubmit(generation, on_round)
             steps = self._decided(question, answer, generation, future)
             while True:
@@ -500,7 +501,7 @@ class Aligner:
                 if piece is not None:
                     yield piece
                     continue
-                async with _time_limit(timeout, deadline.left):
+                async with deadline.limit():
                     await moved.wait()
                 moved.clear()  # before it is looked what there is: what comes from now on is not missed
         finally:
@@ -648,19 +649,17 @@ class _Deadline:
     def error(self) -> CorrectionTimeoutError:
         return CorrectionTimeoutError(self._seconds or 0.0)
 
-
-@contextlib.asynccontextmanager
-async def _time_limit(seconds: float | None, left: float | None = None) -> AsyncIterator[None]:
-    """Raise `CorrectionTimeoutError` after `seconds`, of which `left` are left; never for `None`."""
-    deadline = _Deadline(seconds)
-    limit = asyncio.timeout(deadline.left if left is None else left)
-    try:
-        async with limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise deadline.error from None
+    @contextlib.asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Raise `CorrectionTimeoutError` then."""
+        limit = asyncio.timeout(self.left)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self.error from None
 
 
 def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from langchain_core.callbacks import BaseRunManager as Run
+from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
+from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -24,6 +28,8 @@ logger = logging.getLogger("aligner_middleware")
 Pair = tuple[str | None, str]  # a question, where it is known, and an answer
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
 MissingQuestion = Literal["raise", "passthrough"]
+
+T = TypeVar("T")
 
 EVENT = "aligner_correction"
 """Name of the custom event for each answer; its data is the report."""
@@ -100,24 +106,11 @@ class Alignment(BaseModel):
 
     def align_pairs(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Align answers together. One that fails becomes its exception, if `on_error` says so; others are not held up."""
-        plans = [self._plan(question, answer) for question, answer in pairs]
-        needed = [piece for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
-        made = iter(self.aligner.correct_batch(needed, timeout=self.timeout, return_exceptions=True) if needed else ())
-        return [
-            self._end(plan, [next(made) for _ in plan.pieces]) if isinstance(plan, _Plan) else plan for plan in plans
-        ]
+        return self._run([self._plan(question, answer) for question, answer in pairs])
 
     async def aalign_pair(self, question: str | None, answer: str) -> Outcome:
         """Align one answer, and leave the event loop free."""
-        plan = await self._aplan(question, answer)
-        if not isinstance(plan, _Plan):
-            return plan
-        try:
-            if len(plan.pieces) == 1:
-                return self._end(plan, [await self.aligner.acorrect(*plan.pieces[0], timeout=self.timeout)])
-            return self._end(plan, await self.aligner.acorrect_batch(plan.pieces, timeout=self.timeout))
-        except Exception as exc:  # `on_error` says what becomes of it
-            return self._failed(answer, exc)
+        return await self._arun(await self._aplan(question, answer))
 
     def stream_pair(
         self, question: str | None, answer: str, ahead: ReadAhead | None = None
@@ -130,8 +123,8 @@ class Alignment(BaseModel):
             What became of it; its text is all of it, also what was given.
         """
         plan = self._plan(question, answer)
-        if not isinstance(plan, _Plan) or len(plan.pieces) > 1:
-            return self.align_pairs([(question, answer)])[0] if isinstance(plan, _Plan) else plan
+        if not isinstance(plan, _Plan) or plan.around:
+            return self._run([plan])[0]
         pieces = self.aligner.stream(*plan.pieces[0], ahead=ahead, timeout=self.timeout)
         try:
             while True:
@@ -150,8 +143,8 @@ class Alignment(BaseModel):
     ) -> AsyncIterator[str | Aligned | Exception]:
         """Do as `stream_pair` does, and leave the event loop free; the last that is given is what became of the answer."""
         plan = await self._aplan(question, answer)
-        if not isinstance(plan, _Plan) or len(plan.pieces) > 1:
-            yield await self.aalign_pair(question, answer) if isinstance(plan, _Plan) else plan
+        if not isinstance(plan, _Plan) or plan.around:
+            yield await self._arun(plan)
             return
         made: list[Correction | Exception] = []
         try:
@@ -172,6 +165,26 @@ class Alignment(BaseModel):
     def _unaligned(self, answer: str, reason: str) -> Aligned:
         """Let an answer through as it is, and say why."""
         return Aligned(answer, self._report(aligned=False, changed=False, reason=reason))
+
+    def _run(self, plans: Sequence[_Plan | Outcome]) -> list[Outcome]:
+        """Correct what is planned, all of it together."""
+        needed = [piece for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
+        made = iter(self.aligner.correct_batch(needed, timeout=self.timeout, return_exceptions=True) if needed else ())
+        return [
+            self._end(plan, [next(made) for _ in plan.pieces]) if isinstance(plan, _Plan) else plan for plan in plans
+        ]
+
+    async def _arun(self, plan: _Plan | Outcome) -> Outcome:
+        if not isinstance(plan, _Plan):
+            return plan
+        try:
+            return self._end(plan, await self.aligner.acorrect_batch(plan.pieces, timeout=self.timeout))
+        except Exception as exc:  # `on_error` says what becomes of it
+            return self._failed(plan.answer, exc)
+
+    async def aquestion(self, find: Callable[..., T], *args: Any) -> T:
+        """Call what finds the question, in a thread where that asks a user's function."""
+        return await run_in_executor(None, find, *args) if callable(self.question) else find(*args)
 
     async def _aplan(self, question: str | None, answer: str) -> _Plan | Outcome:
         """Plan in a thread where that may take long: a user's function, or counting the tokens of a long answer."""
@@ -258,6 +271,36 @@ class Alignment(BaseModel):
         return {"original": answer} if self.keep_original else {}
 
 
+def or_raise(result: T | Exception) -> T:
+    """Give what came out, or raise what made it fail."""
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def tell(run: Run | None, aligned: Aligned) -> None:
+    """Dispatch the custom event: from a run, or where LangChain does not tell which that is, from the chain around it."""
+    if run is not None:
+        handle_event(run.handlers, "on_custom_event", "ignore_custom_event", EVENT, aligned.report, **_origin(run))
+        return
+    with suppress(RuntimeError):  # there is no chain
+        dispatch_custom_event(EVENT, aligned.report)
+
+
+async def atell(run: Run | None, aligned: Aligned) -> None:
+    """Do the same where callbacks are asynchronous."""
+    if run is not None:
+        handlers, name = run.handlers, "on_custom_event"
+        await ahandle_event(handlers, name, "ignore_custom_event", EVENT, aligned.report, **_origin(run))
+        return
+    with suppress(RuntimeError):
+        await adispatch_custom_event(EVENT, aligned.report)
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    return {"run_id": run.run_id, "tags": run.inheritable_tags, "metadata": run.inheritable_metadata}
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How an answer goes through the aligner: as it is, or in pieces.
@@ -265,7 +308,8 @@ class _Plan:
     Attributes:
         question, answer: What was given.
         pieces: What the aligner is asked, in order.
-        around: The white space that stands before and after each piece, which the aligner does not see.
+        around: The white space that stands before and after each piece, which the aligner does not see; empty for an
+            answer that goes through as it is.
     """
 
     question: str

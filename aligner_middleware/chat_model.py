@@ -9,29 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from langchain_core.callbacks import (
-    AsyncCallbackManagerForLLMRun,
-    CallbackManagerForLLMRun,
-    adispatch_custom_event,
-    dispatch_custom_event,
-)
-from langchain_core.callbacks.manager import ahandle_event, handle_event
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import run_in_executor
 from langchain_core.tools import BaseTool
 from pydantic import model_validator
 
-from aligner_middleware.alignment import EVENT, Aligned, Alignment
-from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, or_raise
+from aligner_middleware.alignment import Aligned, Alignment, atell, or_raise, tell
+from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks
 from aligner_middleware.messages import question_of
 from aligner_middleware.values import Answer, locate
 
@@ -102,7 +94,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
         question = self._question(messages) if answers else None
         aligned = [or_raise(one) for one in self.align_pairs([(question, answer.text) for answer in answers.values()])]
         for one in aligned:
-            _tell(run_manager, one)
+            tell(run_manager, one)
         return _with_aligned(result, answers, aligned)
 
     async def _agenerate(
@@ -114,11 +106,11 @@ class AlignedChatModel(BaseChatModel, Alignment):
     ) -> ChatResult:
         result = await self.llm._agenerate(messages, stop=stop, **kwargs)
         answers = self._answers(result, kwargs)
-        question = await self._aquestion(messages) if answers else None
+        question = await self.aquestion(self._question, messages) if answers else None
         outcomes = await asyncio.gather(*(self.aalign_pair(question, answer.text) for answer in answers.values()))
         aligned = [or_raise(one) for one in outcomes]
         for one in aligned:
-            await _atell(run_manager, one)
+            await atell(run_manager, one)
         return _with_aligned(result, answers, aligned)
 
     def _stream(
@@ -133,11 +125,12 @@ class AlignedChatModel(BaseChatModel, Alignment):
         try:
             for chunk in self.llm._stream(messages, stop=stop, **kwargs):
                 gathering.add(_message_of(chunk))
-            answer = self._answer(gathering.value, kwargs)
+            value = gathering.value
+            answer = self._answer(value, kwargs)
             if answer is None:
-                yield from _untouched(gathering.value)
+                yield from _untouched(value)
                 return
-            for piece in aligned_chunks(self, answer, question, gathering.ahead, partial(_tell, run_manager)):
+            for piece in aligned_chunks(self, answer, question, gathering.ahead, partial(tell, run_manager)):
                 yield ChatGenerationChunk(message=piece)
         finally:
             gathering.close()
@@ -149,17 +142,18 @@ class AlignedChatModel(BaseChatModel, Alignment):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        question = await self._aquestion(messages)
+        question = await self.aquestion(self._question, messages)
         gathering = Gathering(self.aligner, lambda chunk: question)
         try:
             async for chunk in self.llm._astream(messages, stop=stop, **kwargs):
                 gathering.add(_message_of(chunk))
-            answer = self._answer(gathering.value, kwargs)
+            value = gathering.value
+            answer = self._answer(value, kwargs)
             if answer is None:
-                for untouched in _untouched(gathering.value):
+                for untouched in _untouched(value):
                     yield untouched
                 return
-            tell = partial(_atell, run_manager)
+            tell = partial(atell, run_manager)
             async for piece in aaligned_chunks(self, answer, question, gathering.ahead, tell):
                 yield ChatGenerationChunk(message=piece)
         finally:
@@ -169,12 +163,6 @@ class AlignedChatModel(BaseChatModel, Alignment):
         if isinstance(self.question, str):
             return self.question
         return self.question(messages) if self.question else question_of(messages, dialogue=self.dialogue)
-
-    async def _aquestion(self, messages: list[BaseMessage]) -> str | None:
-        """Find the question, in a thread where a user's function is asked."""
-        if callable(self.question):
-            return await run_in_executor(None, self._question, messages)
-        return self._question(messages)
 
     def _answers(self, result: ChatResult, kwargs: dict[str, Any]) -> dict[int, Answer]:
         """Find the answers to correct among the generations, by their places."""
@@ -326,22 +314,3 @@ def _with_aligned(result: ChatResult, answers: dict[int, Answer], aligned: Seque
             info = {key: value for key, value in info.items() if key != "logprobs"}
         generations[at] = ChatGeneration(message=answer.put(one), generation_info=info)
     return result.model_copy(update={"generations": generations})
-
-
-def _tell(run: CallbackManagerForLLMRun | None, aligned: Aligned) -> None:
-    """Dispatch the custom event: from the model's run, or where LangChain does not tell which that is, from its chain's."""
-    if run is not None:
-        handle_event(run.handlers, "on_custom_event", "ignore_custom_event", EVENT, aligned.report, run_id=run.run_id)
-        return
-    with suppress(RuntimeError):  # there is no chain
-        dispatch_custom_event(EVENT, aligned.report)
-
-
-async def _atell(run: AsyncCallbackManagerForLLMRun | None, aligned: Aligned) -> None:
-    if run is not None:
-        await ahandle_event(
-            run.handlers, "on_custom_event", "ignore_custom_event", EVENT, aligned.report, run_id=run.run_id
-        )
-        return
-    with suppress(RuntimeError):
-        await adispatch_custom_event(EVENT, aligned.report)

@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessageChunk
 from langchain_core.runnables import AddableDict
 
 from aligner_middleware.aligner import Aligner, ReadAhead
-from aligner_middleware.alignment import Aligned, Alignment, Outcome
+from aligner_middleware.alignment import Aligned, Alignment, Outcome, or_raise
 from aligner_middleware.messages import with_metadata, with_text
 from aligner_middleware.values import Answer
 
@@ -104,28 +104,19 @@ async def aaligned_chunks(
 ) -> AsyncIterator[Any]:
     """Do as `aligned_chunks` does, and leave the event loop free."""
     given = ""
-    outcome: Outcome | None = None
     if _can_be_cut(answer.value):
         async for piece in alignment.astream_pair(question, answer.text, ahead):
             if isinstance(piece, str):
                 given += piece
                 yield _piece_of(answer.value, piece)
             else:
-                outcome = piece
+                outcome: Outcome = piece
     else:
         outcome = await alignment.aalign_pair(question, answer.text)
     aligned = or_raise(outcome)
     await tell(aligned)
     for rest in _rest(answer, aligned, given):
         yield rest
-
-
-def or_raise(outcome: Outcome | None) -> Aligned:
-    """Give what became of an answer, or raise what made it fail."""
-    if isinstance(outcome, Exception):
-        raise outcome
-    assert outcome is not None
-    return outcome
 
 
 def _can_be_cut(value: Any) -> bool:

@@ -64,12 +64,11 @@ def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool
     last = max((at for at in asked if not _is_summary(messages[at])), default=asked[-1] if asked else None)
     if last is None or not (question := text_of(messages[last])):
         return None
-    kinds = (HumanMessage, AIMessage, ToolMessage) if tool_results else (HumanMessage, AIMessage)
-    turns = list(messages) if dialogue else messages[last:]
     if not dialogue:
-        results = [text_of(turn) for turn in turns if isinstance(turn, ToolMessage)] if tool_results else []
+        results = [text_of(turn) for turn in messages[last:] if isinstance(turn, ToolMessage)] if tool_results else []
         return "\n\n".join([question, *(f"Tool: {result}" for result in results if result)])
-    said = [(_speaker(turn), text_of(turn)) for turn in turns if isinstance(turn, kinds) and text_of(turn)]
+    kinds = (HumanMessage, AIMessage, ToolMessage) if tool_results else (HumanMessage, AIMessage)
+    said = [(_speaker(turn), text_of(turn)) for turn in messages if isinstance(turn, kinds) and text_of(turn)]
     return question if len(said) == 1 else "\n\n".join(f"{speaker}: {text}" for speaker, text in said)
 
 

@@ -13,12 +13,10 @@ from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.runnables.config import run_in_executor
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.alignment import EVENT
+from aligner_middleware.alignment import EVENT, or_raise
 from aligner_middleware.chat_model import AlignedChatModel, wrapped
-from aligner_middleware.chunks import or_raise
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.messages import question_of
 from aligner_middleware.runnable import AlignerRunnable
@@ -96,7 +94,7 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         """Call the model with an aligner around it, and leave the event loop free."""
         if _gives_json(request):
             return await handler(request)
-        align = await run_in_executor(None, self._asking, request)
+        align = await self.align.aquestion(self._asking, request)
         response = await handler(self._around(request, align))
         for at, answer in self._left(request, response).items():
             outcome = await align.aalign_pair(_question(align), answer.text)

@@ -15,11 +15,18 @@ from typing import Any, ClassVar
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from langchain_core.runnables.config import run_in_executor
 
 from aligner_middleware import question as questions
-from aligner_middleware.aligner import Aligner, Correction
-from aligner_middleware.alignment import EVENT, Aligned, Alignment, LongAnswer, MissingQuestion
+from aligner_middleware.aligner import Aligner, Correction, ReadAhead
+from aligner_middleware.alignment import (
+    Aligned,
+    Alignment,
+    LongAnswer,
+    MissingQuestion,
+    atell,
+    or_raise,
+    tell,
+)
 from aligner_middleware.chat_model import wrapped
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks
 from aligner_middleware.values import Answer, is_update, locate
@@ -188,10 +195,10 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     # --- values in, values out ------------------------------------------------------------------------
 
     def _align_one(self, value: Any, run_manager: CallbackManagerForChainRun) -> Any:
-        return _or_raise(self._align([value], [run_manager])[0])
+        return or_raise(self._align([value], [run_manager])[0])
 
     async def _aalign_one(self, value: Any, run_manager: AsyncCallbackManagerForChainRun) -> Any:
-        return _or_raise((await self._aalign([value], [run_manager]))[0])
+        return or_raise((await self._aalign([value], [run_manager]))[0])
 
     def _align(self, values: Sequence[Any], run_manager: Sequence[CallbackManagerForChainRun]) -> list[Any]:
         """Correct values together. A value whose correction fails becomes its exception; the others are not held up."""
@@ -201,7 +208,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         for job, run in zip(jobs, run_manager, strict=True):
             outcome = next(outcomes) if isinstance(job, _Job) else job
             if isinstance(job, _Job) and isinstance(outcome, Aligned):
-                _tell(run, outcome)
+                tell(run, outcome)
                 outcome = job.answer.put(outcome)
             results.append(outcome)
         return results
@@ -211,13 +218,13 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         return list(await asyncio.gather(*calls))
 
     async def _aalign_value(self, value: Any, run: AsyncCallbackManagerForChainRun) -> Any:
-        job = await self._ajob(value, run)
+        job = await self.aquestion(self._job, value, run)
         if not isinstance(job, _Job):
             return job
         outcome = await self.aalign_pair(job.question, job.answer.text)
         if not isinstance(outcome, Aligned):
             return outcome
-        await _atell(run, outcome)
+        await atell(run, outcome)
         return job.answer.put(outcome)
 
     def _align_chunks(self, chunks: Iterator[Any], run_manager: CallbackManagerForChainRun) -> Iterator[Any]:
@@ -228,17 +235,17 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     yield self._align_one(chunk, run_manager)
                 else:
                     gathering.add(chunk)
-            if gathering.value is not None:
-                yield from self._stream_one(gathering, run_manager)
+            if (value := gathering.value) is not None:
+                yield from self._stream_one(value, gathering.ahead, run_manager)
         finally:
             gathering.close()
 
-    def _stream_one(self, gathering: Gathering, run: CallbackManagerForChainRun) -> Iterator[Any]:
-        job = self._job(gathering.value, run)
+    def _stream_one(self, value: Any, ahead: ReadAhead | None, run: CallbackManagerForChainRun) -> Iterator[Any]:
+        job = self._job(value, run)
         if not isinstance(job, _Job):
-            yield _or_raise(job)
+            yield or_raise(job)
             return
-        yield from aligned_chunks(self, job.answer, job.question, gathering.ahead, partial(_tell, run))
+        yield from aligned_chunks(self, job.answer, job.question, ahead, partial(tell, run))
 
     async def _aalign_chunks(
         self, chunks: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
@@ -250,26 +257,24 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     yield await self._aalign_one(chunk, run_manager)
                 else:
                     gathering.add(chunk)
-            if gathering.value is not None:
-                async for piece in self._astream_one(gathering, run_manager):
+            if (value := gathering.value) is not None:
+                async for piece in self._astream_one(value, gathering.ahead, run_manager):
                     yield piece
         finally:
             gathering.close()
 
-    async def _astream_one(self, gathering: Gathering, run: AsyncCallbackManagerForChainRun) -> AsyncIterator[Any]:
-        job = await self._ajob(gathering.value, run)
+    async def _astream_one(
+        self, value: Any, ahead: ReadAhead | None, run: AsyncCallbackManagerForChainRun
+    ) -> AsyncIterator[Any]:
+        job = await self.aquestion(self._job, value, run)
         if not isinstance(job, _Job):
-            yield _or_raise(job)
+            yield or_raise(job)
             return
-        tell = partial(_atell, run)
-        async for chunk in aaligned_chunks(self, job.answer, job.question, gathering.ahead, tell):
+        tell = partial(atell, run)
+        async for chunk in aaligned_chunks(self, job.answer, job.question, ahead, tell):
             yield chunk
 
     # --- one value --------------------------------------------------------------------------------------
-
-    async def _ajob(self, value: Any, run: AsyncCallbackManagerForChainRun) -> Any:
-        """Make a job, in a thread where a user's function is asked."""
-        return await run_in_executor(None, self._job, value, run) if callable(self.question) else self._job(value, run)
 
     def _job(self, value: Any, run: ChainRun) -> Any:
         """Make the job of a value, or decide at once: the value itself where there is nothing to do, or an exception."""
@@ -300,17 +305,3 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             return None
         message_id = chunk.id if isinstance(chunk, BaseMessage) else None
         return questions.RECORD.ask_early(message_id, run.parent_run_id, dialogue=self.dialogue)
-
-
-def _tell(run: CallbackManagerForChainRun, aligned: Aligned) -> None:
-    run.get_child().on_custom_event(EVENT, aligned.report, run_id=run.run_id)
-
-
-async def _atell(run: AsyncCallbackManagerForChainRun, aligned: Aligned) -> None:
-    await run.get_child().on_custom_event(EVENT, aligned.report, run_id=run.run_id)
-
-
-def _or_raise(result: Any) -> Any:
-    if isinstance(result, Exception):
-        raise result
-    return result

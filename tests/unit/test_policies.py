@@ -169,6 +169,23 @@ def test_a_users_function_that_fails_is_an_error_as_any_other() -> None:
     assert runnable(when=broken, on_error="passthrough").invoke("bad") == "bad"
 
 
+@pytest.mark.parametrize("limit", [None, 6])
+def test_a_users_function_is_asked_once_an_answer(limit: int | None) -> None:
+    asked: list[str] = []
+    options = {"max_answer_tokens": limit, "on_long_answer": "piecewise"}
+    align = runnable(when=lambda question, answer: asked.append(answer) is None, **options)
+    answer = "bad one.\n\nbad two."
+    for call in (
+        lambda: align.invoke(answer),
+        lambda: list(align.stream(answer)),
+        lambda: asyncio.run(align.ainvoke(answer)),
+        lambda: asyncio.run(collected(align, answer)),
+    ):
+        call()
+        assert asked == [answer]
+        asked.clear()
+
+
 def test_corrections_are_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     told: list[Correction] = []
     align = runnable(on_correction=told.append)

@@ -34,7 +34,8 @@ from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner, Correction
 from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder, home
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
-from aligner_middleware.triples import Rows, Triple, read_rows, write_lines
+from aligner_middleware.files import write_lines
+from aligner_middleware.triples import Rows, Triple, read_rows
 
 if TYPE_CHECKING:
     from aligner_middleware.evaluation import Evaluation, Scored

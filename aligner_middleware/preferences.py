@@ -6,7 +6,6 @@ RLHF or DPO.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,15 +15,10 @@ from typing import Any, Literal
 from langchain_core.runnables import Runnable
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.errors import InputError
+from aligner_middleware.files import fingerprint, write_lines
 from aligner_middleware.journal import Journal
 from aligner_middleware.prompts import Prompt, chunks, digest
-from aligner_middleware.triples import write_lines
-from aligner_middleware.upstream import Answered, ask_again, name_of
-
-_NO_UPSTREAM = (
-    "a prompt has no answer, and there is no model to ask: give one by --upstream, or rows with question and answer"
-)
+from aligner_middleware.upstream import Answered, ask, name_of, why
 
 Form = Literal["messages", "text"]
 Report = Callable[[int, int], None]
@@ -91,7 +85,7 @@ def make_preferences(
         for chunk in chunks(todo, concurrency * 4):
             for prompt, row in zip(chunk, _rows(chunk, aligner, upstream, concurrency, attempts), strict=True):
                 if isinstance(row, Exception):
-                    failed[prompt.key] = f"{prompt.question[:60]!r}: {type(row).__name__}: {row}"
+                    failed[prompt.key] = why(prompt, row)
                 else:
                     journal.add(prompt.key, row)
             report(len(journal.done), len(prompts))
@@ -123,19 +117,6 @@ def _rows(
     return rows
 
 
-def ask(
-    prompts: Sequence[Prompt], upstream: Runnable[Any, Any] | None, concurrency: int, attempts: int = 3
-) -> list[Answered | Exception]:
-    """Give each prompt's answer: its own, or the model's, or what went wrong."""
-    missing = [prompt.question for prompt in prompts if prompt.answer is None]
-    if upstream is None:
-        said: list[Answered | Exception] = [InputError(_NO_UPSTREAM)] * len(missing)
-    else:
-        said = ask_again(upstream, missing, concurrency, attempts)
-    found = iter(said)
-    return [next(found) if prompt.answer is None else Answered(prompt.answer, 0.0) for prompt in prompts]
-
-
 def _write(rows: Sequence[dict[str, Any]], out: Path, sft: Path | None, form: Form, settings: dict[str, Any]) -> Made:
     made, pairs, keeps, seen = Made(), [], [], set()
     for row in rows:
@@ -145,7 +126,7 @@ def _write(rows: Sequence[dict[str, Any]], out: Path, sft: Path | None, form: Fo
             continue
         seen.add(told)
         provenance = {"upstream": settings["upstream"], "aligner": settings["aligner"], "at": row["at"]}
-        provenance["sha256"] = hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest()
+        provenance["sha256"] = fingerprint(*told)
         if row["answer"] == row["correction"]:
             keeps.append({**_shaped(form, row["question"], completion=row["answer"]), "provenance": provenance})
         else:

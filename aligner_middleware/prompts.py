@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from aligner_middleware.errors import DataError
-from aligner_middleware.triples import lines_of
+from aligner_middleware.files import fingerprint, lines_of
 
 
 class Prompt(BaseModel):
@@ -34,7 +33,7 @@ class Prompt(BaseModel):
     @property
     def key(self) -> str:
         """Tells it from other prompts: a hash of question and answer."""
-        return hashlib.sha256(f"{self.question}\0{self.answer or ''}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return fingerprint(self.question, self.answer or "")[:16]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -62,7 +61,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def digest(prompts: Sequence[Prompt]) -> str:
     """Tell a set of prompts from others."""
-    return hashlib.sha256("".join(sorted(prompt.key for prompt in prompts)).encode()).hexdigest()[:16]
+    return fingerprint(*sorted(prompt.key for prompt in prompts))[:16]
 
 
 def chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aligner_middleware.errors import DataError
+from aligner_middleware.files import lines_of
 
 
 class Triple(BaseModel):
@@ -97,22 +97,6 @@ def read_rows(path: Path) -> Rows:
     return Rows(triples, left_out)
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines; the file appears when it is whole.
-
-    Raises:
-        DataError: If it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.replace(path)
-    except OSError as exc:
-        raise DataError(str(path), 1, f"cannot be written: {exc.strerror or exc}") from exc
-
-
 def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> list[Triple]:
     """Add rows whose answer is another row's correction, and which are to be kept.
 
@@ -124,25 +108,6 @@ def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> lis
     candidates = [row.corrected() for row in triples if not row.keeps]
     wanted = len(candidates) if share == 1 else min(len(candidates), round(len(triples) * share / (1 - share)))
     return [*triples, *random.Random(seed).sample(candidates, wanted)]
-
-
-def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Give the lines of a file, plain or gzipped, that are not blank, with their numbers from 1.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    try:
-        with _open(path) as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except (OSError, EOFError) as exc:
-        raise DataError(str(path), 1, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
-    except UnicodeDecodeError as exc:
-        raise DataError(str(path), 1, f"is not UTF-8 text: {exc}") from exc
-
-
-def _open(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _parse(path: Path, number: int, line: str) -> Triple:

@@ -18,6 +18,11 @@ from tenacity import RetryError, Retrying, stop_after_attempt, wait_random_expon
 
 from aligner_middleware.errors import InputError, MissingExtraError
 from aligner_middleware.messages import text_of
+from aligner_middleware.prompts import Prompt
+
+_NO_UPSTREAM = (
+    "a prompt has no answer, and there is no model to ask: give one by --upstream, or rows with question and answer"
+)
 
 
 def chat_model(name: str) -> Runnable[Any, AIMessage]:
@@ -91,6 +96,24 @@ def ask_again(
                     if isinstance(one, Exception):
                         raise one
     return said
+
+
+def ask(
+    prompts: Sequence[Prompt], upstream: Runnable[Any, Any] | None, concurrency: int, attempts: int = 3
+) -> list[Answered | Exception]:
+    """Give each prompt's answer: its own, or the model's, or what went wrong."""
+    missing = [prompt.question for prompt in prompts if prompt.answer is None]
+    if upstream is None:
+        said: list[Answered | Exception] = [InputError(_NO_UPSTREAM)] * len(missing)
+    else:
+        said = ask_again(upstream, missing, concurrency, attempts)
+    found = iter(said)
+    return [next(found) if prompt.answer is None else Answered(prompt.answer, 0.0) for prompt in prompts]
+
+
+def why(prompt: Prompt, error: Exception) -> str:
+    """Say which prompt failed, and why."""
+    return f"{prompt.question[:60]!r}: {type(error).__name__}: {error}"
 
 
 def name_of(model: Any) -> str:

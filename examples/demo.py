@@ -66,8 +66,8 @@ def fixed(answer: str) -> FakeListChatModel:
 def show(console: Console, source: str, question: str, report: dict[str, Any], corrected: str, seconds: float) -> None:
     """Print one case, the changed words marked."""
     changes = Diff.between(report["original"], corrected).changes
-    removed = Text.assemble(*((c.text, "red strike" * (c.kind == "removed")) for c in changes if c.kind != "added"))
-    added = Text.assemble(*((c.text, "bold green" * (c.kind == "added")) for c in changes if c.kind != "removed"))
+    removed = Diff(tuple(change for change in changes if change.kind != "added"))
+    added = Diff(tuple(change for change in changes if change.kind != "removed"))
     usage = report["usage"]
     verdict = "[yellow]corrected[/]" if report["changed"] else "[green]kept byte for byte[/]"
     console.rule(f"[dim]{source}[/]", align="left")

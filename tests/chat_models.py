@@ -22,6 +22,7 @@ class Scripted(BaseChatModel):
     reply: Callable[[list[BaseMessage]], AIMessage]
     model_name: str = "scripted"
     n: int = 1
+    usage: dict[str, int] = USAGE
 
     @property
     def _llm_type(self) -> str:
@@ -44,7 +45,7 @@ class Scripted(BaseChatModel):
             "stop": stop,
             **{key: kwargs[key] for key in kwargs if key == "seed"},
         }
-        found = [one.model_copy(update={"usage_metadata": USAGE, "response_metadata": metadata}) for one in said]
+        found = [one.model_copy(update={"usage_metadata": self.usage, "response_metadata": metadata}) for one in said]
         return ChatResult(generations=[ChatGeneration(message=one) for one in found], llm_output={"calls": 1})
 
     def _stream(
@@ -66,7 +67,7 @@ class Scripted(BaseChatModel):
             )
             yield ChatGenerationChunk(message=AIMessageChunk("", tool_call_chunks=[parts]))
         yield ChatGenerationChunk(
-            message=AIMessageChunk("", usage_metadata=USAGE, chunk_position="last"),  # type: ignore[arg-type]
+            message=AIMessageChunk("", usage_metadata=self.usage, chunk_position="last"),  # type: ignore[arg-type]
             generation_info={"finish_reason": "stop", "model_name": self.model_name},
         )
 

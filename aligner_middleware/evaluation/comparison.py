@@ -17,9 +17,8 @@ from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import InputError
 from aligner_middleware.evaluation.verdicts import Dimension, Pair, PairJudge, Verdict
 from aligner_middleware.journal import Journal
-from aligner_middleware.preferences import ask
 from aligner_middleware.prompts import Prompt, chunks, digest
-from aligner_middleware.upstream import Answered
+from aligner_middleware.upstream import Answered, ask, why
 
 _LENGTHS = (32, 64, 128, 256, 512)  # upper ends of the classes of answer lengths, in tokens
 _DRAWS = 1000  # of the bootstrap
@@ -206,7 +205,7 @@ def compare(
             for prompt, one in zip(part, said, strict=True):
                 outcome = _corrected(aligner, prompt, one)
                 if isinstance(outcome, Exception):
-                    failed[prompt.key] = f"{prompt.question[:60]!r}: {type(outcome).__name__}: {outcome}"
+                    failed[prompt.key] = why(prompt, outcome)
                 else:
                     good.append(prompt)
                     timed.append(outcome)

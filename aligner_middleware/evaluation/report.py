@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from aligner_middleware.diff import Diff
-from aligner_middleware.errors import DataError, MissingExtraError
+from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.evaluation.comparison import Compared, Comparison, Tally
-from aligner_middleware.triples import write_lines
+from aligner_middleware.files import write_lines, write_text
 
 _SAMPLES = 30
 _COLORS = {"win": "#2a9d5c", "tie": "#b8bec6", "loss": "#d1495b", "malformed": "#e9c46a"}
@@ -37,8 +37,8 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     if find_spec("matplotlib") is None:
         raise MissingExtraError("the report's plots", "evaluate")
     write_lines(folder / "rows.jsonl", (row.model_dump() | {"changed": row.changed} for row in comparison.rows))
-    _write(folder / "summary.json", json.dumps(finite(comparison.summary()), indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "report.html", _html(comparison))
+    write_text(folder / "summary.json", json.dumps(finite(comparison.summary()), indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "report.html", _html(comparison))
 
 
 def verdict_table(comparison: Comparison) -> list[list[str]]:
@@ -139,12 +139,3 @@ def _png(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as exc:
-        raise DataError(str(path), 1, f"cannot be written: {exc.strerror or exc}") from exc

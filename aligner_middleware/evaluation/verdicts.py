@@ -6,8 +6,6 @@ A judge gives a verdict on the corrected answer against the original one, for ea
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sqlite3
 import threading
@@ -20,6 +18,7 @@ from langchain_core.runnables import Runnable
 
 from aligner_middleware.errors import UpstreamError
 from aligner_middleware.evaluation.judge import Encoder, faults_of, repeats
+from aligner_middleware.files import fingerprint
 from aligner_middleware.upstream import Answered, ask_again
 
 Dimension = Literal["helpful", "harmless", "honest"]
@@ -110,7 +109,7 @@ class ChatJudge:
         return [{name: _verdict(votes.get((at, name), [0])) for name in self.dimensions} for at in range(len(pairs))]
 
     def _ask(self, prompts: list[list[Any]]) -> list[int | None]:
-        keys = [_key(self.name, prompt) for prompt in prompts]
+        keys = [fingerprint(self.name, *(message.content for message in prompt)) for prompt in prompts]
         found = {key: choice for key in keys if (choice := self._cache.get(key)) is not None}
         conversations = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}
         for _ in range(self._attempts):
@@ -192,11 +191,6 @@ def _messages(pair: Pair, dimension: Dimension, swapped: bool) -> list[Any]:
     first, second = (pair.correction, pair.answer) if swapped else (pair.answer, pair.correction)
     case = _CASE.format(question=pair.question, first=first, second=second)
     return [SystemMessage(_TASK.format(rubric=RUBRICS[dimension])), HumanMessage(case)]
-
-
-def _key(judge: str, messages: Sequence[Any]) -> str:
-    told = json.dumps([judge, *(message.content for message in messages)])
-    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _verdict(votes: Sequence[int | None]) -> Verdict:

@@ -8,56 +8,33 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from langchain_core.callbacks import BaseCallbackHandler, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, FakeListLLM
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.language_models import FakeListLLM
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tracers import BaseTracer, Run
+from pydantic import Field
 
 from aligner_middleware import AlignerRunnable, InputError, MissingQuestionError, question_record
+from tests.chat_models import Scripted, answering
 from tests.fakes import FakeModel, fake_aligner
 
 
-class Echo(BaseChatModel):
+class Echo(Scripted):
     """Answers `bad(question)`; fails the first `failures` times."""
 
-    label: str = "bad"
+    reply: Any = answering().reply
     failures: int = 0
+    usage: dict[str, int] = Field(default={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})
 
-    @property
-    def _llm_type(self) -> str:
-        return "echo"
-
-    def _answer(self, messages: list[BaseMessage]) -> str:
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
         if self.failures:
             self.failures -= 1
             raise ValueError("busy")
-        return f"{self.label}({messages[-1].text})"
-
-    def _generate(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> ChatResult:
-        message = AIMessage(
-            self._answer(messages), usage_metadata={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
-        )
-        return ChatResult(generations=[ChatGeneration(message=message)])
-
-    def _stream(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,
-        **kwargs: Any,
-    ) -> Iterator[ChatGenerationChunk]:
-        for letter in self._answer(messages):
-            yield ChatGenerationChunk(message=AIMessageChunk(letter))
+        return super()._generate(*args, **kwargs)
 
 
 ALIGNER = fake_aligner(lambda question, answer: answer.replace("bad", f"good for {question}"))

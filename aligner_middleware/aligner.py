@@ -16,9 +16,13 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from aligner_middleware.artifact import ARTIFACT_FILE, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, cached_folder
 from aligner_middleware.diff import Diff
 from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler
+from aligner_middleware.engine.model import Logits
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import (
     ArtifactError,
@@ -185,6 +189,7 @@ class Aligner:
         self._sampling = (temperature, top_p, seed)
         self._revision = revision
         self._tail = _tail_length(tokenizer, template)
+        self._end = eos_token_ids[0]
 
     @classmethod
     def load(
@@ -292,6 +297,38 @@ class Aligner:
     def longest_answer(self, question: str) -> int:
         """Say how many tokens an answer to this question may have: it must fit into the context twice."""
         return (self._model.max_positions - len(encode_prompt(self._tokenizer, self._template, question, "")) - 1) // 2
+
+    def log_likelihood(self, question: str, answer: str, corrections: Sequence[str]) -> list[tuple[float, bool]]:
+        """Say how likely each of some texts is as the correction of an answer: log μ(y_c | y_o, x), paper section 2.
+
+        Args:
+            question: The question, x.
+            answer: The answer, y_o.
+            corrections: The texts, y_c.
+
+        Returns:
+            For each the natural logarithm of its probability, its end included, and whether greedy decoding writes it.
+
+        Raises:
+            InputError: If the question is blank, or a text does not fit into the context.
+        """
+        if not question.strip():
+            raise InputError("the question is blank: an answer can only be judged against what was asked")
+        prompt = encode_prompt(self._tokenizer, self._template, question, answer)
+        targets = [[*encode_continuation(self._tokenizer, self._template, text), self._end] for text in corrections]
+        longest = len(prompt) + max(map(len, targets), default=0)
+        if longest > self._model.max_positions:
+            raise PromptTooLongError(longest, self._model.max_positions)
+        rows = self._model.new_rows(1, longest)
+        first = np.concatenate([logits.copy() for logits in rows.extend(0, prompt, 1)])
+        found = []
+        for target in targets:
+            parts = [first]
+            if len(target) > 1:
+                parts += [logits.copy() for logits in rows.extend(0, target[:-1], len(target) - 1)]
+                rows.trim(0, len(prompt))
+            found.append(_log_likelihood(np.concatenate(parts), np.array(target)))
+        return found
 
     def correct(self, question: str, answer: str, *, timeout: float | None = None) -> Correction:
         """Correct one answer.
@@ -666,6 +703,14 @@ def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
     """Count the tokens of a prompt that follow its answer."""
     one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
     return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def _log_likelihood(logits: Logits, targets: NDArray[np.int64]) -> tuple[float, bool]:
+    """Score tokens, `[T]`, by the logits that predict them, `[T, V]`."""
+    peak = logits.max(axis=-1)
+    total = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
+    chosen = logits[np.arange(len(targets)), targets]
+    return float((chosen - total).sum()), bool((logits.argmax(axis=-1) == targets).all())
 
 
 def _check_text(what: str, text: str) -> None:

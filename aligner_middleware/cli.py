@@ -1,4 +1,4 @@
-"""The command line: `aligner correct | export | train | evaluate | preferences | info`.
+"""The command line: `aligner correct | export | train | evaluate | ability | preferences | rounds | info`.
 
 Data goes to standard output, progress to standard error; a failure is one line and a non-zero exit.
 """
@@ -34,11 +34,13 @@ from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner, Correction
 from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder, home
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
-from aligner_middleware.files import write_lines
+from aligner_middleware.files import fingerprint, write_lines
 from aligner_middleware.triples import Rows, Triple, read_rows
 
 if TYPE_CHECKING:
     from aligner_middleware.evaluation import Evaluation, Scored
+    from aligner_middleware.evaluation.verdicts import PairJudge
+    from aligner_middleware.rounds import Rounds
 
 app = typer.Typer(
     help="Correct the answers of any language model.",
@@ -298,7 +300,7 @@ def _compare(
     as_json: bool,
 ) -> None:
     try:
-        from aligner_middleware.evaluation import ChatJudge, OfflineJudge, SentenceEncoder, compare, write_report
+        from aligner_middleware.evaluation import compare, write_report
         from aligner_middleware.evaluation.report import cost_table, finite, verdict_table
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "evaluate") from exc
@@ -306,10 +308,7 @@ def _compare(
     from aligner_middleware.upstream import chat_model
 
     prompts = read_prompts(data)
-    if judge:
-        judging: ChatJudge | OfflineJudge = ChatJudge(chat_model(judge), judge, home() / "verdicts.sqlite", concurrency)
-    else:
-        judging = OfflineJudge(SentenceEncoder())
+    judging = _judge(judge, concurrency)
     answering = chat_model(upstream) if upstream else None
     with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("compare", len(prompts)) as report:
         comparison = compare(
@@ -344,7 +343,13 @@ def preferences(
     sft: Annotated[
         Path | None, typer.Option(help="File for answers that were left as they are, as rows for SFT.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts under way at once (on Ray: in each worker).")] = 8,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, help="Do it with so many workers on Ray, each with models of its own.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, or `auto`. [default: a new one on this machine]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make preference data: what a model answers is rejected, what the aligner makes of it is chosen.
@@ -359,19 +364,19 @@ def preferences(
     if form not in ("messages", "text"):
         raise typer.BadParameter(f"{form!r} is neither messages nor text", param_hint="--form")
     asked = read_prompts(prompts)
-    answering = chat_model(upstream) if upstream else None
-    with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("preferences", len(asked)) as report:
-        made = make_preferences(
-            asked,
-            out,
-            aligner,
-            answering,
-            form="text" if form == "text" else "messages",
-            sft=sft,
-            upstream_name=upstream,
-            concurrency=concurrency,
-            report=report,
-        )
+    options: dict[str, Any] = {"form": form, "sft": sft, "concurrency": concurrency}
+    if ray_workers is not None:
+        try:
+            from aligner_middleware.on_ray import make_preferences_on_ray
+        except ImportError as exc:
+            raise MissingExtraError("aligner preferences --ray-workers", "ray") from exc
+        options |= {"precision": _precision(precision), "workers": ray_workers, "address": ray_address}
+        with _bar("preferences", len(asked)) as report:
+            made = make_preferences_on_ray(asked, out, model, upstream, **options, report=report)
+    else:
+        answering = chat_model(upstream) if upstream else None
+        with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("preferences", len(asked)) as report:
+            made = make_preferences(asked, out, aligner, answering, upstream_name=upstream, **options, report=report)
     summary = {"pairs": made.pairs, "kept": made.kept, "repeated": made.repeated, "failed": len(made.failed)}
     if as_json:
         typer.echo(json.dumps(summary))
@@ -381,6 +386,192 @@ def preferences(
         )
     if made.failed:
         raise UpstreamError(len(made.failed), next(iter(made.failed.values())))
+
+
+@app.command()
+def ability(
+    tasks: Annotated[list[str], typer.Argument(help="Tasks of lm-evaluation-harness, such as gsm8k mmlu.")],
+    lm: Annotated[
+        str, typer.Option(help="A model type of lm-eval's, such as hf, vllm or local-chat-completions.")
+    ] = "hf",
+    lm_args: Annotated[str, typer.Option(help="Its arguments, such as pretrained=FOLDER,dtype=bfloat16.")] = "",
+    upstream: Upstream = None,
+    model: Model = "default",
+    precision: PrecisionOption = "int8",
+    include: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as lm-eval's YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First rows of each task only.")] = None,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the model.")] = 8,
+    chat: Annotated[bool, typer.Option(help="Write prompts as chat messages.")] = True,
+    concurrency: Annotated[int, typer.Option(min=1, help="Calls of --upstream under way at once.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Does it harm ability? Run tasks of lm-evaluation-harness on a model with and without the aligner.
+
+    Generated answers are corrected. Choices are scored by the combined model: how likely the aligner turns the model's
+    choice into each of them. The model is asked once for both; what it said is cached, and what was killed goes on.
+    """
+    try:
+        import lm_eval.models  # noqa: F401  # registers lm-eval's models
+        from lm_eval.api.registry import get_model
+
+        from aligner_middleware.evaluation.harness import LangChainLM, measure_ability
+    except ImportError as exc:
+        raise MissingExtraError("aligner ability", "harness") from exc
+    from aligner_middleware.upstream import chat_model
+
+    name = upstream or f"{lm} {lm_args}"
+    with _steps("ability", 2) as report:
+        report("loading")
+        asked = (
+            LangChainLM(chat_model(upstream), upstream, concurrency)
+            if upstream
+            else get_model(lm).create_from_arg_string(lm_args, {"batch_size": batch_size, "device": _device()})
+        )
+        report(", ".join(tasks))
+        with Aligner.load(model, precision=_precision(precision)) as aligner:
+            found = measure_ability(
+                asked,
+                aligner,
+                tasks,
+                home() / f"harness-{fingerprint(name)[:16]}",
+                include=include,
+                limit=limit,
+                fewshot=fewshot,
+                chat=chat,
+            )
+    if as_json:
+        typer.echo(found.model_dump_json())
+        return
+    table = Table("task", "metric", "rows", "without", "with aligner", "difference", title=name)
+    for row in found.rows:
+        without = f"{row.without:.3f}" + (f" ± {row.stderr:.3f}" if row.stderr is not None else "")
+        table.add_row(
+            row.task, row.metric, str(row.samples), without, f"{row.aligned:.3f}", f"{row.aligned - row.without:+.3f}"
+        )
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    console.print(
+        f"{found.changed} generated answers changed; {found.passed} left as they are, too long or blank",
+        highlight=False,
+    )
+
+
+@app.command()
+def rounds(
+    prompts: Annotated[Path, typer.Argument(help="Prompts to learn from, in the forms of `aligner preferences`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Prompts that are only scored. [default: every fifth of PROMPTS]")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="The first policy: a hub id or a checkpoint's folder.")] = None,
+    model: Model = "default",
+    precision: PrecisionOption = "int8",
+    count: Annotated[int, typer.Option("--rounds", min=1, help="How many rounds.")] = 3,
+    method: Annotated[
+        str | None, typer.Option(help="`dpo` prefers corrections over answers, `sft` imitates them.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Chat model that judges, named like an upstream. [default: offline]")
+    ] = None,
+    fixed: Annotated[
+        bool, typer.Option("--fixed-preferences", help="The control: every round learns from the first one's pairs.")
+    ] = False,
+    beside: Annotated[Path | None, typer.Option(help="Folder of another run, to be drawn beside this one.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of a round.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate. [default: 5e-5 for dpo, 4e-4 for sft]")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Of DPO: what leaving the round before costs.")] = None,
+    nll_weight: Annotated[float | None, typer.Option(help="Of DPO: weight of the corrections' own likelihood.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a pass.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Passes in a step.")] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing", help="Compute activations anew: slower, far less memory.")
+    ] = None,
+    bfloat16: Annotated[bool | None, typer.Option(help="[default: where the device has units for it]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option(help="Their scale, times the rank.")] = None,
+    answer_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the answers that are learnt from.")] = None,
+    generation_batch: Annotated[int | None, typer.Option(help="Prompts answered at once.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling, weights and order.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Stop beyond so many nats a token from the first policy.")
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Stop when the judge's rate falls by more than this.")] = None,
+    min_distinct: Annotated[
+        float | None, typer.Option(help="Stop below this share of the first policy's distinct 3-grams.")
+    ] = None,
+    max_refusals: Annotated[float | None, typer.Option(help="Stop when refusals rise by more than this.")] = None,
+    min_pairs: Annotated[int | None, typer.Option(help="Stop when a round has fewer pairs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Multi-round RLHF: a policy answers, the aligner corrects, and the pairs train the next policy.
+
+    Each round's answers, pairs, adapter and scores stay in its folder in OUT; a run that was killed goes on when its command
+    is repeated, also with more rounds. Policies are compared with the first one on held-out prompts: by the judge, and by
+    KL, length, distinct n-grams and refusals. When one breaks a stop rule the run ends, and the round before is the best.
+    """
+    try:
+        from aligner_middleware.evaluation.health import StopRules
+        from aligner_middleware.rounds import read_rounds, run_rounds, summary
+        from aligner_middleware.rounds_plot import draw_rounds
+        from aligner_middleware.training import PolicyConfig
+    except ImportError as exc:
+        raise MissingExtraError("aligner rounds", "train") from exc
+    from aligner_middleware.evaluation.report import finite
+    from aligner_middleware.prompts import read_prompts
+
+    config = _validated(
+        PolicyConfig,
+        **_given(
+            base=policy,
+            method=method,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            beta=beta,
+            nll_weight=nll_weight,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            checkpointing=checkpointing,
+            bfloat16=bfloat16,
+            max_length=max_length,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            answer_tokens=answer_tokens,
+            temperature=temperature,
+            generation_batch=generation_batch,
+            seed=seed,
+        ),
+    )
+    rules = _validated(
+        StopRules,
+        **_given(
+            max_kl=max_kl,
+            max_drop=max_drop,
+            min_distinct=min_distinct,
+            max_refusals=max_refusals,
+            min_pairs=min_pairs,
+        ),
+    )
+    asked = read_prompts(prompts)
+    unseen = read_prompts(held_out) if held_out else asked[::5]
+    if not held_out:
+        kept_apart = {prompt.question for prompt in unseen}
+        asked = [prompt for prompt in asked if prompt.question not in kept_apart]
+    other = read_rounds(beside) if beside else None
+    with Aligner.load(model, precision=_precision(precision)) as aligner, _named_steps() as report:
+        run = run_rounds(
+            asked, unseen, out, aligner, _judge(judge), config, rounds=count, rules=rules, fixed=fixed, report=report
+        )
+    draw_rounds({str(place): one for place, one in ((out, run), (beside, other)) if one}, out / "rounds.png")
+    if as_json:
+        typer.echo(json.dumps(finite(summary(run))))
+    else:
+        _print_rounds(run, out)
 
 
 @app.command()
@@ -394,6 +585,21 @@ def info(model: Model = "default", precision: PrecisionOption = "int8", as_json:
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _judge(name: str | None, concurrency: int = 8) -> PairJudge:
+    from aligner_middleware.evaluation import ChatJudge, OfflineJudge, SentenceEncoder
+    from aligner_middleware.upstream import chat_model
+
+    if name is None:
+        return OfflineJudge(SentenceEncoder())
+    return ChatJudge(chat_model(name), name, home() / "verdicts.sqlite", concurrency)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -484,6 +690,26 @@ def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluatio
     )
 
 
+def _print_rounds(run: Rounds, out: Path) -> None:
+    table = Table("round", "pairs", "kept", *(run.rounds[0].health.verdicts if run.rounds[0].health else ()))
+    for name in ("KL", "words", "distinct 3-grams", "refusals"):
+        table.add_column(name, no_wrap=True)
+    for one in run.rounds:
+        cells = [str(one.number), str(one.pairs), str(one.kept)] if one.number else ["0", "", ""]
+        if one.health:
+            health = one.health
+            cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in health.verdicts.values()]
+            cells += [f"{health.kl:.3f}", f"{health.words:.0f}", f"{health.distinct[3]:.1%}", f"{health.refusals:.1%}"]
+        table.add_row(*cells)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    for reason in run.stopped:
+        console.print(f"stopped after round {run.rounds[-1].number}: {reason}", highlight=False)
+    place = f"{out}/round-{run.best}/adapter" if run.best else "the first policy"
+    console.print(f"best: {place}; {out}/rounds.png shows the rounds", highlight=False)
+
+
 def _named(path: Path, rows: Rows) -> list[Triple]:
     """Say which rows were left out, and give the others."""
     reasons: dict[str, list[int]] = {}
@@ -519,6 +745,22 @@ def _bar(title: str, count: int) -> Iterator[Any]:
     with Progress(*columns, console=_errors) as progress:
         task = progress.add_task(title, total=count)
         yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
+@contextmanager
+def _named_steps() -> Iterator[Any]:
+    """A progress bar for each step, as its name comes up."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_errors) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(step: str, done: int, of: int) -> None:
+            name = step.partition(",")[0]
+            if name not in tasks:
+                tasks[name] = progress.add_task(step, total=of)
+            progress.update(tasks[name], description=step, completed=done, total=of)
+
+        yield report
 
 
 @contextmanager

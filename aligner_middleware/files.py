@@ -23,7 +23,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         DataError: If it cannot be written.
     """
-    _write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write(path, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,14 +32,23 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DataError: If it cannot be written.
     """
-    _write(path, [text])
+    _write(path, [text.encode()])
 
 
-def _write(path: Path, parts: Iterable[str]) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write bytes; the file appears when it is whole.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    _write(path, [data])
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("wb") as file:
             file.writelines(parts)
         temporary.replace(path)
     except OSError as exc:

@@ -6,7 +6,7 @@ RLHF or DPO.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from aligner_middleware.upstream import Answered, ask, name_of, why
 
 Form = Literal["messages", "text"]
 Report = Callable[[int, int], None]
+Row = dict[str, Any] | Exception  # question, answer, correction and time; or why there are none
 
 
 @dataclass
@@ -78,16 +79,45 @@ def make_preferences(
         DataError: If a file cannot be read or written.
     """
     name = upstream_name or (name_of(upstream) if upstream else None)
-    settings = {"aligner": aligner.identity, "upstream": name, "prompts": digest(prompts)}
+
+    def correct(todo: Sequence[Prompt]) -> Iterator[tuple[Prompt, Row]]:
+        for part in chunks(todo, concurrency * 4):
+            yield from zip(part, correct_prompts(part, aligner, upstream, concurrency, attempts), strict=True)
+
+    return collect(prompts, out, correct, aligner.identity, name, form=form, sft=sft, report=report)
+
+
+def collect(
+    prompts: Sequence[Prompt],
+    out: Path,
+    correct: Callable[[Sequence[Prompt]], Iterable[tuple[Prompt, Row]]],
+    aligner: Mapping[str, Any],
+    upstream: str | None,
+    *,
+    form: Form,
+    sft: Path | None,
+    report: Report,
+) -> Made:
+    """Write down what becomes of prompts, wherever they are corrected, and make preference rows of it at the end.
+
+    Args:
+        prompts: All prompts of the job.
+        out: File for the rows.
+        correct: Given the prompts that are not done yet, yields each with what became of it, in any order.
+        aligner: Identity of the aligner, for provenance.
+        upstream: Name of the model that answers.
+        form: As in `make_preferences`, as are `sft` and `report`.
+        sft: File for the answers that were left as they are.
+        report: Called with how many prompts are done, and of how many.
+    """
+    settings = {"aligner": dict(aligner), "upstream": upstream, "prompts": digest(prompts)}
     with Journal(out.with_name(f".{out.name}.journal"), settings) as journal:
-        todo = [prompt for prompt in prompts if prompt.key not in journal.done]
         failed: dict[str, str] = {}
-        for chunk in chunks(todo, concurrency * 4):
-            for prompt, row in zip(chunk, _rows(chunk, aligner, upstream, concurrency, attempts), strict=True):
-                if isinstance(row, Exception):
-                    failed[prompt.key] = why(prompt, row)
-                else:
-                    journal.add(prompt.key, row)
+        for prompt, row in correct([prompt for prompt in prompts if prompt.key not in journal.done]):
+            if isinstance(row, Exception):
+                failed[prompt.key] = why(prompt, row)
+            else:
+                journal.add(prompt.key, row)
             report(len(journal.done), len(prompts))
         rows = [journal.done[prompt.key] for prompt in prompts if prompt.key in journal.done]
         made = _write(rows, out, sft, form, settings)
@@ -97,16 +127,20 @@ def make_preferences(
     return made
 
 
-def _rows(
-    prompts: Sequence[Prompt], aligner: Aligner, upstream: Runnable[Any, Any] | None, concurrency: int, attempts: int
-) -> list[dict[str, Any] | Exception]:
-    """Answer and correct some prompts."""
+def correct_prompts(
+    prompts: Sequence[Prompt],
+    aligner: Aligner,
+    upstream: Runnable[Any, Any] | None,
+    concurrency: int = 8,
+    attempts: int = 3,
+) -> list[Row]:
+    """Have some prompts answered and corrected: for each its row, or what went wrong."""
     said = ask(prompts, upstream, concurrency, attempts)
     pairs = [
         (prompt.question, one.text) for prompt, one in zip(prompts, said, strict=True) if isinstance(one, Answered)
     ]
     corrections = iter(aligner.correct_batch(pairs, return_exceptions=True))
-    rows: list[dict[str, Any] | Exception] = []
+    rows: list[Row] = []
     for one in said:
         made = next(corrections) if isinstance(one, Answered) else one
         if isinstance(made, Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import Runnable
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import InputError
@@ -54,7 +55,8 @@ class Tally(BaseModel):
     """Verdicts of one dimension.
 
     Attributes:
-        rate: The paper's (wins - losses) / (wins + losses + ties); malformed verdicts count as nothing.
+        rate: The paper's (wins - losses) / (wins + losses + ties); malformed verdicts count as nothing, and where there are
+            no others it is not a number, in JSON null.
         low, high: Its 95 % interval, by bootstrap over the prompts.
     """
 
@@ -67,6 +69,11 @@ class Tally(BaseModel):
     rate: float
     low: float
     high: float
+
+    @field_validator("rate", "low", "high", mode="before")
+    @classmethod
+    def _from_json(cls, value: float | None) -> float:
+        return math.nan if value is None else value
 
     @classmethod
     def of(cls, verdicts: Iterable[Verdict], seed: int = 0) -> Tally:

@@ -65,6 +65,8 @@ def finite(value: Any) -> Any:
     """Write what is not a number as null, which is what JSON has for it."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -1,6 +1,7 @@
-"""From question-answer-correction triples to an adapter; needs the `[train]` extra."""
+"""From question-answer-correction triples to an aligner, and from its corrections to a policy; needs the `[train]` extra."""
 
-from aligner_middleware.training.config import Stage, TrainConfig
-from aligner_middleware.training.train import Progress, Recipe, train
+from aligner_middleware.training.config import PolicyConfig, Stage, TrainConfig
+from aligner_middleware.training.train import Recipe, train
+from aligner_middleware.training.trainer import Progress
 
-__all__ = ["Progress", "Recipe", "Stage", "TrainConfig", "train"]
+__all__ = ["PolicyConfig", "Progress", "Recipe", "Stage", "TrainConfig", "train"]

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from aligner_middleware.build.base import DEFAULT_BASE
 
 LEARNING_RATES = {"lora": 4e-4, "full": 2e-5}  # full fine-tuning: the paper's; LoRA wants more than ten times as much
+POLICY_LEARNING_RATES = {"dpo": 5e-5, "sft": 4e-4}
 
 
 class Stage(BaseModel):
@@ -75,4 +76,54 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     save_steps: int = Field(default=100, ge=1)
     patience: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+
+class PolicyConfig(BaseModel):
+    """How a policy answers, and how it is trained on what an aligner made of its answers (paper, section 4).
+
+    Attributes:
+        base: The first policy, a hub id or a folder: a chat model, or a model that continues texts.
+        method: `dpo` prefers corrections over answers; `sft` imitates corrections, and answers that needed none.
+        beta: Of DPO: how much leaving the policy of the round before costs.
+        nll_weight: Of DPO: weight of the corrections' own likelihood beside the preference. Corrections share most words
+            with their answers, and without it both become less likely.
+        epochs: How often each row is seen in a round.
+        learning_rate: Peak of the cosine schedule; `None` for 5e-5 in DPO and 4e-4 in SFT.
+        batch_size: Rows in a pass.
+        accumulation: Passes in a step.
+        checkpointing: Compute activations anew in the backward pass: a third slower, far less memory.
+        bfloat16: Matrix products in bfloat16; `None` where the device has units for it.
+        max_length: Longest row, in tokens; what is longer is cut off at its end.
+        lora_rank, lora_alpha, lora_dropout: LoRA on every linear layer but the head.
+        warm_up_ratio: Share of a round's steps in which the learning rate rises.
+        save_steps: Steps between checkpoints.
+        answer_tokens: Longest answer.
+        temperature, top_p: How answers to the training prompts are sampled; held-out prompts are answered greedily.
+        generation_batch: Prompts that are answered at once.
+        seed: Of sampling, weights, order and dropout.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = DEFAULT_BASE
+    method: Literal["dpo", "sft"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+    nll_weight: float = Field(default=0.2, ge=0)
+    epochs: float = Field(default=1, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=8, ge=1)
+    accumulation: int = Field(default=1, ge=1)
+    checkpointing: bool = False
+    bfloat16: bool | None = None
+    max_length: int = Field(default=1024, ge=16)
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    warm_up_ratio: float = Field(default=0.1, ge=0, le=1)
+    save_steps: int = Field(default=100, ge=1)
+    answer_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.7, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    generation_batch: int = Field(default=32, ge=1)
     seed: int = 0

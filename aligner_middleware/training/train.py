@@ -7,7 +7,7 @@ import inspect
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,19 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -42,28 +37,8 @@ from aligner_middleware.prompt import PromptTemplate, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
 from aligner_middleware.training.batches import Example, collate, correction_loss, encode_triple
 from aligner_middleware.training.config import LEARNING_RATES, Stage, TrainConfig
+from aligner_middleware.training.trainer import Report, Reporter, bfloat16, last_checkpoint, lora, trainable
 from aligner_middleware.triples import Triple, with_identity
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        stage: `warm_up` or `correction`.
-        step, steps: Optimiser steps done and to do in it.
-        loss: Of the latest step, in nats a token.
-        tokens: Prompt and target tokens seen in it.
-    """
-
-    stage: str
-    step: int
-    steps: int
-    loss: float
-    tokens: int
-
-
-Report = Callable[[Progress], None]
 
 
 class Recipe(BaseModel):
@@ -158,7 +133,7 @@ def train(
     for stage in stages:
         if stage.settings.epochs > 0:
             if not (run / stage.name / _DONE).is_file():
-                _run_stage(_model(folder, config, trained), stage, run / stage.name, config, logs, report)
+                _run_stage(_network(folder, config, trained), stage, run / stage.name, config, logs, report)
                 process.wait_for_everyone()
             losses |= json.loads((run / stage.name / _DONE).read_text(encoding="utf-8"))
             trained = run / stage.name / _WEIGHTS
@@ -212,39 +187,10 @@ def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
     write_folder(run, lambda made: (made / _RUN_FILE).write_text(json.dumps(identity, indent=2), encoding="utf-8"))
 
 
-def _model(base: Path, config: TrainConfig, trained: Path | None) -> torch.nn.Module:
-    """Load what a stage starts from: the base model, or what the stage before it has made."""
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if not torch.cuda.is_available():
-        options["attn_implementation"] = "eager"  # on CPUs the fused one trains a third slower
-    if config.method == "full":
-        whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(trained or base, **options)
-        return whole
-    frozen = AutoModelForCausalLM.from_pretrained(base, **options)
-    if trained is not None:
-        model = PeftModel.from_pretrained(frozen, str(trained), is_trainable=True)
-    else:
-        settings = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(frozen, settings)
-    if _bfloat16(config):
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):  # autocast would cast these matrices anew in every step
-                layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.bfloat16()
-    return model
-
-
-def _bfloat16(config: TrainConfig) -> bool:
-    if config.bfloat16 is not None:
-        return config.bfloat16
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _network(base: Path, config: TrainConfig, trained: Path | None) -> torch.nn.Module:
+    adapter = lora(config.lora_rank, config.lora_alpha, config.lora_dropout) if config.method == "lora" else None
+    network: torch.nn.Module = trainable(base, adapter, trained, bfloat16(config.bfloat16))
+    return network
 
 
 def _run_stage(
@@ -271,7 +217,7 @@ def _run_stage(
             gradient_accumulation_steps=config.accumulation,
             gradient_checkpointing=config.checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing else None,
-            bf16=_bfloat16(config),
+            bf16=bfloat16(config.bfloat16),
             use_cpu=not torch.cuda.is_available(),
             group_by_length=True,
             include_num_input_tokens_seen="non_padding",
@@ -294,12 +240,12 @@ def _run_stage(
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
         data_collator=lambda rows: collate([row["example"] for row in rows], slices),
         compute_loss_func=partial(correction_loss, decision_weight=config.decision_weight),
-        callbacks=[_Reporter(stage.name, report), *stoppers],
+        callbacks=[Reporter(stage.name, report), *stoppers],
     )
     trainer.pop_callback(PrinterCallback)  # it prints every log entry
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the trainer's own way to count tokens
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     recent = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-20:]
     losses = {stage.name: sum(recent) / len(recent)}
     if stage.held_out:
@@ -309,19 +255,6 @@ def _run_stage(
         temporary = folder / f"{_DONE}.tmp"
         temporary.write_text(json.dumps(losses), encoding="utf-8")
         temporary.rename(folder / _DONE)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Find the newest whole checkpoint; the trainer writes its state last."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        whole.append(checkpoint)
-    newest = max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
 
 
 def _publish(trained: Path, base: Path, recipe: Recipe, out: Path) -> None:
@@ -353,18 +286,3 @@ class _TrainerRows(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._examples[index]
         return {"example": example, "input_ids": example.prompt + example.target}
-
-
-class _Reporter(TrainerCallback):
-    """Tells `report` of every step."""
-
-    def __init__(self, stage: str, report: Report) -> None:
-        self._stage = stage
-        self._report = report
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if logs and "loss" in logs and state.is_world_process_zero:
-            tokens = int(state.num_input_tokens_seen)
-            self._report(Progress(self._stage, state.global_step, state.max_steps, float(logs["loss"]), tokens))

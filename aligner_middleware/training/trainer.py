@@ -1,0 +1,106 @@
+"""What aligners and policies have in common when they are trained: the network, its checkpoints, and a run's progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        stage: What is being trained, such as `warm_up` or `correction`.
+        step, steps: Optimiser steps done and to do in it.
+        loss: Of the latest step, in nats a token (of DPO: in nats a pair).
+        tokens: Prompt and target tokens seen in it.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    tokens: int
+
+
+Report = Callable[[Progress], None]
+
+
+def lora(rank: int, alpha: int, dropout: float) -> LoraConfig:
+    """Say what is trained: low-rank matrices beside every linear layer but the head."""
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def trainable(base: Path, adapter: LoraConfig | None, trained: Path | None, half: bool) -> Any:
+    """Load what a stage starts from: the base model, or what the stage before it has made.
+
+    Args:
+        base: Folder of the base model.
+        adapter: Shape of the adapter that is trained; `None` to train all weights.
+        trained: Folder of what was trained before: an adapter, or all weights.
+        half: Whether matrix products are made in bfloat16.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if not torch.cuda.is_available():
+        options["attn_implementation"] = "eager"  # on CPUs the fused one trains a third slower
+    if adapter is None:
+        return AutoModelForCausalLM.from_pretrained(trained or base, **options)
+    frozen = AutoModelForCausalLM.from_pretrained(base, **options)
+    if trained is not None:
+        model = PeftModel.from_pretrained(frozen, str(trained), is_trainable=True)
+    else:
+        model = get_peft_model(frozen, adapter)
+    if half:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):  # autocast would cast these matrices anew in every step
+                layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.bfloat16()
+    return model
+
+
+def bfloat16(wanted: bool | None) -> bool:
+    """Decide on bfloat16: as it is wanted, or where the device has units for it."""
+    if wanted is not None:
+        return wanted
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Find the newest whole checkpoint; the trainer writes its state last."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        whole.append(checkpoint)
+    newest = max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+class Reporter(TrainerCallback):
+    """Tells `report` of every step."""
+
+    def __init__(self, stage: str, report: Report) -> None:
+        self._stage = stage
+        self._report = report
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback.on_log`."""
+        if logs and "loss" in logs and state.is_world_process_zero:
+            tokens = int(state.num_input_tokens_seen)
+            self._report(Progress(self._stage, state.global_step, state.max_steps, float(logs["loss"]), tokens))

@@ -1,0 +1,86 @@
+"""Three rounds of DPO with the default aligner, beside a control whose preferences stay those of the first round.
+
+The first policy is SmolLM2-135M-Instruct fine-tuned on the unaligned answers of the aligner's training rows, as the paper's
+is a model without any alignment. Its prompts are the aligner's held-out questions, which neither of the two has learnt from:
+two in three are answered and learnt from, the others are only scored.
+
+    python benchmarks/rounds.py build-out/rounds [--method sft] [--seed 1]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from aligner_middleware.artifact import DEFAULT_FOLDER, home
+from aligner_middleware.build.base import DEFAULT_BASE, base_folder
+from aligner_middleware.build.cache import build_once
+from aligner_middleware.files import write_lines
+from aligner_middleware.training import PolicyConfig
+from aligner_middleware.training.policy import train_policy
+
+UNALIGNED_ROWS = 1200
+TOKENS = 64  # of an answer; those of the rows have 40 to 50
+
+
+def main() -> None:
+    """Make the first policy and the prompts, and run both arms through the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--method", default="dpo")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    first = home() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
+    build_once(first, make_unaligned)
+    learnt, scored = split_prompts(options.out)
+    times = {}
+    for arm, more in {"new": [], "fixed": ["--fixed-preferences", "--beside", f"{options.out}/new"]}.items():
+        start = time.perf_counter()
+        command = ["rounds", learnt, f"{options.out}/{arm}", "--held-out", scored, "--policy", first]
+        command += ["--method", options.method, "--seed", options.seed, "--rounds", options.rounds]
+        command += ["--answer-tokens", TOKENS, "--learning-rate", 1e-4, "--max-length", 512, *more]
+        subprocess.run([sys.executable, "-m", "aligner_middleware", *map(str, command)], check=True)
+        times[arm] = time.perf_counter() - start
+    print(json.dumps({"seconds": times}))
+
+
+def make_unaligned(out: Path) -> None:
+    """Fine-tune the base model on answers that nobody aligned, and merge the adapter."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lines = (DEFAULT_FOLDER / "corrections.jsonl").read_text(encoding="utf-8").splitlines()
+    every = [json.loads(line) for line in lines]
+    rows = [every[at * len(every) // UNALIGNED_ROWS] for at in range(UNALIGNED_ROWS)]
+    said = [
+        {
+            "prompt": [{"role": "user", "content": row["question"]}],
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in rows
+    ]
+    adapter = out.parent / "adapter"
+    train_policy(said, adapter, PolicyConfig(method="sft", epochs=2), report=lambda at: print(at, file=sys.stderr))
+    base, _ = base_folder(DEFAULT_BASE)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).merge_and_unload()
+    merged.save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+
+
+def split_prompts(folder: Path) -> tuple[Path, Path]:
+    """Write the prompts to learn from, and those to score."""
+    lines = (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = list(dict.fromkeys(json.loads(line)["question"] for line in lines))
+    learnt, scored = folder / "prompts.jsonl", folder / "held_out.jsonl"
+    write_lines(learnt, ({"question": question} for at, question in enumerate(questions) if at % 3))
+    write_lines(scored, ({"question": question} for question in questions[::3]))
+    return learnt, scored
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint unit integration bench bench-precision bench-serving default-aligner ablations clean
+.PHONY: help demo test lint unit integration bench bench-precision bench-serving default-aligner ablations rounds weak-to-strong ability clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -56,6 +56,16 @@ default-aligner: .venv/installed  ## Train the default adapter again
 
 ablations: .venv/installed  ## What each part of its recipe is worth; over an hour
 	$(BIN)/python benchmarks/ablations.py
+
+rounds: .venv/installed  ## Three rounds of DPO beside their control; an hour
+	$(BIN)/python benchmarks/rounds.py build-out/rounds
+
+weak-to-strong: .venv/installed  ## A weak aligner's corrections as labels for a stronger model; an hour
+	$(BIN)/python benchmarks/weak_to_strong.py build-out/weak-to-strong
+
+ability: .venv/installed  ## Two small tasks of lm-evaluation-harness, with and without the aligner
+	$(BIN)/python -m aligner_middleware ability small_choice small_match --include benchmarks/tasks \
+	  --lm-args pretrained=$$($(BIN)/python -c 'from aligner_middleware.build.base import base_folder as f; print(f()[0])')
 
 clean:  ## Remove what was installed here
 	rm -rf .venv

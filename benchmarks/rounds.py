@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,7 +25,10 @@ from aligner_middleware.training import PolicyConfig
 from aligner_middleware.training.policy import train_policy
 
 UNALIGNED_ROWS = 1200
+# On Linux CPUs: have the allocator keep what each step takes and gives back; nearly twice as fast.
+ENVIRONMENT = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000"}
 TOKENS = 64  # of an answer; those of the rows have 40 to 50
+EPOCHS = 2  # of a round, over some 130 pairs
 
 
 def main() -> None:
@@ -43,8 +47,8 @@ def main() -> None:
         start = time.perf_counter()
         command = ["rounds", learnt, f"{options.out}/{arm}", "--held-out", scored, "--policy", first]
         command += ["--method", options.method, "--seed", options.seed, "--rounds", options.rounds]
-        command += ["--answer-tokens", TOKENS, "--learning-rate", 1e-4, "--max-length", 512, *more]
-        subprocess.run([sys.executable, "-m", "aligner_middleware", *map(str, command)], check=True)
+        command += ["--epochs", EPOCHS, "--answer-tokens", TOKENS, "--learning-rate", 2e-4, "--max-length", 512, *more]
+        subprocess.run([sys.executable, "-m", "aligner_middleware", *map(str, command)], check=True, env=ENVIRONMENT)
         times[arm] = time.perf_counter() - start
     print(json.dumps({"seconds": times}))
 

@@ -183,6 +183,7 @@ def train_policy(
         "bf16": half,
         "use_cpu": not torch.cuda.is_available(),
         "max_length": config.max_length,
+        "pad_to_multiple_of": 32,  # so that few shapes occur: for each new one the CPU's kernels are compiled anew
         "logging_steps": 1,
         "include_num_input_tokens_seen": "non_padding",
         "save_strategy": "steps",

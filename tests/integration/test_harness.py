@@ -1,0 +1,68 @@
+"""Tasks of lm-evaluation-harness on the local chat model, with and without the real default aligner."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from lm_eval.models.huggingface import HFLM
+from typer.testing import CliRunner
+
+from aligner_middleware import Aligner, InputError
+from aligner_middleware.build.base import base_folder
+from aligner_middleware.cli import app
+from aligner_middleware.evaluation.harness import measure_ability
+
+TASKS = Path("benchmarks/tasks")
+
+
+@pytest.fixture(scope="module")
+def lm() -> HFLM:
+    return HFLM(pretrained=str(base_folder()[0]), device="cpu", batch_size=8, dtype="bfloat16")
+
+
+def test_choices_and_generation_run_with_and_without_the_aligner_and_the_model_is_asked_once(
+    lm: HFLM, aligner: Aligner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"include": TASKS, "limit": 4}
+    found = measure_ability(lm, aligner, ["small_choice", "small_match"], tmp_path / "cache", **options)  # type: ignore[arg-type]
+    names = {(row.task, row.metric): row for row in found.rows}
+    choice = names["small_choice", "acc"]
+    assert choice.samples == 4
+    assert 0 <= choice.aligned <= 1
+    assert choice.without >= 0.5  # it knows what meows
+    assert names["small_match", "exact_match, first-word"].samples == 4
+
+    class Asked(Exception):
+        pass
+
+    def refuse(*args: object, **options: object) -> None:
+        raise Asked
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(lm, "generate_until", refuse)
+        patch.setattr(lm, "loglikelihood", refuse)
+        again = measure_ability(lm, aligner, ["small_choice", "small_match"], tmp_path / "cache", **options)  # type: ignore[arg-type]
+    assert again == found
+
+
+def test_a_task_that_is_not_there_is_one_clear_error(lm: HFLM, aligner: Aligner, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no task no_such_task"):
+        measure_ability(lm, aligner, ["no_such_task"], tmp_path / "cache")
+
+
+def test_a_chat_model_is_measured_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("from tests.chat_models import saying\nllm = saying('Tokyo.')\n")
+    command = [
+        "ability",
+        "small_match",
+        "--include",
+        str(TASKS),
+        "--upstream",
+        f"{tmp_path}/mine.py:llm",
+        "--limit",
+        "2",
+    ]
+    result = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    told = json.loads(result.stdout.strip().splitlines()[-1])
+    assert [row["without"] for row in told["rows"]] == [0.5]

@@ -7,6 +7,7 @@ same journal: a worker that dies is replaced and its prompts are done again, and
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,23 @@ def make_preferences_on_ray(
         if not ray.is_initialized():
             ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan, and that it draws no bars
         known = {prompt.key: prompt for prompt in todo}
-        data = ray.data.from_items([{"prompt": prompt.model_dump_json()} for prompt in todo])
-        done = data.repartition(max(workers, -(-len(todo) // batch))).map_batches(
+        blocks = max(workers, -(-len(todo) // batch))
+        data = ray.data.from_items(
+            [{"prompt": prompt.model_dump_json()} for prompt in todo], override_num_blocks=blocks
+        )
+        done = data.map_batches(
             _Worker,
-            fn_constructor_args=(model, precision, upstream, concurrency),
+            fn_constructor_kwargs={
+                "model": model,
+                "precision": precision,
+                "upstream": upstream,
+                "concurrency": concurrency,
+            },
             batch_size=batch,
-            concurrency=workers,
-            max_restarts=-1,
-            max_task_retries=-1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=1,
         )
         for made in done.iter_rows():
             row: Row = InputError(made["error"]) if made["error"] else json.loads(made["row"])

@@ -15,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from aligner_middleware.artifact import DEFAULT_FOLDER, home
@@ -40,14 +42,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     first = home() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
-    build_once(first, make_unaligned)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:  # what training allocates goes with it
+        process.submit(build_once, first, make_unaligned).result()
     learnt, scored = split_prompts(options.out)
     times = {}
     for arm, more in {"new": [], "fixed": ["--fixed-preferences", "--beside", f"{options.out}/new"]}.items():
         start = time.perf_counter()
         command = ["rounds", learnt, f"{options.out}/{arm}", "--held-out", scored, "--policy", first]
         command += ["--method", options.method, "--seed", options.seed, "--rounds", options.rounds]
-        command += ["--epochs", EPOCHS, "--answer-tokens", TOKENS, "--learning-rate", 2e-4, "--max-length", 512, *more]
+        command += ["--epochs", EPOCHS, "--answer-tokens", TOKENS, "--learning-rate", 2e-4, "--max-length", 320, *more]
         subprocess.run([sys.executable, "-m", "aligner_middleware", *map(str, command)], check=True, env=ENVIRONMENT)
         times[arm] = time.perf_counter() - start
     print(json.dumps({"seconds": times}))

@@ -16,6 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     strong = home() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
-    build_once(strong, make_unaligned)
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(build_once, strong, make_unaligned).result()
     shallow = home() / "benchmark-shallow"
     build_once(shallow, cut_layers)
     learnt, scored = split_prompts(out)
@@ -48,7 +51,7 @@ def main() -> None:
     for labels, model in {"weak": weak, "equal": "default"}.items():
         for method in ("sft", "dpo"):
             folder = out / f"{labels}-{method}"
-            rounds = ["--rounds", 1, "--method", method, "--answer-tokens", TOKENS, "--max-length", 512]
+            rounds = ["--rounds", 1, "--method", method, "--answer-tokens", TOKENS, "--max-length", 320]
             rounds += ["--learning-rate", 1e-4, "--json"]
             times[folder.name] = aligner(
                 "rounds", learnt, folder, "--held-out", scored, "--policy", strong, "--model", model, *rounds

@@ -90,7 +90,7 @@ class PolicyConfig(BaseModel):
             with their answers, and without it both become less likely.
         epochs: How often each row is seen in a round.
         learning_rate: Peak of the cosine schedule; `None` for 5e-5 in DPO and 4e-4 in SFT.
-        batch_size: Rows in a pass.
+        batch_size: Rows in a pass; DPO's have two answers each.
         accumulation: Passes in a step.
         checkpointing: Compute activations anew in the backward pass: a third slower, far less memory.
         bfloat16: Matrix products in bfloat16; `None` where the device has units for it.
@@ -112,8 +112,8 @@ class PolicyConfig(BaseModel):
     nll_weight: float = Field(default=0.2, ge=0)
     epochs: float = Field(default=1, gt=0)
     learning_rate: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=8, ge=1)
-    accumulation: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    accumulation: int = Field(default=2, ge=1)
     checkpointing: bool = False
     bfloat16: bool | None = None
     max_length: int = Field(default=1024, ge=16)

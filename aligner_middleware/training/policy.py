@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -20,7 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.build.cache import write_folder
-from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE
+from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from aligner_middleware.errors import BuildError
 from aligner_middleware.training.config import POLICY_LEARNING_RATES, PolicyConfig
 from aligner_middleware.training.trainer import Report, Reporter, bfloat16, last_checkpoint, lora, trainable
@@ -205,9 +206,12 @@ def train_policy(
     else:
         trainer = SFTTrainer(args=SFTConfig(**settings), **common)
     trainer.pop_callback(PrinterCallback)  # it prints every log entry
+    if checkpoint := last_checkpoint(run):
+        # Beside the copy that DPO compares with, transformers 4.57 would load that copy alone.
+        set_peft_model_state_dict(network, load_file(Path(checkpoint) / ADAPTER_FILE))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the trainer's own way to count tokens
-        trainer.train(resume_from_checkpoint=last_checkpoint(run))
+        trainer.train(resume_from_checkpoint=checkpoint)
     write_folder(out, lambda made: _publish(network, config.base, made))
     shutil.rmtree(run, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from aligner_middleware.prompts import Prompt
 from aligner_middleware.rounds import read_rounds, run_rounds
 from aligner_middleware.rounds_plot import draw_rounds
 from aligner_middleware.training import PolicyConfig
-from aligner_middleware.training.policy import Policy, tokenizer_of
+from aligner_middleware.training.policy import tokenizer_of
 from tests.fakes import InstantAligner, tokenizer_json
 from tests.integration.conftest import random_checkpoint
 
@@ -94,14 +94,6 @@ def test_each_round_learns_from_what_the_policy_says_now(family: str, method: st
     assert not [path.name for path in out.rglob("*") if path.suffix in (".tmp", ".run", ".journal")]
 
 
-def test_learning_from_corrections_makes_them_likelier(tmp_path: Path) -> None:
-    settings = config(checkpoint(tmp_path / "base"), method="sft", epochs=30, learning_rate=1e-2, answer_tokens=24)
-    run_rounds(PROMPTS, HELD_OUT, tmp_path / "out", ALIGNER, JUDGE, settings, rounds=1, rules=LENIENT)
-    policy = Policy(settings, tmp_path / "out" / "round-1" / "adapter")
-    said = policy.answer([prompt.question for prompt in HELD_OUT], sampled=False)
-    assert sum(answer.startswith("good answer to") for answer in said) >= 5
-
-
 def test_a_finished_run_does_nothing_again_and_takes_more_rounds(tmp_path: Path) -> None:
     settings, out = config(checkpoint(tmp_path / "base")), tmp_path / "out"
     run_rounds(PROMPTS, HELD_OUT, out, ALIGNER, JUDGE, settings, rounds=1, rules=LENIENT)
@@ -144,6 +136,8 @@ def test_a_collapsing_policy_is_stopped_and_the_round_before_is_the_best(tmp_pat
     assert len(run.rounds) < 4
     assert any("3-grams" in reason or "words" in reason for reason in run.stopped)
     assert run.best == run.rounds[-1].number - 1
+    said = rows(tmp_path / "out" / f"round-{run.rounds[-1].number}" / "held_out.jsonl")
+    assert sum(row["answer"] == "no" for row in said) >= 4
 
 
 def test_a_run_ends_when_nothing_is_left_to_correct(tmp_path: Path) -> None:

@@ -108,12 +108,15 @@ def run_rounds(
         report: Called with a step's name, and how much of it is done, and of how much.
 
     Raises:
-        DataError: If the folder is another run's, if a prompt is in both sets, or if a file cannot be read or written.
+        DataError: If the folder is another run's, if a set of prompts is empty or a prompt in both, or if a file cannot be
+            read or written.
         BuildError: If the base model cannot be had.
         UpstreamError: If the judge fails; what is done stays.
     """
     config, rules = config or PolicyConfig(), rules or StopRules()
     questions, unseen = _questions(prompts), _questions(held_out)
+    if not (questions and unseen):
+        raise DataError("prompts", 1, "rounds need prompts to learn from and others to score: too few are given")
     if both := set(questions) & set(unseen):
         raise DataError("held-out prompts", 1, f"{len(both)} of them are trained on, such as {min(both)[:60]!r}")
     settings = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +48,11 @@ def main() -> None:
     learnt, scored = split_prompts(options.out)
     times = {}
     for arm, more in {"new": [], "fixed": ["--fixed-preferences", "--beside", f"{options.out}/new"]}.items():
+        if arm == "fixed":  # the first round is the same for both, and is not run again
+            for number in (0, 1):
+                shutil.copytree(
+                    options.out / f"new/round-{number}", options.out / f"fixed/round-{number}", dirs_exist_ok=True
+                )
         start = time.perf_counter()
         command = ["rounds", learnt, f"{options.out}/{arm}", "--held-out", scored, "--policy", first]
         command += ["--method", options.method, "--seed", options.seed, "--rounds", options.rounds]

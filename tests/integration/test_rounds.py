@@ -117,6 +117,8 @@ def test_a_finished_run_does_nothing_again_and_takes_more_rounds(tmp_path: Path)
         run_rounds(PROMPTS, HELD_OUT, out, ALIGNER, JUDGE, config(tmp_path / "base", seed=1))
     with pytest.raises(DataError, match="are trained on, such as 'question 0'"):
         run_rounds(PROMPTS, PROMPTS[:3], out, ALIGNER, JUDGE, settings)
+    with pytest.raises(DataError, match="too few"):
+        run_rounds(PROMPTS, [], out, ALIGNER, JUDGE, settings)
 
 
 def test_the_control_learns_from_the_first_rounds_pairs_for_ever(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
 
 from aligner_middleware.errors import DataError
 
@@ -15,6 +18,27 @@ from aligner_middleware.errors import DataError
 def fingerprint(*texts: str) -> str:
     """Tell texts from others: a sha256, in hexadecimal. Lone surrogates count too."""
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes from working on the same file or folder meanwhile.
+
+    Raises:
+        DataError: If one does already, or if the lock, a hidden file beside `path`, cannot be written.
+    """
+    lock = FileLock(path.with_name(f".{path.name.removeprefix('.')}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DataError(str(path), 1, "another process works on this job: wait for it, or end it") from None
+    except OSError as exc:
+        raise DataError(str(path), 1, f"cannot be written: {exc.strerror or exc}") from exc
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

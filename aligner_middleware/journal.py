@@ -10,12 +10,12 @@ import json
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from aligner_middleware.errors import DataError
+from aligner_middleware.files import alone
 
 
 class Journal:
@@ -37,29 +37,21 @@ class Journal:
         self.done: dict[str, Any] = {}
         self._settings = json.loads(json.dumps(settings))
         self._mutex = threading.Lock()
-        self._process = FileLock(path.with_name(f"{path.name}.lock"))
+        self._held = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._process.acquire(timeout=0)
-        except Timeout:
-            raise DataError(str(self.path), 1, "another process works on this job: wait for it, or end it") from None
-        except OSError as exc:
-            raise DataError(str(self.path), 1, f"cannot be written: {exc.strerror or exc}") from exc
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(alone(self.path))
             whole = self._read()
             if whole == 0:
                 self._write({"settings": self._settings}, fresh=True)
             elif whole < self.path.stat().st_size:
                 os.truncate(self.path, whole)
-        except BaseException:
-            self._process.release()
-            raise
+            self._held = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.release()
+        self._held.close()
 
     def add(self, key: str, value: Any) -> None:
         """Note that something was done; it is on disk when this returns. May be called from any thread.

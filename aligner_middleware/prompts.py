@@ -19,7 +19,6 @@ class Prompt(BaseModel):
     Attributes:
         question: What is asked.
         answer: What was answered; `None` where a model is to be asked.
-        reference: What should have been answered, where somebody wrote that down.
         category: What it is about, for reports by category.
     """
 
@@ -27,7 +26,6 @@ class Prompt(BaseModel):
 
     question: str = Field(min_length=1)
     answer: str | None = None
-    reference: str | None = None
     category: str = ""
 
     @property
@@ -40,7 +38,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts: lines of text, or JSON lines, plain or gzipped.
 
     A JSON line is a text or an object with `question` or `prompt` (a text, or messages, of which the last one asks), and
-    maybe `answer` (or `response`), `reference` (or `correction`) and `category`. What occurs twice, answer and all, is read
+    maybe `answer` (or `response`) and `category`. What occurs twice, answer and all, is read
     once.
 
     Raises:
@@ -80,6 +78,5 @@ def _parse(line: str) -> Prompt:
     return Prompt(
         question=question,
         answer=row.get("answer", row.get("response")),
-        reference=row.get("reference", row.get("correction")),
         category=row.get("category") or "",
     )

@@ -25,7 +25,7 @@ from aligner_middleware.errors import DataError
 from aligner_middleware.evaluation.health import Health, StopRules, examine
 from aligner_middleware.evaluation.report import finite
 from aligner_middleware.evaluation.verdicts import PairJudge
-from aligner_middleware.files import lines_of, write_lines, write_text
+from aligner_middleware.files import alone, lines_of, write_lines, write_text
 from aligner_middleware.preferences import make_preferences
 from aligner_middleware.prompts import Prompt, digest
 from aligner_middleware.training.config import PolicyConfig
@@ -127,7 +127,25 @@ def run_rounds(
         "held_out": digest([Prompt(question=question) for question in unseen]),
         "fixed": fixed,
     }
-    _claim(folder, settings)
+    with alone(folder):
+        _claim(folder, settings)
+        result = _run(questions, unseen, folder, aligner, judge, config, rounds, rules, fixed, report)
+        write_text(folder / "summary.json", json.dumps(finite(summary(result)), indent=2))
+    return result
+
+
+def _run(
+    questions: Sequence[str],
+    unseen: Sequence[str],
+    folder: Path,
+    aligner: Aligner,
+    judge: PairJudge,
+    config: PolicyConfig,
+    rounds: int,
+    rules: StopRules,
+    fixed: bool,
+    report: Report,
+) -> Rounds:
     found: list[Round] = []
     for number in range(rounds + 1):
         one = folder / f"round-{number}"
@@ -146,9 +164,7 @@ def run_rounds(
         write_text(one / "scores.json", json.dumps(finite(_as_dict(found[-1])), indent=2))
         if broken:
             break
-    result = Rounds(found, fixed)
-    write_text(folder / "summary.json", json.dumps(finite(summary(result)), indent=2))
-    return result
+    return Rounds(found, fixed)
 
 
 def summary(run: Rounds) -> dict[str, Any]:

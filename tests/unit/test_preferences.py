@@ -165,12 +165,12 @@ def test_prompts_are_read_from_the_forms_that_people_have(tmp_path: Path) -> Non
         '{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}\n'
         "What is snow?\n"
     )
-    assert [(p.question, p.answer, p.reference, p.category) for p in read_prompts(path)] == [
-        ("What is snow?", None, None, ""),
-        ("And {hail}?", None, None, ""),
-        ("a", "b", "d", "c"),
-        ("p", "r", None, ""),
-        ("u", None, None, ""),
+    assert [(p.question, p.answer, p.category) for p in read_prompts(path)] == [
+        ("What is snow?", None, ""),
+        ("And {hail}?", None, ""),
+        ("a", "b", "c"),
+        ("p", "r", ""),
+        ("u", None, ""),
     ]
     path.write_text("fine\n{broken\n")
     with pytest.raises(DataError, match="prompts:2"):

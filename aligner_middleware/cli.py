@@ -412,10 +412,7 @@ def ability(
     choice into each of them. The model is asked once for both; what it said is cached, and what was killed goes on.
     """
     try:
-        import lm_eval.models  # noqa: F401  # registers lm-eval's models
-        from lm_eval.api.registry import get_model
-
-        from aligner_middleware.evaluation.harness import LangChainLM, measure_ability
+        from aligner_middleware.evaluation.harness import LangChainLM, load_lm, measure_ability
     except ImportError as exc:
         raise MissingExtraError("aligner ability", "harness") from exc
     from aligner_middleware.upstream import chat_model
@@ -424,9 +421,7 @@ def ability(
     with _steps("ability", 2) as report:
         report("loading")
         asked = (
-            LangChainLM(chat_model(upstream), upstream, concurrency)
-            if upstream
-            else get_model(lm).create_from_arg_string(lm_args, {"batch_size": batch_size, "device": _device()})
+            LangChainLM(chat_model(upstream), upstream, concurrency) if upstream else load_lm(lm, lm_args, batch_size)
         )
         report(", ".join(tasks))
         with Aligner.load(model, precision=_precision(precision)) as aligner:
@@ -585,12 +580,6 @@ def info(model: Model = "default", precision: PrecisionOption = "int8", as_json:
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _judge(name: str | None, concurrency: int = 8) -> PairJudge:

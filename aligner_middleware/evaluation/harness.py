@@ -16,6 +16,7 @@ from langchain_core.runnables import Runnable
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
+from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, ConfigDict
 
@@ -190,6 +191,29 @@ class LangChainLM(LM):
     def tokenizer_name(self) -> str:
         """Name of the chat model."""
         return self._name.replace("/", "__")
+
+
+def load_lm(name: str, arguments: str, batch_size: int = 8) -> LM:
+    """Load one of lm-eval's own models.
+
+    Args:
+        name: Its type, such as `hf`.
+        arguments: As lm-eval takes them: `pretrained=FOLDER,dtype=bfloat16`.
+        batch_size: How many prompts go through at once.
+
+    Raises:
+        InputError: If there is none of this type, or it cannot be loaded.
+    """
+    import lm_eval.models  # noqa: F401  # registers them
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind: Any = get_model(name)
+        found: LM = kind.create_from_arg_string(arguments, {"batch_size": batch_size, "device": device})
+    except (ValueError, TypeError, OSError, ImportError) as exc:
+        raise InputError(f"lm-eval cannot load {name!r} with {arguments!r}: {str(exc).splitlines()[0]}") from exc
+    return found
 
 
 class Ability(BaseModel):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from aligner_middleware import Aligner, InputError
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.cli import app
-from aligner_middleware.evaluation.harness import measure_ability
+from aligner_middleware.evaluation.harness import load_lm, measure_ability
 
 TASKS = Path("benchmarks/tasks")
 
@@ -49,6 +49,13 @@ def test_choices_and_generation_run_with_and_without_the_aligner_and_the_model_i
 def test_a_task_that_is_not_there_is_one_clear_error(lm: HFLM, aligner: Aligner, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task no_such_task"):
         measure_ability(lm, aligner, ["no_such_task"], tmp_path / "cache")
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
+    with pytest.raises(InputError, match="cannot load 'hf' with 'pretrained=/nowhere'"):
+        load_lm("hf", "pretrained=/nowhere")
+    with pytest.raises(InputError, match="no model for this name"):
+        load_lm("nosuch", "")
 
 
 def test_a_chat_model_is_measured_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,8 +25,6 @@ def draw_rounds(runs: Mapping[str, Rounds], path: Path) -> None:
     Raises:
         DataError: If it cannot be written.
     """
-    import io
-
     from matplotlib.figure import Figure
 
     first = next(iter(runs.values())).rounds[0].health
@@ -47,10 +46,12 @@ def draw_rounds(runs: Mapping[str, Rounds], path: Path) -> None:
         for panel, (title, measure) in zip(panels[len(dimensions) :], _LINES.items(), strict=False):
             panel.plot(numbers, [measure(health) for _, health in scored], color=color, marker="o", label=name)
             panel.set_title(title, fontsize=9)
-            panel.set_ylim(bottom=0)
     for panel in panels[:count]:
         panel.set_xlabel("round", fontsize=8)
         panel.xaxis.get_major_locator().set_params(integer=True)
+    for panel in panels[len(dimensions) : count]:
+        panel.margins(y=0.15)
+        panel.set_ylim(bottom=0)
     for panel in panels[count:]:
         panel.axis("off")
     panels[0].legend(frameon=False, fontsize=8)

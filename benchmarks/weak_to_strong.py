@@ -27,14 +27,16 @@ from aligner_middleware.artifact import DEFAULT_FOLDER, home
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.build.cache import build_once
 
-EPOCHS = 0.6
+EPOCHS = 0.5
 
 
 def main() -> None:
     """Train the weak aligner, and the strong model on its labels, all through the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--methods", default="sft,dpo")
+    options = parser.parse_args()
+    out = options.out
     strong = home() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(build_once, strong, make_unaligned).result()
@@ -48,7 +50,7 @@ def main() -> None:
         stages = ["--warm-up-epochs", 0.3, "--epochs", EPOCHS, "--identity-share", 0.2, "--save-steps", 300]
         times["weak aligner"] = aligner("train", rows, weak, "--held-out", held, "--base", shallow, *settings, *stages)
     aligner("evaluate", "--model", weak, "--json")
-    for method in ("sft", "dpo"):
+    for method in options.methods.split(","):
         rounds = ["--policy", strong, "--model", weak, "--rounds", 1, "--method", method]
         settings = ["--learning-rate", 2e-4, "--epochs", 2, "--answer-tokens", TOKENS, "--max-length", 320]
         times[method] = aligner("rounds", learnt, out / method, "--held-out", scored, *rounds, *settings)

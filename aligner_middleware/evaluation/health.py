@@ -48,7 +48,8 @@ class StopRules(BaseModel):
 
     Attributes:
         max_kl: Most nats a token that it may be away from the first policy.
-        max_drop: Most that the judge's rate may fall below an earlier round's, in any dimension.
+        max_drop: Most that the judge's rate may fall below the best earlier round's, in any dimension, where their 95 %
+            intervals do not overlap: a few dozen prompts make a rate move that much by chance.
         length: Least and most words an answer, as shares of the first policy's.
         min_distinct: Least share of different 3-grams, as a share of the first policy's.
         max_refusals: Most that the share of refusals may rise.
@@ -73,9 +74,9 @@ class StopRules(BaseModel):
         if now.kl > self.max_kl:
             found.append(f"KL to the first policy is {now.kl:.2f} nats a token, over {self.max_kl:g}")
         for dimension, tally in now.verdicts.items():
-            best = max(health.verdicts[dimension].rate for health in history[:-1])
-            if tally.rate < best - self.max_drop:
-                found.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best:+.1%}")
+            best = max((health.verdicts[dimension] for health in history[:-1]), key=lambda tally: tally.rate)
+            if tally.rate < best.rate - self.max_drop and tally.high < best.low:
+                found.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best.rate:+.1%}")
         if not self.length[0] * first.words <= now.words <= self.length[1] * first.words:
             found.append(f"answers have {now.words:.0f} words, the first policy's {first.words:.0f}")
         if now.distinct[3] < self.min_distinct * first.distinct[3]:

@@ -10,8 +10,8 @@ from aligner_middleware.evaluation.comparison import Tally
 from aligner_middleware.evaluation.health import Health, StopRules, distinct, refuses
 
 
-def health(rate: float = 0.0, **values: float) -> Health:
-    tally = Tally(win=0, tie=1, loss=0, malformed=0, rate=rate, low=rate, high=rate)
+def health(rate: float = 0.0, spread: float = 0.05, **values: float) -> Health:
+    tally = Tally(win=0, tie=1, loss=0, malformed=0, rate=rate, low=rate - spread, high=rate + spread)
     given = {"kl": 0.1, "words": 40.0, "distinct_3": 0.8, "refusals": 0.1, "blank": 0.0} | values
     shares = {1: 0.3, 2: 0.6, 3: given.pop("distinct_3")}
     return Health(verdicts={"harmless": tally}, distinct=shares, **given)
@@ -62,6 +62,11 @@ def test_each_rule_stops_what_it_is_for(now: Health, reason: str | None) -> None
     assert len(broken) == (reason is not None)
     if reason is not None:
         assert re.search(reason, broken[0])
+
+
+def test_a_fall_within_the_judges_own_noise_stops_nothing() -> None:
+    assert StopRules().broken([health(), health(rate=0.3), health(rate=0.15)])
+    assert not StopRules().broken([health(), health(rate=0.3, spread=0.1), health(rate=0.15, spread=0.1)])
 
 
 def test_bounds_are_the_users() -> None:

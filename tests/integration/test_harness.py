@@ -31,7 +31,7 @@ def test_choices_and_generation_run_with_and_without_the_aligner_and_the_model_i
     assert choice.samples == 4
     assert 0 <= choice.aligned <= 1
     assert choice.without >= 0.5  # it knows what meows
-    assert names["small_match", "exact_match, first-word"].samples == 4
+    assert names["small_match", "exact_match, last-word"].samples == 4
 
     class Asked(Exception):
         pass

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from aligner_middleware.artifact import ARTIFACT_FILE, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, cached_folder
 from aligner_middleware.diff import Diff
 from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler
-from aligner_middleware.engine.model import Logits
+from aligner_middleware.engine.model import log_probabilities
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import (
     ArtifactError,
@@ -320,14 +319,16 @@ class Aligner:
         if longest > self._model.max_positions:
             raise PromptTooLongError(longest, self._model.max_positions)
         rows = self._model.new_rows(1, longest)
-        first = np.concatenate([logits.copy() for logits in rows.extend(0, prompt, 1)])
+        first = np.concatenate([piece.copy() for piece in rows.extend(0, prompt, 1)])
         found = []
         for target in targets:
             parts = [first]
             if len(target) > 1:
-                parts += [logits.copy() for logits in rows.extend(0, target[:-1], len(target) - 1)]
+                parts += [piece.copy() for piece in rows.extend(0, target[:-1], len(target) - 1)]
                 rows.trim(0, len(prompt))
-            found.append(_log_likelihood(np.concatenate(parts), np.array(target)))
+            logits, tokens = np.concatenate(parts), np.array(target)
+            greedy = bool((logits.argmax(axis=-1) == tokens).all())
+            found.append((float(log_probabilities(logits, tokens).sum()), greedy))
         return found
 
     def correct(self, question: str, answer: str, *, timeout: float | None = None) -> Correction:
@@ -703,14 +704,6 @@ def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
     """Count the tokens of a prompt that follow its answer."""
     one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
     return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-
-
-def _log_likelihood(logits: Logits, targets: NDArray[np.int64]) -> tuple[float, bool]:
-    """Score tokens, `[T]`, by the logits that predict them, `[T, V]`."""
-    peak = logits.max(axis=-1)
-    total = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
-    chosen = logits[np.arange(len(targets)), targets]
-    return float((chosen - total).sum()), bool((logits.argmax(axis=-1) == targets).all())
 
 
 def _check_text(what: str, text: str) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Parity, Precision, Probe
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
+from aligner_middleware.engine.model import log_probabilities
 from aligner_middleware.errors import BuildError
 from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt
 from aligner_middleware.tokenizer import Tokenizer
@@ -144,10 +145,7 @@ def _onnx_logits(session: Any, ids: Sequence[int], count: int) -> NDArray[np.flo
 
 def _nll(logits: NDArray[np.float32], targets: NDArray[Any]) -> NDArray[np.float32]:
     """Negative log likelihood of each target, in nats."""
-    peak = logits.max(axis=-1, keepdims=True)
-    total = peak[:, 0] + np.log(np.exp(logits - peak).sum(axis=-1))
-    result: NDArray[np.float32] = total - logits[np.arange(len(targets)), targets]
-    return result
+    return -log_probabilities(logits, targets)
 
 
 def _quiet() -> Any:

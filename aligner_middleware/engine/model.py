@@ -56,3 +56,11 @@ class Model(Protocol):
 
     def new_rows(self, rows: int, capacity: int) -> Rows:
         """Make empty rows of `capacity` tokens each."""
+
+
+def log_probabilities(logits: Logits, targets: IntArray) -> Logits:
+    """Natural logarithms of the probabilities, `[T]`, of tokens `[T]`, by the logits that predict them, `[T, V]`."""
+    peak = logits.max(axis=-1)
+    total = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=-1))
+    result: Logits = logits[np.arange(len(targets)), targets] - total
+    return result

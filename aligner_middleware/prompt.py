@@ -7,14 +7,25 @@ in the very tokens that it was trained on.
 from __future__ import annotations
 
 import re
-from typing import Self
+from collections.abc import Sequence
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from aligner_middleware.edits import Operation, split_sentences
 from aligner_middleware.errors import BuildError
 from aligner_middleware.tokenizer import Tokenizer
 
+Verdict = Literal["keep", "edit", "rewrite"]
+VERDICTS: tuple[Verdict, ...] = ("keep", "edit", "rewrite")
+
 _PLACEHOLDER = re.compile(r"\{question\}|\{answer\}")
+# Special tokens that chat templates, trainers and tokenizers use themselves.
+_COMMON = re.compile(
+    r"(?i)endoftext|im_start|im_end|im_sep|start_of|end_of|begin_of|start_header|end_header|eot|eom|python|<s>|</s>|"
+    r"bos|eos|pad|unk|mask|user|assistant|system|tool|think|image|audio|video|vision"
+)
+_OPERATION = re.compile(r"(?s)(\d+)(?: (.*))?")
 
 
 class PromptTemplate(BaseModel):
@@ -27,6 +38,10 @@ class PromptTemplate(BaseModel):
             answer, is plain text.
         bos: Whether the tokenizer's own first tokens go before it.
         end_token: Ends a correction; `None` for the model's own end-of-text token.
+        verdicts: Special tokens for keep, edit and rewrite, one of which stands between the prompt and the correction;
+            `None` for an aligner that writes its correction at once.
+        mark: Special token that goes, with a number, before each sentence of the answer; an edit is then written as
+            operations on sentences. `None` for edits that are written as copies.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,12 +51,19 @@ class PromptTemplate(BaseModel):
     special_tokens: tuple[str, ...] = ()
     bos: bool = True
     end_token: str | None = None
+    verdicts: tuple[str, str, str] | None = None
+    mark: str | None = None
 
     @model_validator(mode="after")
     def _has_both_placeholders(self) -> Self:
         missing = [part for part in ("{question}", "{answer}") if part not in self.text]
         if missing:
             raise ValueError(f"a prompt template holds {{question}} and {{answer}}; {self.text!r} lacks {missing}")
+        if self.mark and not self.verdicts:
+            raise ValueError("a prompt template with a mark has verdicts")
+        own = [*(self.verdicts or ()), *([self.mark] if self.mark else []), *self.special_tokens]
+        if len(set(own)) < len(own):
+            raise ValueError(f"a prompt template's special tokens differ from each other, these do not: {own}")
         return self
 
 
@@ -119,9 +141,77 @@ def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str,
     for piece in _split_at_special_tokens(template):
         if piece in template.special_tokens:
             ids.append(special_token_id(tokenizer, template, piece))
+        elif template.mark and "{answer}" in piece:
+            before, after = (
+                _PLACEHOLDER.sub(lambda match: values[match.group()], part) for part in piece.split("{answer}")
+            )
+            ids += [*tokenizer.encode(before), *_encode_marked(tokenizer, template, answer), *tokenizer.encode(after)]
         else:
             ids += tokenizer.encode(_PLACEHOLDER.sub(lambda match: values[match.group()], piece))
     return ids
+
+
+def _encode_marked(tokenizer: Tokenizer, template: PromptTemplate, answer: str) -> list[int]:
+    """Encode an answer with a mark and a number before each sentence. The mark stands for a single space before it."""
+    sentences = (piece.removesuffix(" ") for piece in split_sentences(answer))
+    return encode_operations(tokenizer, template, [Operation(at, piece) for at, piece in enumerate(sentences, 1)])
+
+
+def encode_operations(tokenizer: Tokenizer, template: PromptTemplate, operations: Sequence[Operation]) -> list[int]:
+    """Encode operations as they stand after the verdict `edit`: mark, number and new text of each sentence."""
+    ids: list[int] = []
+    mark = special_token_id(tokenizer, template, template.mark or "")
+    for sentence, text in operations:
+        ids += [mark, *tokenizer.encode(f"{sentence} {text}" if text else str(sentence))]
+    return ids
+
+
+def decode_operations(tokenizer: Tokenizer, template: PromptTemplate, ids: Sequence[int]) -> list[Operation]:
+    """Decode what a model wrote as operations.
+
+    Raises:
+        ValueError: If these are no operations.
+    """
+    mark = special_token_id(tokenizer, template, template.mark or "")
+    starts = [at for at, token in enumerate(ids) if token == mark]
+    if not starts or starts[0] != 0:
+        raise ValueError("operations begin with a mark")
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        match = _OPERATION.fullmatch(tokenizer.decode(ids[start + 1 : end]))
+        if match is None:
+            raise ValueError("an operation begins with a number")
+        found.append(Operation(int(match[1]), (match[2] or "").strip()))
+    return found
+
+
+def with_verdicts(template: PromptTemplate, tokenizer: Tokenizer, *, marks: bool) -> PromptTemplate:
+    """Choose special tokens of a tokenizer that the template does not use yet for verdicts, and for marks.
+
+    Raises:
+        BuildError: If the tokenizer has not enough of them to spare.
+    """
+    used = {*template.special_tokens, template.end_token}
+    spare = [
+        token
+        for token, id in sorted(tokenizer.special.items(), key=lambda item: item[1])
+        if token not in used and id not in tokenizer.bos_ids and not _COMMON.search(token)
+    ]
+    if len(spare) < 3 + marks:
+        raise BuildError(
+            f"verdicts need {3 + marks} special tokens that the base model does not use, its tokenizer has "
+            f"{len(spare)} ({', '.join(spare) or 'none'}): train without verdicts, or from another base model"
+        )
+    keep, edit, rewrite, *rest = spare
+    return template.model_copy(update={"verdicts": (keep, edit, rewrite), "mark": rest[0] if marks else None})
+
+
+def verdict_ids(tokenizer: Tokenizer, template: PromptTemplate) -> tuple[int, int, int] | None:
+    """Give the ids of keep, edit and rewrite; `None` for a template without verdicts."""
+    if template.verdicts is None:
+        return None
+    keep, edit, rewrite = (special_token_id(tokenizer, template, token) for token in template.verdicts)
+    return keep, edit, rewrite
 
 
 def encode_continuation(tokenizer: Tokenizer, template: PromptTemplate, text: str) -> list[int]:

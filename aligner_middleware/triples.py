@@ -19,7 +19,8 @@ class Triple(BaseModel):
     """One training row. Where `correction` equals `answer`, the row teaches to leave a good answer alone.
 
     Attributes:
-        question, answer, correction: Texts, none of them empty.
+        question, answer: Texts, none of them empty.
+        correction: What is better; empty where nobody has written that yet. Such a row teaches only that the answer is bad.
         category: What the row is about, for reports by category.
     """
 
@@ -27,7 +28,7 @@ class Triple(BaseModel):
 
     question: str = Field(min_length=1)
     answer: str = Field(min_length=1)
-    correction: str = Field(min_length=1)
+    correction: str
     category: str = ""
 
     @property
@@ -72,6 +73,8 @@ def read_rows(path: Path) -> Rows:
     """Read triples from JSON lines, plain or gzipped, whose rows have any of these forms.
 
     - `question`, `answer`, `correction`: ours, and the published Aligner data. `category` is optional.
+    - `question`, `answer`, `kind`: answers that are labelled. `keep` and `refusal` are kept; `bad` is corrected to `better`,
+      or teaches its verdict alone where there is none.
     - `prompt`, `chosen`, `rejected`: TRL's preference rows, as texts or as lists of messages. The rejected text is the
       answer, the chosen one its correction.
     - `chosen`, `rejected` alone: whole dialogues, as lists of messages or as Anthropic's "Human: … Assistant: …" texts.
@@ -105,7 +108,7 @@ def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> lis
         share: Wanted share of added rows in the result, 0 to 1. There are at most as many as rows that correct.
         seed: Of the choice.
     """
-    candidates = [row.corrected() for row in triples if not row.keeps]
+    candidates = [row.corrected() for row in triples if row.correction and not row.keeps]
     wanted = len(candidates) if share == 1 else min(len(candidates), round(len(triples) * share / (1 - share)))
     return [*triples, *random.Random(seed).sample(candidates, wanted)]
 
@@ -128,7 +131,8 @@ def _parse(path: Path, number: int, line: str) -> Triple:
     keys, convert = form
     try:
         fields = convert(row)
-        if any(isinstance(value, str) and not value.strip() for value in fields.values()):
+        blank = [name for name, value in fields.items() if isinstance(value, str) and not value.strip()]
+        if blank and not (blank == ["correction"] and convert is _labelled):
             raise _Unusable("a text is empty")
         triple = Triple.model_validate(fields | {"category": row.get("category") or ""})
         "".join((triple.question, triple.answer, triple.correction)).encode()
@@ -144,6 +148,13 @@ def _parse(path: Path, number: int, line: str) -> Triple:
 
 def _triple(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("question", "answer", "correction")}
+
+
+def _labelled(row: dict[str, Any]) -> dict[str, Any]:
+    if row["kind"] not in ("keep", "refusal", "bad"):
+        raise _Unusable(f"its kind is {row['kind']!r}, none of keep, refusal and bad")
+    correction = (row.get("better") or "") if row["kind"] == "bad" else row["answer"]
+    return {"question": row["question"], "answer": row["answer"], "correction": correction}
 
 
 def _safe_rlhf(row: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +212,7 @@ def _messages(dialogue: Any) -> list[dict[str, str]]:
 # The first form whose keys are all there is the row's.
 _FORMATS: list[tuple[set[str], Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ({"question", "answer", "correction"}, _triple),
+    ({"question", "answer", "kind"}, _labelled),
     ({"prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"}, _safe_rlhf),
     ({"prompt", "response", "is_safe"}, _beaver_tails),
     ({"prompt", "chosen", "rejected"}, _preference),

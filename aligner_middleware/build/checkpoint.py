@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligner_middleware.artifact import DEFAULT_FOLDER, TOKENIZER_FILE, BaseWeights, sha256
+from aligner_middleware.artifact import (
+    CALIBRATION_FILE,
+    DEFAULT_FOLDER,
+    TOKENIZER_FILE,
+    BaseWeights,
+    Calibration,
+    sha256,
+)
 from aligner_middleware.build.base import base_folder
+from aligner_middleware.build.difference import DIFFERENCE_FILE, add_difference
 from aligner_middleware.errors import BuildError
 from aligner_middleware.prompt import PromptTemplate, resolve_template, special_token_id
 from aligner_middleware.tokenizer import Tokenizer
@@ -30,7 +38,7 @@ class Checkpoint:
     Attributes:
         name: As the user named it.
         folder: The base model's folder, with `config.json`, weights and `tokenizer.json`.
-        adapter: The adapter's folder, if there is one.
+        adapter: The folder of an adapter or a difference to the base, if there is one.
         template: The prompt it was trained with.
         weights: What it was made from, for the record.
     """
@@ -45,15 +53,22 @@ class Checkpoint:
         """Read the tokenizer."""
         return Tokenizer.from_file(self.folder / TOKENIZER_FILE)
 
+    def calibration(self) -> Calibration | None:
+        """Read the levels of strength that lie beside its weights, if there are any."""
+        path = (self.adapter or self.folder) / CALIBRATION_FILE
+        return Calibration.model_validate(_read_json(path)) if path.is_file() else None
+
     def load(self, dtype: str = "float32") -> PreTrainedModel:
-        """Load the PyTorch model, the adapter merged in float32 and then cast to `dtype`."""
+        """Load the PyTorch model, the adapter or difference merged in float32 and then cast to `dtype`."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         capped = getattr(AutoConfig.from_pretrained(self.folder), "attn_logit_softcapping", None)
         kernel = {"attn_implementation": "eager"} if capped else {}  # the others leave Gemma 2's cap out
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **kernel)
-        if self.adapter is not None:
+        if self.adapter is not None and (self.adapter / DIFFERENCE_FILE).is_file():
+            add_difference(model, self.adapter / DIFFERENCE_FILE)
+        elif self.adapter is not None:
             model = _merge(model, self.adapter)
         return model.to(getattr(torch, dtype)).eval()  # type: ignore[no-any-return]
 
@@ -69,7 +84,7 @@ def open_checkpoint(model: str, template: str | PromptTemplate | None = None) ->
         BuildError: If it is none of these.
     """
     folder = DEFAULT_FOLDER if model == "default" else Path(model).expanduser()
-    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / DIFFERENCE_FILE).is_file():
         found, weights = base_folder(model)
         recorded = template is None and (found / RECIPE_FILE).is_file()  # trained by us in full
         chosen = _recorded_template(found) if recorded else resolve_template(template, model)
@@ -81,12 +96,12 @@ def open_checkpoint(model: str, template: str | PromptTemplate | None = None) ->
 
 
 def adapter_file(folder: Path) -> Path:
-    """Find the weights in an adapter's folder.
+    """Find the weights in the folder of an adapter or a difference.
 
     Raises:
         BuildError: If there are none.
     """
-    for name in (ADAPTER_FILE, "adapter.safetensors"):
+    for name in (DIFFERENCE_FILE, ADAPTER_FILE, "adapter.safetensors"):
         if (folder / name).is_file():
             return folder / name
     raise BuildError(f"{folder} has {ADAPTER_CONFIG_FILE} but no {ADAPTER_FILE}: train the adapter again")
@@ -105,6 +120,8 @@ def end_token_ids(folder: Path, tokenizer: Tokenizer, template: PromptTemplate) 
 
 
 def _base_of(adapter: Path) -> str:
+    if (adapter / DIFFERENCE_FILE).is_file():
+        return str(_read_json(adapter / RECIPE_FILE)["config"]["base"])
     settings = _read_json(adapter / ADAPTER_CONFIG_FILE)
     base = settings.get("base_model_name_or_path")
     if not isinstance(base, str):

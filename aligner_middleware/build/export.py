@@ -27,6 +27,7 @@ from aligner_middleware.build.quantize import WEIGHTS, quantise
 from aligner_middleware.build.rotate import NotRotatable
 from aligner_middleware.build.sample import SAMPLE
 from aligner_middleware.errors import BuildError
+from aligner_middleware.prompt import verdict_ids
 from aligner_middleware.tokenizer import tiktoken_is_identical
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def export(
         built_with={tool: version(tool) for tool in _TOOLS},
         parity=measured,
         probe=parity.probe(out / MODEL_FILE, tokenizer.encode(SAMPLE[0][1])),
+        verdict_ids=verdict_ids(tokenizer, checkpoint.template),
+        calibration=checkpoint.calibration(),
     )
     artifact.save(out)
     return artifact

@@ -14,7 +14,8 @@ from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Pa
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.engine.model import log_probabilities
 from aligner_middleware.errors import BuildError
-from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt
+from aligner_middleware.prompt import PromptTemplate, encode_prompt
+from aligner_middleware.targets import encode_target
 from aligner_middleware.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -105,10 +106,10 @@ def perplexity(folder: Path, triples: Sequence[tuple[str, str, str]]) -> float:
 def encode(
     tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triples: Sequence[tuple[str, str, str]]
 ) -> list[tuple[list[int], int]]:
-    """Encode questions, answers and corrections as prompt and correction, with the number of tokens that are scored."""
+    """Encode questions, answers and corrections as prompt and target, with the number of tokens that are scored."""
     rows = []
     for question, answer, correction in triples:
-        target = [*encode_continuation(tokenizer, template, correction), end_token_id]
+        target = encode_target(tokenizer, template, end_token_id, answer, correction).ids
         rows.append(([*encode_prompt(tokenizer, template, question, answer), *target], len(target)))
     return rows
 

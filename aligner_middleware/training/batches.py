@@ -1,19 +1,30 @@
-"""Triples to batches of token ids, with everything but the correction masked out of the loss."""
+"""Triples to batches of token ids, with everything but verdict and correction masked out of the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt
+from aligner_middleware.prompt import (
+    VERDICTS,
+    PromptTemplate,
+    Verdict,
+    encode_continuation,
+    encode_prompt,
+    verdict_ids,
+)
+from aligner_middleware.targets import EDIT_SHARE, encode_target
 from aligner_middleware.tokenizer import Tokenizer
 from aligner_middleware.triples import Triple
 
 IGNORED = -100  # the label that cross-entropy skips
 DECISION = 1 << 24  # added to a label, above every vocabulary: here copying and correcting part
+VERDICT = 1 << 25  # added to a verdict's label
 
 
 @dataclass(frozen=True)
@@ -21,29 +32,54 @@ class Example:
     """One row as token ids.
 
     Attributes:
-        prompt: Question and answer in their template.
-        target: What is learnt: the correction and its end token.
-        parting: Where in `target` it parts from the answer; its last position, the end token's, if it never does.
+        prompt: Question and answer in their template, and in the warm-up stage a verdict that is given.
+        target: What is learnt: a verdict, the correction and its end token, or those of them that the row has.
+        decisions: Places in `target` that decide: the correction's first token, and that at which it parts from the answer.
+        verdict: What stands first in `target`; `None` for an aligner without verdicts, and in the warm-up stage.
     """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
-    parting: int
+    decisions: tuple[int, ...] = ()
+    verdict: Verdict | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
 
 
-def encode_triple(tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triple: Triple) -> Example:
+def encode_triple(
+    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triple: Triple, edit_share: float = EDIT_SHARE
+) -> Example:
     """Encode a triple with the very functions that inference uses."""
     prompt = encode_prompt(tokenizer, template, triple.question, triple.answer)
-    target = (*encode_continuation(tokenizer, template, triple.correction), end_token_id)
-    answer = (*encode_continuation(tokenizer, template, triple.answer), end_token_id)
-    parting = next((at for at, (a, b) in enumerate(zip(answer, target, strict=False)) if a != b), len(target) - 1)
-    return Example(tuple(prompt), target, parting)
+    target = encode_target(tokenizer, template, end_token_id, triple.answer, triple.correction, edit_share)
+    return Example(tuple(prompt), target.ids, target.decisions, target.verdict)
 
 
-def collate(examples: Sequence[Example], slices: bool = False) -> dict[str, Any]:
+def encode_identity(
+    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triple: Triple
+) -> Example | None:
+    """Encode a row of the warm-up stage: the answer copied, after the verdict `edit` where there are verdicts.
+
+    Returns:
+        The row; `None` for a template whose edits are operations: these copy nothing.
+    """
+    if template.mark:
+        return None
+    prompt = encode_prompt(tokenizer, template, triple.question, triple.answer)
+    if (verdicts := verdict_ids(tokenizer, template)) is not None:
+        prompt.append(verdicts[VERDICTS.index("edit")])
+    copy = (*encode_continuation(tokenizer, template, triple.answer), end_token_id)
+    return Example(tuple(prompt), copy, tuple(sorted({0, len(copy) - 1})))
+
+
+def verdict_weights(examples: Sequence[Example], balance: float) -> dict[Verdict, float]:
+    """Weigh each verdict by its frequency: `(N / (3 n)) ** balance`, of n among N rows."""
+    counts = Counter(example.verdict for example in examples if example.verdict)
+    return {verdict: (counts.total() / (3 * max(1, counts[verdict]))) ** balance for verdict in VERDICTS}
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Any]:
     """Pad examples to a batch `[B, T]` for a causal model of transformers.
 
     With prompt `p`, target `t` and end token `e`:
@@ -53,13 +89,7 @@ def collate(examples: Sequence[Example], slices: bool = False) -> dict[str, Any]
         attention_mask  1 1 1 1
                         1 1 1 0
 
-    The loss shifts labels by one position. Two labels of each row are marked as decisions: the first, and that at which
-    it parts from the answer.
-
-    Args:
-        examples: The rows.
-        slices: Whether the model takes `logits_to_keep`. Then its head is applied from the batch's first target on, not
-            to the prompts: over a vocabulary of 50,000 it is a third of a small model's work.
+    The loss shifts labels by one position. Verdicts and decisions are marked in the labels.
     """
     width = _rounded(max(map(len, examples)))
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -69,11 +99,44 @@ def collate(examples: Sequence[Example], slices: bool = False) -> dict[str, Any]
         start, end = len(example.prompt), len(example)
         ids[row, :end] = torch.tensor(example.prompt + example.target)
         labels[row, start:end] = torch.tensor(example.target)
-        labels[row, [start, start + example.parting]] += DECISION
+        labels[row, [start + place for place in example.decisions]] += DECISION
+        if example.verdict:
+            labels[row, start] += VERDICT
         mask[row, :end] = 1
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    first = min(len(example.prompt) for example in examples)
-    return batch | ({"logits_to_keep": min(width, _rounded(width - first + 1))} if slices else {})
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find what is learnt in a batch.
+
+    Args:
+        labels: `[B, T]` of `collate`.
+
+    Returns:
+        Indices into the batch's `B * T` positions whose prediction is wanted, `[N]`, and the label of each. N is rounded
+        up; what fills it has the label `IGNORED`.
+    """
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    places = (following != IGNORED).nonzero()[:, 0]
+    filling = _rounded(len(places)) - len(places)
+    return torch.nn.functional.pad(places, (0, filling)), torch.nn.functional.pad(
+        following[places], (0, filling), value=IGNORED
+    )
+
+
+@contextmanager
+def predicting_at(head: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Apply a model's head at some positions only: over a vocabulary of 50,000 it is a third of a small model's work.
+
+    Args:
+        head: The module that makes logits `[N, V]` of hidden states, which otherwise are `[B, T, H]`.
+        places: Indices `[N]` into the batch's `B * T` positions.
+    """
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[places], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _rounded(width: int) -> int:
@@ -82,23 +145,38 @@ def _rounded(width: int) -> int:
 
 
 def correction_loss(
-    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, *, decision_weight: float = 1.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    share: Any = None,
+    *,
+    decision_weight: float = 1.0,
+    verdict_weight: float = 1.0,
+    weights: dict[int, float] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy on the targets alone, in nats a token.
+    """Cross-entropy in nats: the corrections' mean over tokens, plus the verdicts' over rows.
 
     Args:
-        outputs: With `logits` of the last `W` positions, `[B, W, vocabulary]`.
-        labels: `[B, T]` of `collate`; no target stands before the first of those positions.
-        num_items_in_batch: Targets in the whole step, over its passes and devices. The trainer gives it in training;
-            without it, in evaluation, the mean over `labels` is taken and every token counts the same.
+        logits: `[N, V]`.
+        targets: `[N]`, labels of `supervised`.
+        share: In training, the share of the step's targets that this pass has: it counts by that. `None` in evaluation,
+            where every token and every verdict counts the same.
         decision_weight: How much more than another token a decision counts.
+        verdict_weight: How much the verdicts' loss counts.
+        weights: Of each verdict, by its token; `None` for 1.
     """
-    logits = outputs["logits"]
-    following = labels[:, -logits.shape[1] :][:, 1:]
-    supervised = following != IGNORED
-    targets = following[supervised]
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1][supervised].float(), targets % DECISION, reduction="none")
-    if num_items_in_batch is None:
-        return losses.mean()
-    weighted = losses * torch.where(targets < DECISION, 1.0, decision_weight)
-    return weighted.sum() / torch.as_tensor(num_items_in_batch)
+    kept = targets != IGNORED
+    logits, targets = logits[kept], targets[kept]
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets % DECISION, reduction="none")
+    is_verdict = targets >= VERDICT
+    verdicts, corrections = losses[is_verdict], losses[~is_verdict]
+    if share is not None:
+        corrections = corrections * torch.where(targets[~is_verdict] >= DECISION, decision_weight, 1.0)
+        if weights:
+            tokens = (targets[is_verdict] - VERDICT).tolist()
+            verdicts = verdicts * torch.tensor([weights[token] for token in tokens], device=verdicts.device)
+    loss = _mean(corrections) + verdict_weight * _mean(verdicts)
+    return loss if share is None else loss * share
+
+
+def _mean(losses: torch.Tensor) -> torch.Tensor:
+    return losses.sum() / max(1, len(losses))

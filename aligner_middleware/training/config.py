@@ -7,8 +7,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from aligner_middleware.build.base import DEFAULT_BASE
+from aligner_middleware.targets import EDIT_SHARE
 
-LEARNING_RATES = {"lora": 4e-4, "full": 2e-5}  # full fine-tuning: the paper's; LoRA wants more than ten times as much
+# Full fine-tuning: the paper's; LoRA wants more than ten times as much; a difference is of a small model, trained briefly.
+LEARNING_RATES = {"lora": 4e-4, "full": 2e-5, "difference": 1.5e-4}
 POLICY_LEARNING_RATES = {"dpo": 5e-5, "sft": 4e-4}
 
 
@@ -37,7 +39,15 @@ class TrainConfig(BaseModel):
     Attributes:
         base: Model to start from, a hub id or a folder.
         template: Prompt template, by name or as a text with `{question}` and `{answer}`.
-        method: `lora` trains an adapter, `full` all weights.
+        method: `lora` trains an adapter, `full` all weights; `difference` all but the embeddings, and stores how they differ
+            from the base in a few bits a weight.
+        difference_bits: Bits a weight of that difference.
+        verdict: Whether one token before the correction says keep, edit or rewrite; `None` where the template is ours.
+        edits: How a correction is learnt that keeps most of the answer: as `operations` on its sentences, or as a `copy`.
+            Without verdicts all corrections are copies.
+        edit_share: A correction in which at least this share of the answer's words stays is an edit, others rewrite.
+        verdict_weight: Weight of the verdict's loss, a mean over rows, beside the corrections', a mean over tokens.
+        verdict_balance: How much rare verdicts count: each by the inverse of its frequency to this power; 0 for not at all.
         warm_up: The identity stage: correction := answer. Half an epoch: copying is learnt within fifty steps.
         correction: The stage on the corrections themselves. The paper's three epochs.
         decision_weight: How much the tokens count at which a correction begins to differ from the answer (or ends, like it):
@@ -60,7 +70,13 @@ class TrainConfig(BaseModel):
 
     base: str = DEFAULT_BASE
     template: str | None = None
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full", "difference"] = "lora"
+    difference_bits: int = Field(default=3, ge=1, le=8)
+    verdict: bool | None = None
+    edits: Literal["operations", "copy"] = "operations"
+    edit_share: float = Field(default=EDIT_SHARE, ge=0, le=1)
+    verdict_weight: float = Field(default=1.5, gt=0)
+    verdict_balance: float = Field(default=0.5, ge=0, le=1)
     warm_up: Stage = Stage(epochs=0.5, identity_share=1.0)
     correction: Stage = Stage(epochs=3, identity_share=0.2)
     decision_weight: float = Field(default=1.0, ge=1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
@@ -32,12 +32,39 @@ from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.build.cache import write_folder
 from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECIPE_FILE, end_token_ids
+from aligner_middleware.build.difference import DIFFERENCE_FILE, save_difference
 from aligner_middleware.errors import BuildError, DataError
-from aligner_middleware.prompt import PromptTemplate, resolve_template
+from aligner_middleware.prompt import (
+    TEMPLATES,
+    VERDICTS,
+    PromptTemplate,
+    resolve_template,
+    special_token_id,
+    verdict_ids,
+    with_verdicts,
+)
 from aligner_middleware.tokenizer import Tokenizer
-from aligner_middleware.training.batches import Example, collate, correction_loss, encode_triple
+from aligner_middleware.training.batches import (
+    IGNORED,
+    Example,
+    collate,
+    correction_loss,
+    encode_identity,
+    encode_triple,
+    predicting_at,
+    supervised,
+    verdict_weights,
+)
 from aligner_middleware.training.config import LEARNING_RATES, Stage, TrainConfig
-from aligner_middleware.training.trainer import Report, Reporter, bfloat16, last_checkpoint, lora, trainable
+from aligner_middleware.training.trainer import (
+    Report,
+    Reporter,
+    bfloat16,
+    last_checkpoint,
+    lora,
+    train_embeddings_of,
+    trainable,
+)
 from aligner_middleware.triples import Triple, with_identity
 
 
@@ -48,7 +75,9 @@ class Recipe(BaseModel):
         config: The run's settings.
         template: The prompt that it was trained with, to be used in inference too.
         base: The weights that it started from.
-        rows, rows_left_out: Rows trained on, and those that were longer than `max_length`.
+        rows, rows_left_out: Rows trained on, and those that were longer than `max_length`, or that have no correction
+            where there are no verdicts.
+        verdicts: Rows that teach each verdict.
         losses: Mean loss of the last steps of each stage, and on the held-out rows after it, in nats a token.
         devices: Processes that took part; a step has `batch_size * accumulation * devices` rows.
         versions: Of the tools.
@@ -59,6 +88,7 @@ class Recipe(BaseModel):
     base: BaseWeights
     rows: int
     rows_left_out: int
+    verdicts: dict[str, int] = {}
     losses: dict[str, float]
     devices: int
     versions: dict[str, str]
@@ -80,8 +110,8 @@ def train(
 
     Args:
         triples: Rows to train on.
-        out: Folder to write to: `adapter_model.safetensors` (float16) and `adapter_config.json`, or a whole checkpoint, and
-            `training.json`. It appears when the run is over, and replaces what stood there.
+        out: Folder to write to: `adapter_model.safetensors` (float16) and `adapter_config.json`, a whole checkpoint, or
+            `difference.safetensors`; and `training.json`. It appears when the run is over, and replaces what stood there.
         config: Settings of the run.
         held_out: Rows that are only scored.
         logs: Folder for TensorBoard's logs.
@@ -100,30 +130,30 @@ def train(
     process = PartialState(cpu=not torch.cuda.is_available())
     with process.main_process_first():
         folder, weights = base_folder(config.base)
-    template = resolve_template(config.template, config.base)
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
+    template = _template(config, tokenizer)
     end = end_token_ids(folder, tokenizer, template)[0]
 
     def encode(rows: Sequence[Triple]) -> list[Example]:
-        encoded = (encode_triple(tokenizer, template, end, row) for row in rows)
+        encoded = (
+            encode_triple(tokenizer, template, end, row, config.edit_share)
+            for row in rows
+            if row.correction or template.verdicts
+        )
         return [example for example in encoded if len(example) <= config.max_length]
+
+    def encode_copies(rows: Sequence[Triple]) -> list[Example]:
+        encoded = (encode_identity(tokenizer, template, end, row) for row in rows)
+        return [example for example in encoded if example and len(example) <= config.max_length]
 
     examples = encode(triples)
     if not examples:
         raise DataError("triples", 1, f"every row is longer than {config.max_length} tokens: raise max_length")
+    mixed = encode(with_identity(triples, config.correction.identity_share, config.seed))
+    verdicts = _weights(config, tokenizer, template, mixed)
     stages = [
-        _Rows(
-            "warm_up",
-            config.warm_up,
-            encode([row.identity() for row in triples]),
-            encode([row.identity() for row in held_out]),
-        ),
-        _Rows(
-            "correction",
-            config.correction,
-            encode(with_identity(triples, config.correction.identity_share, config.seed)),
-            encode(held_out),
-        ),
+        _Rows("warm_up", config.warm_up, encode_copies(triples), encode_copies(held_out), None),
+        _Rows("correction", config.correction, mixed, encode(held_out), verdicts),
     ]
     run = out.with_name(f".{out.name}.run")
     with process.main_process_first():
@@ -131,9 +161,10 @@ def train(
     losses: dict[str, float] = {}
     trained: Path | None = None
     for stage in stages:
-        if stage.settings.epochs > 0:
+        if stage.settings.epochs > 0 and stage.rows:
             if not (run / stage.name / _DONE).is_file():
-                _run_stage(_network(folder, config, trained), stage, run / stage.name, config, logs, report)
+                network = _network(folder, config, trained, _own_tokens(tokenizer, template))
+                _run_stage(network, stage, run / stage.name, config, logs, report)
                 process.wait_for_everyone()
             losses |= json.loads((run / stage.name / _DONE).read_text(encoding="utf-8"))
             trained = run / stage.name / _WEIGHTS
@@ -145,6 +176,7 @@ def train(
         base=weights,
         rows=len(examples),
         rows_left_out=len(triples) - len(examples),
+        verdicts=dict(Counter(example.verdict for example in examples if example.verdict)),
         losses=losses,
         devices=process.num_processes,
         versions={package: version(package) for package in ("torch", "transformers", "peft", "accelerate")},
@@ -164,12 +196,38 @@ _WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class _Rows:
-    """A stage with its rows, and those that it is scored on."""
+    """A stage with its rows, those that it is scored on, and the weights of its verdicts by their tokens."""
 
     name: str
     settings: Stage
     rows: list[Example]
     held_out: list[Example]
+    weights: dict[int, float] | None
+
+
+def _template(config: TrainConfig, tokenizer: Tokenizer) -> PromptTemplate:
+    """Find the prompt, with verdicts if they are wanted."""
+    template = resolve_template(config.template, config.base)
+    wanted = config.verdict if config.verdict is not None else template == TEMPLATES["default"]
+    if not wanted or template.verdicts:
+        return template
+    return with_verdicts(template, tokenizer, marks=config.edits == "operations")
+
+
+def _weights(
+    config: TrainConfig, tokenizer: Tokenizer, template: PromptTemplate, examples: Sequence[Example]
+) -> dict[int, float] | None:
+    ids = verdict_ids(tokenizer, template)
+    if ids is None:
+        return None
+    weights = verdict_weights(examples, config.verdict_balance)
+    return {token: weights[verdict] for token, verdict in zip(ids, VERDICTS, strict=True)}
+
+
+def _own_tokens(tokenizer: Tokenizer, template: PromptTemplate) -> list[int]:
+    """Give the ids of verdicts and mark, which the base model has never used."""
+    names = [*(template.verdicts or ()), *([template.mark] if template.mark else [])]
+    return [special_token_id(tokenizer, template, name) for name in names]
 
 
 def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
@@ -187,9 +245,12 @@ def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
     write_folder(run, lambda made: (made / _RUN_FILE).write_text(json.dumps(identity, indent=2), encoding="utf-8"))
 
 
-def _network(base: Path, config: TrainConfig, trained: Path | None) -> torch.nn.Module:
-    adapter = lora(config.lora_rank, config.lora_alpha, config.lora_dropout) if config.method == "lora" else None
+def _network(base: Path, config: TrainConfig, trained: Path | None, own_tokens: Sequence[int]) -> torch.nn.Module:
+    shape = (config.lora_rank, config.lora_alpha, config.lora_dropout)
+    adapter = lora(*shape, own_tokens) if config.method == "lora" else None
     network: torch.nn.Module = trainable(base, adapter, trained, bfloat16(config.bfloat16))
+    if config.method == "difference":
+        train_embeddings_of(network, own_tokens)
     return network
 
 
@@ -198,9 +259,7 @@ def _run_stage(
 ) -> None:
     """Run a stage from its beginning or its last checkpoint, and leave weights and losses in its folder."""
     stoppers = [EarlyStoppingCallback(config.patience)] if config.patience and stage.held_out else []
-    architecture = model.get_base_model() if isinstance(model, PeftModel) else model
-    slices = "logits_to_keep" in inspect.signature(architecture.forward).parameters
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder),
@@ -238,9 +297,15 @@ def _run_stage(
         ),
         train_dataset=_TrainerRows(stage.rows),
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
-        data_collator=lambda rows: collate([row["example"] for row in rows], slices),
-        compute_loss_func=partial(correction_loss, decision_weight=config.decision_weight),
+        data_collator=lambda rows: collate([row["example"] for row in rows]),
         callbacks=[Reporter(stage.name, report), *stoppers],
+    )
+    trainer.model_accepts_loss_kwargs = True  # the loss is given the number of targets in the step
+    trainer.loss = partial(
+        correction_loss,
+        decision_weight=config.decision_weight,
+        verdict_weight=config.verdict_weight,
+        weights=stage.weights,
     )
     trainer.pop_callback(PrinterCallback)  # it prints every log entry
     with warnings.catch_warnings():
@@ -265,6 +330,11 @@ def _publish(trained: Path, base: Path, recipe: Recipe, out: Path) -> None:
         settings = json.loads((trained / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         settings |= {"base_model_name_or_path": recipe.config.base, "inference_mode": True}
         (out / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    elif recipe.config.method == "difference":
+        start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+        end = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+        weights = {name: weight.detach() for name, weight in end.named_parameters()}
+        save_difference(weights, start, recipe.config.difference_bits, out / DIFFERENCE_FILE)
     else:
         for path in [*base.glob("*.json"), *base.glob("*.jinja")]:
             if not path.name.endswith(".index.json"):
@@ -272,6 +342,32 @@ def _publish(trained: Path, base: Path, recipe: Recipe, out: Path) -> None:
         for path in [*trained.glob("*.safetensors"), *trained.glob("*.index.json"), trained / "config.json"]:
             shutil.copy(path, out)
     (out / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class _Trainer(Trainer):
+    """Predicts at the targets only.
+
+    Attributes:
+        loss: `correction_loss` with its weights.
+    """
+
+    loss: Callable[..., torch.Tensor]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """See `Trainer.compute_loss`."""
+        labels = inputs.pop("labels")
+        places, targets = supervised(labels)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        with predicting_at(head, places):
+            outputs = model(**inputs, use_cache=False)
+        share = None
+        if model.training:  # gradients are averaged over processes, the step's targets are counted over all of them
+            count = (labels != IGNORED).sum()
+            share = self.accelerator.num_processes * count / torch.as_tensor(num_items_in_batch)
+        loss = self.loss(outputs["logits"], targets, share)
+        return (loss, outputs) if return_outputs else loss
 
 
 class _TrainerRows(Dataset[dict[str, Any]]):

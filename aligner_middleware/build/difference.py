@@ -1,0 +1,147 @@
+"""A compact difference to the base: how trained weights differ from it, in a few bits a weight.
+
+Each matrix differs by `codes * scale`, with codes -n, …, -1, 1, …, n in groups of 128 that share a scale: the codes are
+stored as planes of bits, 8 weights a byte. What is small (norms, single rows of the embeddings) is stored in float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aligner_middleware.errors import BuildError
+
+if TYPE_CHECKING:
+    import torch
+
+DIFFERENCE_FILE = "difference.safetensors"
+
+_GROUP = 128  # weights that share a scale
+_SMALL = 2**16  # weights; below, float16 costs nothing worth saving
+_SEARCH = (
+    0.15,
+    0.2,
+    0.25,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1.0,
+)  # scales tried, as shares of the group's largest weight
+
+Floats = NDArray[np.float32]
+
+
+def save_difference(
+    trained: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], bits: int, path: Path
+) -> float:
+    """Write how trained weights differ from their base.
+
+    Args:
+        trained: Weights after training, by name.
+        base: Weights before it, by the same names.
+        bits: Bits of a weight of large matrices, 1 to 8.
+        path: The safetensors file.
+
+    Returns:
+        Share of the difference's squared norm that the file holds, 0 to 1.
+    """
+    from safetensors.numpy import save_file
+
+    stored: dict[str, NDArray[Any]] = {}
+    whole = lost = 0.0
+    for name, weight in trained.items():
+        difference: Floats = (weight.float() - base[name].float()).cpu().numpy()
+        if not difference.any():
+            continue
+        rows = np.flatnonzero(difference.reshape(len(difference), -1).any(axis=1))
+        if len(rows) * difference[0].size <= _SMALL:
+            stored[f"{name}:rows"] = rows.astype(np.int32)
+            stored[f"{name}:values"] = difference[rows].astype(np.float16)
+            continue
+        groups = _grouped(difference)
+        scales, codes = _quantise(groups, bits)
+        stored[f"{name}:scales"] = scales.astype(np.float16)
+        stored[f"{name}:planes"] = np.stack([np.packbits((codes >> bit) & 1) for bit in range(bits)])
+        whole += float((groups**2).sum())
+        lost += float(((_values(codes, bits) * scales.astype(np.float16).astype(np.float32) - groups) ** 2).sum())
+    save_file(stored, path, metadata={"format": "aligner difference 1"})
+    return 1 - lost / whole if whole else 1.0
+
+
+def add_difference(model: Any, path: Path) -> None:
+    """Add a stored difference to the base model in place.
+
+    Raises:
+        BuildError: If it is not of this base: a weight is missing, or has another shape.
+    """
+    import torch
+    from safetensors.numpy import load_file
+
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    for key, value in load_file(path).items():
+        name, _, part = key.rpartition(":")
+        parts.setdefault(name, {})[part] = value
+    weights = dict(model.named_parameters())
+    for name, stored in parts.items():
+        if name not in weights:
+            raise BuildError(f"{path} does not fit its base model, which has no weights {name!r}")
+        weight = weights[name]
+        try:
+            difference = _restored(stored, tuple(weight.shape))
+        except (KeyError, ValueError, IndexError) as exc:
+            raise BuildError(
+                f"{path} does not fit its base model at {name!r}, of shape {list(weight.shape)}: {exc}"
+            ) from exc
+        with torch.no_grad():
+            weight += torch.from_numpy(difference).to(weight.dtype)
+
+
+def _restored(parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Floats:
+    difference = np.zeros(shape, dtype=np.float32)
+    if "rows" in parts:
+        difference[parts["rows"]] = parts["values"]
+        return difference
+    planes = parts["planes"]
+    count = len(parts["scales"]) * _GROUP
+    bits = [np.unpackbits(plane)[:count].astype(np.int16) << bit for bit, plane in enumerate(planes)]
+    codes = np.sum(bits, axis=0).reshape(-1, _GROUP)
+    values = _values(codes, len(planes)) * parts["scales"].astype(np.float32)
+    return values.reshape(-1)[: difference.size].reshape(shape)
+
+
+def _grouped(difference: Floats) -> Floats:
+    flat = difference.reshape(-1)
+    return np.pad(flat, (0, -len(flat) % _GROUP)).reshape(-1, _GROUP)
+
+
+def _values(codes: NDArray[Any], bits: int) -> Floats:
+    """Give codes 0, …, 2^bits - 1 as values of equal distance from -1 to 1, for 1 bit -1 and 1."""
+    values: Floats = (2 * codes.astype(np.float32) / (2**bits - 1)) - 1
+    return values
+
+
+def _quantise(groups: Floats, bits: int) -> tuple[Floats, NDArray[np.uint8]]:
+    """Find for each group the scale of least squared error, `[G, 1]`, and its codes, `[G, 128]`."""
+    largest = np.maximum(np.abs(groups).max(axis=1, keepdims=True), 1e-8)
+    best = np.full((len(groups), 1), np.inf, dtype=np.float32)
+    scales = largest.copy()
+    for share in _SEARCH:
+        scale = largest * share
+        error = ((_values(_codes(groups, scale, bits), bits) * scale - groups) ** 2).sum(axis=1, keepdims=True)
+        scales = np.where(error < best, scale, scales)
+        best = np.minimum(error, best)
+    return scales, _codes(groups, scales, bits)
+
+
+def _codes(groups: Floats, scales: Floats, bits: int) -> NDArray[np.uint8]:
+    highest = 2**bits - 1
+    codes: NDArray[np.uint8] = np.clip(np.rint((groups / scales + 1) * highest / 2), 0, highest).astype(np.uint8)
+    return codes

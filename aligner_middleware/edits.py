@@ -1,0 +1,123 @@
+"""An edit as operations on sentences: each names a sentence of the answer and gives its new text, or none.
+
+Whatever is not named comes back byte for byte, because it is never copied. The split is exact: the sentences joined are the
+text. `operations` derives from a pair of texts what a model is to learn; `apply` makes the corrected text of what it wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import NamedTuple
+
+_FENCE = re.compile(r"\s*(```|~~~)")
+_ITEM = re.compile(r"\s*\(?\w{1,3}[.)]\s+")  # "1. ", "b) " at the beginning of a line
+_END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+")
+
+
+class Operation(NamedTuple):
+    """What becomes of one sentence.
+
+    Attributes:
+        sentence: Its number, from 1.
+        text: Its new text, without white space around it; empty where it goes.
+    """
+
+    sentence: int
+    text: str
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut a text after each line and each sentence; white space goes with what stands before it.
+
+    Lines of fenced code stay whole. The pieces joined are the text, and of a text that is still growing all but the last
+    piece stay as they are, as long as no fence closes.
+    """
+    pieces: list[str] = []
+    fenced = False
+    for line in text.splitlines(keepends=True):
+        if _FENCE.match(line):
+            fenced = not fenced
+            pieces.append(line)
+        elif not line.strip() and pieces:
+            pieces[-1] += line
+        elif fenced:
+            pieces.append(line)
+        else:
+            pieces += _sentences(line)
+    return pieces
+
+
+def _sentences(line: str) -> list[str]:
+    item = _ITEM.match(line)
+    start, pieces = 0, []
+    for match in _END.finditer(line, item.end() if item else 0):
+        pieces.append(line[start : match.end()])
+        start = match.end()
+    return [*pieces, line[start:]] if start < len(line) else pieces
+
+
+def apply(answer: str, operations: Sequence[Operation]) -> str:
+    """Give the answer with its sentences replaced or taken away.
+
+    A sentence keeps the white space around it. Where one goes, the wider gap of the two around it stays.
+
+    Raises:
+        ValueError: If the operations name a sentence that is not there, or are not in order.
+    """
+    texts = [(piece.rstrip(), piece[len(piece.rstrip()) :]) for piece in split_sentences(answer)]
+    new: dict[int, str] = {}
+    for sentence, text in operations:
+        if not 1 <= sentence <= len(texts) or sentence <= max(new, default=0):
+            raise ValueError(f"sentence {sentence} is not one of {len(texts)}, or out of order")
+        new[sentence] = text
+    kept: list[tuple[str, str]] = []
+    for number, (core, gap) in enumerate(texts, 1):
+        core = _replaced(core, new[number]) if number in new else core
+        if core or number not in new:
+            kept.append((core, gap))
+        elif kept and gap.count("\n") > kept[-1][1].count("\n"):
+            kept[-1] = (kept[-1][0], gap)
+    if len(texts) in new and not new[len(texts)] and kept:  # the end of the text stays the end
+        kept[-1] = (kept[-1][0], texts[-1][1])
+    return "".join(core + gap for core, gap in kept)
+
+
+def _replaced(core: str, text: str) -> str:
+    return core[: len(core) - len(core.lstrip())] + text if text else ""
+
+
+def operations(answer: str, correction: str) -> list[Operation] | None:
+    """Find the operations that make a correction of an answer, apart from white space.
+
+    Returns:
+        Them in order, or `None` where there are none that do.
+    """
+    pieces, wanted = split_sentences(answer), split_sentences(correction)
+    cores, targets = [piece.strip() for piece in pieces], [piece.strip() for piece in wanted]
+    new: dict[int, str] = {}
+    for tag, start, end, first, last in SequenceMatcher(None, cores, targets, autojunk=False).get_opcodes():
+        if tag == "insert" and cores:
+            at = max(start - 1, 0)
+            gap = pieces[at][len(pieces[at].rstrip()) :]
+            before = [] if start == 0 else [new.get(at, cores[at]) + gap]
+            new[at] = _joined([*before, *wanted[first:last], *([cores[0]] if start == 0 else [])])
+        elif tag == "replace" and end - start == last - first:
+            new |= dict(zip(range(start, end), targets[first:last], strict=True))
+        elif tag in ("replace", "delete"):
+            new |= dict.fromkeys(range(start, end), "")
+            new[start] = _joined(wanted[first:last])
+    found = [Operation(at + 1, text) for at, text in sorted(new.items())]
+    return found if found and apply(answer, found).split() == correction.split() else None
+
+
+def _joined(pieces: Sequence[str]) -> str:
+    return "".join(piece if piece[-1:].isspace() else piece + " " for piece in pieces).strip()
+
+
+def share_kept(answer: str, correction: str) -> float:
+    """Say which share of an answer's words stands in the correction, in the same order; 0 to 1."""
+    words = answer.split()
+    blocks = SequenceMatcher(None, words, correction.split(), autojunk=False).get_matching_blocks()
+    return sum(block.size for block in blocks) / max(1, len(words))

@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner, Correction, Usage
+    from aligner_middleware.aligner import Aligner
     from aligner_middleware.chat_model import AlignedChatModel
+    from aligner_middleware.correction import Correction, Usage
     from aligner_middleware.diff import Diff
     from aligner_middleware.errors import (
         AlignerError,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
         BuildError,
         CorrectionTimeoutError,
         DataError,
+        DoubtError,
         InputError,
         MissingExtraError,
         MissingQuestionError,
@@ -35,15 +37,16 @@ _HOMES = {
     "AlignerRunnable": "runnable",
     "ArtifactError": "errors",
     "BuildError": "errors",
-    "Correction": "aligner",
+    "Correction": "correction",
     "CorrectionTimeoutError": "errors",
     "DataError": "errors",
     "Diff": "diff",
+    "DoubtError": "errors",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "MissingQuestionError": "errors",
     "PromptTooLongError": "errors",
-    "Usage": "aligner",
+    "Usage": "correction",
     "question_record": "question",
 }
 
@@ -59,6 +62,7 @@ __all__ = [
     "CorrectionTimeoutError",
     "DataError",
     "Diff",
+    "DoubtError",
     "InputError",
     "MissingExtraError",
     "MissingQuestionError",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import hashlib
+import math
 import queue
 import time
 import weakref
@@ -12,93 +14,78 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, get_args, overload
 
 import numpy as np
 
-from aligner_middleware.artifact import ARTIFACT_FILE, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, cached_folder
-from aligner_middleware.diff import Diff
-from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler
+from aligner_middleware.artifact import (
+    ARTIFACT_FILE,
+    LEVELS,
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    Artifact,
+    Calibration,
+    Level,
+    Precision,
+    cached_folder,
+)
+from aligner_middleware.correction import Correction, Usage
+from aligner_middleware.edits import apply
+from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler, VerdictRule
 from aligner_middleware.engine.model import log_probabilities
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import (
     ArtifactError,
     CorrectionTimeoutError,
+    DoubtError,
     InputError,
     MissingExtraError,
     PromptTooLongError,
 )
-from aligner_middleware.prompt import PromptTemplate, encode_continuation, encode_prompt, resolve_template
+from aligner_middleware.prompt import (
+    VERDICTS,
+    PromptTemplate,
+    decode_operations,
+    encode_continuation,
+    encode_prompt,
+    resolve_template,
+    verdict_ids,
+)
+from aligner_middleware.safeguards import doubts, set_aside
+from aligner_middleware.targets import encode_target
 from aligner_middleware.tokenizer import Tokenizer
 
 Engine = Literal["onnx", "torch"]
+Strength = Level | float
+OnDoubt = Literal["passthrough", "raise", "keep"]
 
 _AHEAD = 32  # characters of a streamed answer that go through together
 _APART = 0.02  # seconds at least between two encodings of a streamed answer, which hold up who streams
 _QUEUE_FULL = 0.005  # seconds between two attempts of a task to join a full queue
+_ROOM = 256  # tokens beyond twice the answer that a correction may take
 _UNSURE = 8  # its latest tokens may be cut another way once more text has come
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What a correction cost.
+class _Call:
+    """A pair on its way through the engine.
 
     Attributes:
-        prompt_tokens: Length of the prompt, which holds question and answer.
-        draft_tokens: Length of the answer, given to the model as a draft of its output.
-        accepted_tokens: How many tokens of the correction were proposed by the answer, and agreed to.
-        decoded_tokens: How many it wrote one by one.
-        passes: Forward passes; 1 where nothing was corrected.
-        seconds: Time in the engine.
-    """
-
-    prompt_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    decoded_tokens: int = 0
-    passes: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: Usage) -> Usage:
-        """Add up what two corrections cost."""
-        return Usage(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
-
-
-@dataclass(frozen=True)
-class Correction:
-    """What became of an answer.
-
-    Attributes:
-        question, original: What was given.
-        corrected: What the aligner makes of it: `original` itself, character by character, where it changes nothing.
-        finish_reason: `stop`, or `length` where `max_new_tokens` cut the correction off.
-        usage: What it cost.
+        question, answer: What was given.
+        aside: A block of reasoning at the answer's beginning, which is kept as it is.
+        text: The rest, which is corrected.
+        generation: Its sequence; `None` where there is nothing to correct.
+        on_doubt: What becomes of a doubtful correction.
     """
 
     question: str
-    original: str
-    corrected: str
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-
-    @property
-    def changed(self) -> bool:
-        """Whether anything was corrected."""
-        return self.corrected != self.original
-
-    def diff(self) -> Diff:
-        """Compare the corrected answer with the original, word by word."""
-        return Diff.between(self.original, self.corrected)
-
-    def __rich__(self) -> Any:
-        """Show the answer in a terminal, with the words marked that went and that came."""
-        return self.diff().__rich__()
-
-    def _repr_html_(self) -> str:
-        """Show it in a notebook."""
-        return self.diff().html()
+    answer: str
+    aside: str
+    text: str
+    generation: Generation | None
+    on_doubt: OnDoubt
 
 
 class ReadAhead:
@@ -124,7 +111,8 @@ class ReadAhead:
             self._read, self._encoded = len(self._answer), now
             with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair; what it is shows in the end
                 self.prefill.prompt = self._encode(self._answer)
-                self._scheduler.prefill(self.prefill)
+                if self.prefill.prompt:
+                    self._scheduler.prefill(self.prefill)
 
     def close(self) -> None:
         """Free what it took, unless a correction has taken it over."""
@@ -149,9 +137,11 @@ class Aligner:
         top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
         seed: Of the draws: with it, a question and an answer always give the same.
         revision: What tells one build of `name` from another in cache keys.
+        calibration: Its levels of strength; `None` for those of an aligner that nobody has calibrated.
 
     Attributes:
         name: As given.
+        calibration: As given.
         source: What `load` was given; `None` for one that was made in another way.
     """
 
@@ -169,6 +159,7 @@ class Aligner:
         top_p: float = 1.0,
         seed: int | None = None,
         revision: str | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         if temperature < 0 or not 0 < top_p <= 1:
             raise InputError(
@@ -177,7 +168,9 @@ class Aligner:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         self.name = name
+        self.calibration = calibration or Calibration()
         self.source: str | None = None
+        self._verdict_ids = verdict_ids(tokenizer, template)
         self._model = model
         self._scheduler = Scheduler(model, frozenset(eos_token_ids))
         weakref.finalize(self, self._scheduler.close)
@@ -242,9 +235,10 @@ class Aligner:
         session = OnnxModel(folder / MODEL_FILE, artifact, providers=providers, threads=threads)
         tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE, tiktoken=artifact.tiktoken)
         template = artifact.template if prompt is None else resolve_template(prompt)
-        revision = hashlib.sha256(repr(sorted(artifact.files.items())).encode()).hexdigest()[:12]
+        content = repr((sorted(artifact.files.items()), artifact.calibration))
+        options |= {"revision": hashlib.sha256(content.encode()).hexdigest()[:12], "calibration": artifact.calibration}
         end = artifact.eos_token_ids
-        aligner = cls(session, tokenizer, template, end, name=artifact.name, revision=revision, **options)
+        aligner = cls(session, tokenizer, template, end, name=artifact.name, **options)
         aligner.source = model
         return aligner
 
@@ -265,6 +259,7 @@ class Aligner:
         tokenizer = checkpoint.tokenizer()
         network = TorchModel(checkpoint.load("float16" if precision == "float16" else "float32"))
         end = end_token_ids(checkpoint.folder, tokenizer, checkpoint.template)
+        options["calibration"] = checkpoint.calibration()
         return cls(network, tokenizer, checkpoint.template, end, name=model, **options)
 
     def close(self) -> None:
@@ -276,6 +271,11 @@ class Aligner:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether it says keep, edit or rewrite before it writes."""
+        return self._verdict_ids is not None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -294,11 +294,16 @@ class Aligner:
         return len(self._tokenizer.encode(text))
 
     def longest_answer(self, question: str) -> int:
-        """Say how many tokens an answer to this question may have: it must fit into the context twice."""
-        return (self._model.max_positions - len(encode_prompt(self._tokenizer, self._template, question, "")) - 1) // 2
+        """Say how many tokens an answer to this question may have: a copy must fit into the context beside it."""
+        room = self._model.max_positions - len(encode_prompt(self._tokenizer, self._template, question, "")) - 1
+        if self._template.mark is None:
+            return room // 2
+        return (room - _ROOM) * 3 // 4  # marks and numbers take up to a third of an answer's tokens
 
     def log_likelihood(self, question: str, answer: str, corrections: Sequence[str]) -> list[tuple[float, bool]]:
         """Say how likely each of some texts is as the correction of an answer: log μ(y_c | y_o, x), paper section 2.
+
+        An aligner with verdicts can write some texts in several forms; the one that it is trained on counts.
 
         Args:
             question: The question, x.
@@ -314,7 +319,7 @@ class Aligner:
         if not question.strip():
             raise InputError("the question is blank: an answer can only be judged against what was asked")
         prompt = encode_prompt(self._tokenizer, self._template, question, answer)
-        targets = [[*encode_continuation(self._tokenizer, self._template, text), self._end] for text in corrections]
+        targets = [encode_target(self._tokenizer, self._template, self._end, answer, text).ids for text in corrections]
         longest = len(prompt) + max(map(len, targets), default=0)
         if longest > self._model.max_positions:
             raise PromptTooLongError(longest, self._model.max_positions)
@@ -331,23 +336,57 @@ class Aligner:
             found.append((float(log_probabilities(logits, tokens).sum()), greedy))
         return found
 
-    def correct(self, question: str, answer: str, *, timeout: float | None = None) -> Correction:
+    def evidence(self, question: str, answer: str) -> float:
+        """Measure how much speaks for correcting an answer, for calibration.
+
+        Returns:
+            The log odds of not keeping it, in nats. Of an aligner without verdicts: how far the log probability of one of
+            the answer's tokens is below the best token's, at most, in nats; infinite where one is not even expected.
+
+        Raises:
+            InputError: As `correct` does.
+        """
+        call = self._start(question, answer, strength=1.0 if self.has_verdicts else math.inf)
+        generation = call.generation
+        if generation is None:
+            return -math.inf
+        self._submit(generation, _Deadline(None)).result()
+        if generation.log_odds is not None:
+            return generation.log_odds
+        return generation.surprise
+
+    def correct(
+        self,
+        question: str,
+        answer: str,
+        *,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+    ) -> Correction:
         """Correct one answer.
 
-        A blank answer comes back as it is: an aligner corrects answers, it does not invent them.
+        A blank answer comes back as it is: an aligner corrects answers, it does not invent them. A block of reasoning at
+        its beginning (`<think>…</think>`) stays as it is.
 
         Args:
             question: What was asked.
             answer: What was answered.
             timeout: Seconds after which it is given up; `None` waits for as long as it takes.
+            strength: How willingly it corrects: a level, or the score above which it does. Of an aligner without verdicts a
+                number is a tolerance: a token of the answer stays where its log probability is within so many nats of the
+                best one's.
+            on_doubt: What becomes of a correction that a safeguard objects to: `passthrough` gives the original answer,
+                `raise` a `DoubtError`, `keep` the correction.
 
         Raises:
             InputError: If the question is blank, or a text is not valid Unicode (it holds a lone surrogate).
             PromptTooLongError: If they do not fit into the aligner's context.
             CorrectionTimeoutError: If it took longer than `timeout`.
+            DoubtError: If a safeguard objects and `on_doubt` is `raise`.
             ClosedError: If the aligner was closed.
         """
-        return self.correct_batch([(question, answer)], timeout=timeout)[0]
+        return self.correct_batch([(question, answer)], timeout=timeout, strength=strength, on_doubt=on_doubt)[0]
 
     @overload
     def correct_batch(
@@ -355,22 +394,38 @@ class Aligner:
         pairs: Iterable[tuple[str, str]],
         *,
         timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
         return_exceptions: Literal[False] = False,
     ) -> list[Correction]: ...
 
     @overload
     def correct_batch(
-        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, return_exceptions: Literal[True]
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+        return_exceptions: Literal[True],
     ) -> list[Correction | Exception]: ...
 
     def correct_batch(
-        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None, return_exceptions: bool = False
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+        return_exceptions: bool = False,
     ) -> list[Correction] | list[Correction | Exception]:
         """Correct several answers together, which costs less than one after the other.
 
         Args:
             pairs: Questions and answers.
             timeout: Seconds for all of them; what is not done by then is given up.
+            strength: As `correct` takes it.
+            on_doubt: As `correct` takes it.
             return_exceptions: Whether a pair that cannot be corrected becomes its exception, instead of raising it.
 
         Returns:
@@ -380,22 +435,21 @@ class Aligner:
             InputError: As `correct` does, before anything is run.
             CorrectionTimeoutError: If they took longer than `timeout`.
         """
-        pairs = list(pairs)
         deadline = _Deadline(timeout)
-        started = [self._start_or_error(question, answer) for question, answer in pairs]
+        calls = [self._start_or_error(*pair, strength=strength, on_doubt=on_doubt) for pair in pairs]
         if not return_exceptions:
-            for outcome in started:
-                if isinstance(outcome, InputError):
-                    raise outcome
+            for call in calls:
+                if isinstance(call, InputError):
+                    raise call
         futures: dict[int, Future[Generation]] = {}
         try:
             found: list[Correction | Exception] = []
-            for at, outcome in enumerate(started):
-                if isinstance(outcome, Generation):
+            for at, call in enumerate(calls):
+                if isinstance(call, _Call) and call.generation is not None:
                     with contextlib.suppress(CorrectionTimeoutError):  # it shows when this one is waited for
-                        futures[at] = self._submit(outcome, deadline)
-            for at, ((question, answer), outcome) in enumerate(zip(pairs, started, strict=True)):
-                found.append(self._outcome(question, answer, outcome, futures.get(at), deadline))
+                        futures[at] = self._submit(call.generation, deadline)
+            for at, call in enumerate(calls):
+                found.append(call if isinstance(call, InputError) else self._outcome(call, futures.get(at), deadline))
                 if isinstance(found[-1], Exception) and not return_exceptions:
                     raise found[-1]
             return found
@@ -403,24 +457,38 @@ class Aligner:
             for future in futures.values():
                 future.cancel()
 
-    async def acorrect(self, question: str, answer: str, *, timeout: float | None = None) -> Correction:
+    async def acorrect(
+        self,
+        question: str,
+        answer: str,
+        *,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+    ) -> Correction:
         """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others.
 
         Raises:
             AlignerError: As `correct` does.
         """
         deadline = _Deadline(timeout)
-        generation = self._start(question, answer)
-        if generation is not None:
+        call = self._start(question, answer, strength=strength, on_doubt=on_doubt)
+        if call.generation is not None:
             async with deadline.limit():
-                await asyncio.wrap_future(await self._asubmit(generation))
-        return self._correction(question, answer, generation)
+                await asyncio.wrap_future(await self._asubmit(call.generation))
+        return self._correction(call)
 
     async def acorrect_batch(
-        self, pairs: Iterable[tuple[str, str]], *, timeout: float | None = None
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
     ) -> list[Correction]:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
-        calls = [asyncio.ensure_future(self.acorrect(*pair, timeout=timeout)) for pair in pairs]
+        options: dict[str, Any] = {"timeout": timeout, "strength": strength, "on_doubt": on_doubt}
+        calls = [asyncio.ensure_future(self.acorrect(*pair, **options)) for pair in pairs]
         try:
             return list(await asyncio.gather(*calls))
         finally:  # after an error nobody waits for the others
@@ -434,8 +502,13 @@ class Aligner:
         *,
         ahead: ReadAhead | None = None,
         timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
     ) -> Generator[str, None, Correction]:
-        """Correct one answer and give the corrected text as it is decided.
+        """Correct one answer and give the corrected text as soon as nothing can take it back.
+
+        An answer that is kept is given at once. A correction is given when it is whole and no safeguard objects; where
+        `on_doubt` is `keep`, a copy is given as it is decided.
 
         Args:
             question: The question.
@@ -443,6 +516,8 @@ class Aligner:
                 way.
             ahead: What has read the answer already, from `read_ahead`.
             timeout: Seconds, from when the answer is there, after which the correction is given up.
+            strength: As `correct` takes it.
+            on_doubt: As `correct` takes it.
 
         Yields:
             Pieces of the corrected text; joined they are the whole of it.
@@ -462,11 +537,11 @@ class Aligner:
                     ahead.feed(chunk)
                     answer += chunk
             deadline = _Deadline(timeout)
-            generation = self._start(question, answer, ahead.prefill)
+            call = self._start(question, answer, ahead.prefill, strength=strength, on_doubt=on_doubt)
             rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
-            if generation is not None:
-                future = self._submit(generation, deadline, lambda: rounds.put(None))
-            steps = self._decided(question, answer, generation, future)
+            if call.generation is not None:
+                future = self._submit(call.generation, deadline, lambda: rounds.put(None))
+            steps = self._decided(call, future)
             while True:
                 try:
                     piece = next(steps)
@@ -492,15 +567,19 @@ class Aligner:
         *,
         ahead: ReadAhead | None = None,
         timeout: float | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
         on_end: Callable[[Correction], None] = lambda correction: None,
     ) -> AsyncIterator[str]:
-        """Correct one answer and give the corrected text as it is decided; the event loop stays free.
+        """Do as `stream` does; the event loop stays free.
 
         Args:
             question: The question.
             answer: The answer, or its chunks as they arrive.
             ahead: What has read the answer already, from `read_ahead`.
             timeout: Seconds, from when the answer is there, after which the correction is given up.
+            strength: As `correct` takes it.
+            on_doubt: As `correct` takes it.
             on_end: Told the correction when all of it was given.
 
         Yields:
@@ -525,11 +604,11 @@ class Aligner:
                     ahead.feed(chunk)
                     answer += chunk
             deadline = _Deadline(timeout)
-            generation = self._start(question, answer, ahead.prefill)
-            if generation is not None:
+            call = self._start(question, answer, ahead.prefill, strength=strength, on_doubt=on_doubt)
+            if call.generation is not None:
                 async with deadline.limit():
-                    future = await self._asubmit(generation, on_round)
-            steps = self._decided(question, answer, generation, future)
+                    future = await self._asubmit(call.generation, on_round)
+            steps = self._decided(call, future)
             while True:
                 try:
                     piece = next(steps)
@@ -554,24 +633,27 @@ class Aligner:
         """
 
         def encode(answer: str) -> list[int]:
-            return encode_prompt(self._tokenizer, self._template, question, answer)[: -self._tail - _UNSURE]
+            text = set_aside(answer)[1]
+            if not text.strip():
+                return []
+            return encode_prompt(self._tokenizer, self._template, question, text)[: -self._tail - _UNSURE]
 
         return ReadAhead(self._scheduler, encode if question.strip() else None)
 
-    def _decided(
-        self, question: str, answer: str, generation: Generation | None, future: Future[Generation] | None
-    ) -> Generator[str | None, None, Correction]:
+    def _decided(self, call: _Call, future: Future[Generation] | None) -> Generator[str | None, None, Correction]:
         """Give the pieces of a correction as they are decided, and `None` where there is more to wait for."""
-        if generation is None or future is None:
-            yield from [answer] if answer else []
-            return self._correction(question, answer, None)
-        yield None
-        if future.done():  # one pass was enough
-            future.result()
-            correction = self._correction(question, answer, generation)
+        generation = call.generation
+        yield None if future is not None else ""
+        if generation is None or future is None or future.done() or not self._streams(call):  # or one pass was enough
+            while future is not None and not future.done():
+                yield None
+            if future is not None:
+                future.result()
+            correction = self._correction(call)
             yield from [correction.corrected] if correction.corrected else []
             return correction
-        text, pieces, sent, done = self._tokenizer.decode_stream(), [], 0, False
+        text, pieces, sent, done = self._tokenizer.decode_stream(), [call.aside], 0, False
+        yield from [call.aside] if call.aside else []
         while not done:
             done = future.done()
             tokens = generation.tokens[sent:]
@@ -584,7 +666,12 @@ class Aligner:
                 yield piece
             if not done:
                 yield None
-        return replace(self._correction(question, answer, generation), corrected="".join(pieces))
+        correction = self._correction(call)
+        return correction if correction.verdict == "keep" else replace(correction, corrected="".join(pieces))
+
+    def _streams(self, call: _Call) -> bool:
+        """Whether what is decided is text that nothing can take back."""
+        return call.on_doubt == "keep" and not self.has_verdicts
 
     def _submit(
         self, generation: Generation, deadline: _Deadline, on_round: Callable[[], None] = lambda: None
@@ -601,47 +688,81 @@ class Aligner:
             except BlockingIOError:
                 await asyncio.sleep(_QUEUE_FULL)
 
-    def _outcome(
-        self,
-        question: str,
-        answer: str,
-        started: Generation | InputError | None,
-        future: Future[Generation] | None,
-        deadline: _Deadline,
-    ) -> Correction | Exception:
+    def _outcome(self, call: _Call, future: Future[Generation] | None, deadline: _Deadline) -> Correction | Exception:
         """Wait for a pair's correction, or what was wrong with it."""
-        if isinstance(started, InputError):
-            return started
-        if started is not None:
+        if call.generation is not None:
             if future is None or not wait_for([future], deadline.left).done:
                 return deadline.error
             if (error := future.exception()) is not None:
                 return error if isinstance(error, Exception) else RuntimeError(repr(error))
-        return self._correction(question, answer, started)
-
-    def _start_or_error(self, question: str, answer: str) -> Generation | InputError | None:
         try:
-            return self._start(question, answer)
+            return self._correction(call)
+        except DoubtError as exc:
+            return exc
+
+    def _start_or_error(self, question: str, answer: str, **options: Any) -> _Call | InputError:
+        try:
+            return self._start(question, answer, **options)
         except InputError as exc:
             return exc
 
-    def _start(self, question: str, answer: str, prefill: Prefill | None = None) -> Generation | None:
-        """Encode a pair; `None` where there is nothing to correct."""
+    def _start(
+        self,
+        question: str,
+        answer: str,
+        prefill: Prefill | None = None,
+        *,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+    ) -> _Call:
+        """Encode a pair."""
+        threshold, tolerance = self._limits(strength)
+        _check_choice("on_doubt", on_doubt, get_args(OnDoubt))
         _check_text("question", question)
         _check_text("answer", answer)
         if not question.strip():
             raise InputError("the question is blank: an answer can only be judged against what was asked")
-        if not answer.strip():
-            return None
-        prompt = encode_prompt(self._tokenizer, self._template, question, answer)
-        draft = encode_continuation(self._tokenizer, self._template, answer)
-        room = self._model.max_positions - len(prompt)
-        if room <= len(draft):
+        aside, text = set_aside(answer)
+        if not text.strip():
+            return _Call(question, answer, aside, text, None, on_doubt)
+        prompt = encode_prompt(self._tokenizer, self._template, question, text)
+        draft = encode_continuation(self._tokenizer, self._template, text)
+        room = self._model.max_positions - len(prompt) - self.has_verdicts
+        if room <= (len(draft) if self._copies else min(_ROOM, self._model.max_positions // 4)):
             raise PromptTooLongError(len(prompt), self._model.max_positions)
-        wanted = self._max_new_tokens or 2 * len(draft) + 256
-        return Generation(
-            prompt, draft if self._draft else (), min(wanted, room), self._sampler(question, answer), prefill
+        wanted = self._max_new_tokens or 2 * len(draft) + _ROOM
+        generation = Generation(
+            prompt,
+            draft if self._copies and (self._draft or tolerance > 0) else (),
+            min(wanted, room),
+            self._sampler(question, answer),
+            prefill,
+            rule=VerdictRule(*self._verdict_ids, threshold, self._copies) if self._verdict_ids else None,
+            tolerance=tolerance,
+            verify=self._draft,
+            end=self._end,
+            stop_loops=True,
         )
+        return _Call(question, answer, aside, text, generation, on_doubt)
+
+    @property
+    def _copies(self) -> bool:
+        """Whether an edit is written as a copy of the answer."""
+        return self._template.mark is None
+
+    def _limits(self, strength: Strength) -> tuple[float, float]:
+        """Give the threshold on the log odds and the tolerance of a strength, both in nats."""
+        calibration = self.calibration
+        if isinstance(strength, str):
+            _check_choice("strength", strength, LEVELS)
+            return calibration.log_odds(calibration.levels[strength]), calibration.tolerances[strength]
+        if not isinstance(strength, (int, float)) or math.isnan(strength) or strength < 0:
+            raise InputError(f"strength is {strength!r}, expected {', '.join(LEVELS)}, or a number of at least 0")
+        if not self.has_verdicts:
+            return 0.0, float(strength)
+        if strength > 1:
+            raise InputError(f"strength is {strength}, expected a score from 0 to 1, or {', '.join(LEVELS)}")
+        return calibration.log_odds(strength), calibration.tolerances["medium"]
 
     def _sampler(self, question: str, answer: str) -> Sampler:
         temperature, top_p, seed = self._sampling
@@ -650,13 +771,14 @@ class Aligner:
         own = None if seed is None else zlib.crc32(f"{seed}\0{question}\0{answer}".encode())
         return Sampler(temperature, top_p, own)
 
-    def _correction(self, question: str, answer: str, generation: Generation | None) -> Correction:
+    def _correction(self, call: _Call) -> Correction:
+        generation = call.generation
         if generation is None:
-            return Correction(question, answer, answer, "stop", Usage())
+            return Correction(call.question, call.answer, call.answer, "stop", Usage())
         tokens = generation.tokens
-        # A tokenizer may not give every text back as it was: what is not changed is not decoded either.
-        given = generation.draft if self._draft else encode_continuation(self._tokenizer, self._template, answer)
-        unchanged = tokens == list(given)
+        verdict = None
+        if generation.verdict is not None and self._verdict_ids is not None:
+            verdict = VERDICTS[self._verdict_ids.index(generation.verdict)]
         usage = Usage(
             prompt_tokens=len(generation.prompt),
             draft_tokens=len(generation.draft),
@@ -665,8 +787,45 @@ class Aligner:
             passes=generation.passes,
             seconds=generation.seconds,
         )
-        text = answer if unchanged else self._tokenizer.decode(tokens)
-        return Correction(question, answer, text, generation.finish_reason or "stop", usage)
+        found: tuple[str, ...] = ()
+        text = call.text
+        if verdict != "keep":
+            try:
+                text = self._text(call, generation, as_operations=verdict == "edit" and not self._copies)
+            except ValueError:
+                found = ("operations",)
+            cut_off = generation.finish_reason == "length"
+            found += doubts(call.text, text, cut_off=cut_off, question=call.question)
+            if generation.finish_reason == "loop" and "repeats" not in found:
+                found += ("repeats",)
+        if found and call.on_doubt == "raise":
+            raise DoubtError(found)
+        proposed = call.aside + text
+        passed = bool(found) and call.on_doubt == "passthrough"
+        return Correction(
+            question=call.question,
+            original=call.answer,
+            corrected=call.answer if passed else proposed,
+            finish_reason=generation.finish_reason or "stop",
+            usage=usage,
+            verdict=verdict,
+            score=None if generation.log_odds is None else self.calibration.score(generation.log_odds),
+            doubts=found,
+            proposed=proposed if passed else None,
+        )
+
+    def _text(self, call: _Call, generation: Generation, *, as_operations: bool) -> str:
+        """Give the text that a generation stands for.
+
+        Raises:
+            ValueError: If it should be operations on the answer's sentences and is not.
+        """
+        if as_operations:
+            return apply(call.text, decode_operations(self._tokenizer, self._template, generation.tokens))
+        # A tokenizer may not give every text back as it was: what is not changed is not decoded either.
+        if generation.tokens == list(encode_continuation(self._tokenizer, self._template, call.text)):
+            return call.text
+        return self._tokenizer.decode(generation.tokens)
 
 
 class _Deadline:
@@ -704,6 +863,13 @@ def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
     """Count the tokens of a prompt that follow its answer."""
     one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
     return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
 
 
 def _check_text(what: str, text: str) -> None:

@@ -19,13 +19,15 @@ from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from aligner_middleware.aligner import Aligner, Correction, ReadAhead, Usage
+from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
+from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import InputError, MissingQuestionError, PromptTooLongError
 from aligner_middleware.paragraphs import split
 
 logger = logging.getLogger("aligner_middleware")
 
 Pair = tuple[str | None, str]  # a question, where it is known, and an answer
+Mode = Literal["correct", "shadow"]
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
 MissingQuestion = Literal["raise", "passthrough"]
 
@@ -51,8 +53,9 @@ class Aligned:
 
     Attributes:
         text: The text to show.
-        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`
-            and `usage`, or the `reason` why it was not aligned.
+        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`,
+            `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why it was not aligned.
+            In shadow mode also `mode`, and what would have become of the answer: `would_change` and `proposed`.
         correction: The correction, where one was made.
     """
 
@@ -73,6 +76,12 @@ class Alignment(BaseModel):
         dialogue: Whether the question is the whole conversation, as lines of User and Assistant, instead of its last human
             message. The default aligner was trained on single questions.
         when: Whether to correct at all, from question and answer.
+        strength: How willingly it corrects: `low`, `medium`, `high`, or the score above which it does; see
+            `Aligner.correct`.
+        on_doubt: What becomes of a correction that a safeguard objects to: `passthrough` (the original answer goes on),
+            `raise` (an error, which `on_error` decides on), or `keep` (the correction goes on).
+        mode: `shadow` decides and reports, and changes nothing: the answer goes on as it is, chunk by chunk where it is
+            streamed, and nothing that fails is raised.
         on_error: What a failed correction becomes: `raise`, `passthrough` (the original answer, marked as not aligned),
             or any other text, which then replaces the answer.
         on_missing_question: What becomes of an answer whose question is not known: `raise`, or `passthrough`.
@@ -91,6 +100,9 @@ class Alignment(BaseModel):
     question: str | Callable[[Any], str | None] | None = None
     dialogue: bool = False
     when: Callable[[str, str], bool] | None = None
+    strength: Strength = "medium"
+    on_doubt: OnDoubt = "passthrough"
+    mode: Mode = "correct"
     on_error: str = "raise"
     on_missing_question: MissingQuestion = "raise"
     timeout: float | None = Field(default=None, gt=0)
@@ -115,9 +127,10 @@ class Alignment(BaseModel):
     def stream_pair(
         self, question: str | None, answer: str, ahead: ReadAhead | None = None
     ) -> Generator[str, None, Outcome]:
-        """Align one answer, and give the text as it is decided where nothing can take it back.
+        """Align one answer, and give the text as soon as nothing can take it back.
 
-        Under `on_error` other than `raise`, and for an answer in pieces, nothing is given before all is decided.
+        Under `on_error` other than `raise`, for an answer in pieces and in shadow mode, nothing is given before all is
+        decided.
 
         Returns:
             What became of it; its text is all of it, also what was given.
@@ -125,11 +138,11 @@ class Alignment(BaseModel):
         plan = self._plan(question, answer)
         if not isinstance(plan, _Plan) or plan.around:
             return self._run([plan])[0]
-        pieces = self.aligner.stream(*plan.pieces[0], ahead=ahead, timeout=self.timeout)
+        pieces = self.aligner.stream(*plan.pieces[0], ahead=ahead, **self._options)
         try:
             while True:
                 piece = next(pieces)
-                if self.on_error == "raise":
+                if self._gives_pieces:
                     yield piece
         except StopIteration as end:
             return self._end(plan, [end.value])
@@ -148,10 +161,8 @@ class Alignment(BaseModel):
             return
         made: list[Correction | Exception] = []
         try:
-            async for piece in self.aligner.astream(
-                *plan.pieces[0], ahead=ahead, timeout=self.timeout, on_end=made.append
-            ):
-                if self.on_error == "raise":
+            async for piece in self.aligner.astream(*plan.pieces[0], ahead=ahead, on_end=made.append, **self._options):
+                if self._gives_pieces:
                     yield piece
         except Exception as exc:
             yield self._failed(answer, exc)
@@ -169,7 +180,7 @@ class Alignment(BaseModel):
     def _run(self, plans: Sequence[_Plan | Outcome]) -> list[Outcome]:
         """Correct what is planned, all of it together."""
         needed = [piece for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
-        made = iter(self.aligner.correct_batch(needed, timeout=self.timeout, return_exceptions=True) if needed else ())
+        made = iter(self.aligner.correct_batch(needed, return_exceptions=True, **self._options) if needed else ())
         return [
             self._end(plan, [next(made) for _ in plan.pieces]) if isinstance(plan, _Plan) else plan for plan in plans
         ]
@@ -178,7 +189,7 @@ class Alignment(BaseModel):
         if not isinstance(plan, _Plan):
             return plan
         try:
-            return self._end(plan, await self.aligner.acorrect_batch(plan.pieces, timeout=self.timeout))
+            return self._end(plan, await self.aligner.acorrect_batch(plan.pieces, **self._options))
         except Exception as exc:  # `on_error` says what becomes of it
             return self._failed(plan.answer, exc)
 
@@ -203,6 +214,17 @@ class Alignment(BaseModel):
             return self._plan_by_length(question, answer)
         except Exception as exc:
             return self._failed(answer, exc)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the aligner is told of every call."""
+        on_doubt = "passthrough" if self.mode == "shadow" else self.on_doubt
+        return {"timeout": self.timeout, "strength": self.strength, "on_doubt": on_doubt}
+
+    @property
+    def _gives_pieces(self) -> bool:
+        """Whether text may be given before it is known that nothing fails."""
+        return self.on_error == "raise" and self.mode == "correct"
 
     @property
     def _unlimited(self) -> bool:
@@ -234,9 +256,9 @@ class Alignment(BaseModel):
         correction = plan.join([one for one in made if isinstance(one, Correction)])
         usage = correction.usage
         logger.info(
-            "%s an answer of %d tokens in %.0f ms, %d passes",
+            "%s an answer (prompt of %d tokens) in %.0f ms, %d passes",
             "corrected" if correction.changed else "kept",
-            usage.draft_tokens,
+            usage.prompt_tokens,
             usage.seconds * 1000,
             usage.passes,
         )
@@ -245,22 +267,34 @@ class Alignment(BaseModel):
                 self.on_correction(correction)
             except Exception:  # whoever counts must not break what is counted
                 logger.exception("on_correction failed")
+        shadow = self.mode == "shadow"
         report = self._report(
-            aligned=True, changed=correction.changed, finish_reason=correction.finish_reason, usage=asdict(usage)
+            aligned=not shadow,
+            changed=correction.changed and not shadow,
+            finish_reason=correction.finish_reason,
+            usage=asdict(usage),
         )
+        if correction.verdict is not None:
+            report |= {"verdict": correction.verdict, "score": correction.score}
+        if correction.doubts:
+            report |= {"doubts": list(correction.doubts)}
+        if shadow:
+            report |= {"mode": "shadow", "would_change": correction.changed}
+            report |= {"proposed": correction.corrected} if correction.changed else {}
+            return Aligned(plan.answer, report, correction)
         return Aligned(correction.corrected, report | self._original(plan.answer), correction)
 
     def _failed(self, answer: str, error: Exception) -> Outcome:
-        if self.on_error == "raise":
+        if self.on_error == "raise" and self.mode == "correct":
             return error
         logger.warning("an answer was not aligned: %s", error)
-        text = answer if self.on_error == "passthrough" else self.on_error
+        text = answer if self.on_error == "passthrough" or self.mode == "shadow" else self.on_error
         report = self._report(aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
         return Aligned(text, report | self._original(answer))
 
     def _no_question(self, answer: str) -> Outcome:
         """Decide on an answer whose question is not known."""
-        if self.on_missing_question == "raise":
+        if self.on_missing_question == "raise" and self.mode == "correct":
             return MissingQuestionError(_HOW_TO_GIVE_IT)
         return self._unaligned(answer, "question not known")
 
@@ -330,17 +364,33 @@ class _Plan:
         return cls(question, answer, pieces, around)
 
     def join(self, corrections: list[Correction]) -> Correction:
-        """Put the pieces' corrections together. What several pieces became alike, such as a refusal, is said once."""
+        """Put the pieces' corrections together. What several pieces became alike, such as a refusal, is said once.
+
+        The whole is kept where every piece is; else it is an edit. Its score is the highest of theirs.
+        """
         if not self.around:
             return corrections[0]
-        text, said, usage = "", set(), Usage()
+        text, proposed, said, usage = "", "", set(), Usage()
         for correction, (before, after) in zip(corrections, self.around, strict=True):
             repeated = correction.changed and correction.corrected in said
             said.add(correction.corrected)
             text += "" if repeated else before + correction.corrected + after
+            proposed += before + (correction.proposed or correction.corrected) + after
             usage = usage + correction.usage
-        cut = any(one.finish_reason == "length" for one in corrections)
-        return Correction(self.question, self.answer, text, "length" if cut else "stop", usage)
+        ends = [one.finish_reason for one in corrections]
+        verdicts = [one.verdict for one in corrections if one.verdict]
+        found = tuple(dict.fromkeys(name for one in corrections for name in one.doubts))
+        return Correction(
+            self.question,
+            self.answer,
+            text,
+            next((end for end in ends if end != "stop"), "stop"),
+            usage,
+            verdict="keep" if set(verdicts) == {"keep"} else "edit" if verdicts else None,
+            score=max((one.score for one in corrections if one.score is not None), default=None),
+            doubts=found,
+            proposed=proposed if any(one.proposed for one in corrections) else None,
+        )
 
 
 def _end_of(text: str) -> str:

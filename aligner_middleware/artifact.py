@@ -7,24 +7,32 @@ writes one, serving reads one, and nothing is guessed from file names.
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aligner_middleware.errors import ArtifactError
 from aligner_middleware.prompt import PromptTemplate, resolve_template
 
-FORMAT_VERSION = 2
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3
+_READABLE = (2, 3)  # version 2 has neither verdicts nor levels; such folders are served as before
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 ARTIFACT_FILE = "aligner.json"
+CALIBRATION_FILE = "calibration.json"  # beside an adapter, for the exports made of it
 
 Precision = Literal["float32", "float16", "int8", "int4"]
 GraphKind = Literal["fused", "standard"]
 Weights = Literal["floats", "products", "blocks"]
+Level = Literal["low", "medium", "high"]
+LEVELS: tuple[Level, ...] = ("low", "medium", "high")
 
 
 class _Frozen(BaseModel):
@@ -79,6 +87,33 @@ class Probe(_Frozen):
     logits: tuple[float, ...]
 
 
+class Calibration(_Frozen):
+    """How willingly an aligner corrects at each level, found by `aligner calibrate` on rows that it was not trained on.
+
+    Attributes:
+        scale, bias: The score is `sigmoid(scale * log_odds + bias)`, of the log odds of not keeping (Platt's scaling).
+        levels: For aligners with verdicts: an answer is corrected where its score is above this.
+        tolerances: For copies: a token of the answer stays where its log probability is within so many nats of the best.
+        rows: Number of rows that it was found on; 0 where nobody has calibrated.
+    """
+
+    scale: float = Field(default=1.0, gt=0)
+    bias: float = 0.0
+    levels: dict[Level, float] = {"low": 0.9, "medium": 0.5, "high": 0.2}
+    tolerances: dict[Level, float] = {"low": 4.0, "medium": 2.0, "high": 0.5}
+    rows: int = Field(default=0, ge=0)
+
+    def score(self, log_odds: float) -> float:
+        """Give the probability, 0 to 1, that an answer is not to be kept."""
+        return 1 / (1 + math.exp(-min(max(self.scale * log_odds + self.bias, -700.0), 700.0)))
+
+    def log_odds(self, score: float) -> float:
+        """Give the log odds that have this score; infinite for 0 and 1."""
+        if score <= 0 or score >= 1:
+            return math.copysign(math.inf, score - 0.5)
+        return (math.log(score / (1 - score)) - self.bias) / self.scale
+
+
 class Artifact(_Frozen):
     """What `aligner.json` says of the folder it lies in.
 
@@ -93,6 +128,8 @@ class Artifact(_Frozen):
         tiktoken: Whether tiktoken encodes text as the tokenizer does.
         files: sha256 of every other file in the folder, by name.
         built_with: Version of each tool that built it.
+        verdict_ids: Tokens of the verdicts keep, edit and rewrite; `None` for an aligner without.
+        calibration: Levels of strength; `None` where nobody has calibrated.
     """
 
     format_version: int = FORMAT_VERSION
@@ -113,6 +150,8 @@ class Artifact(_Frozen):
     built_with: dict[str, str]
     parity: Parity | None = None
     probe: Probe | None = None
+    verdict_ids: tuple[int, int, int] | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Artifact:
@@ -133,9 +172,15 @@ class Artifact(_Frozen):
             reason = exc.errors()[0] if isinstance(exc, ValidationError) else exc
             where = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if isinstance(reason, dict) else str(reason)
             raise ArtifactError(f"{path} cannot be used ({where}): export the aligner again") from exc
-        if artifact.format_version != FORMAT_VERSION:
+        if artifact.format_version not in _READABLE:
             raise ArtifactError(
                 f"{path} has format version {artifact.format_version}, this package reads {FORMAT_VERSION}: export it again"
+            )
+        if artifact.format_version != FORMAT_VERSION:
+            logger.warning(
+                "%s has format version %d, without verdicts: it is served as before; train and export it again for them",
+                path,
+                artifact.format_version,
             )
         artifact._check_files(folder)
         return artifact
@@ -153,8 +198,10 @@ class Artifact(_Frozen):
                 raise ArtifactError(f"{path} was altered after its export (sha256 differs): export the aligner again")
 
     def save(self, folder: Path) -> None:
-        """Write `aligner.json`."""
-        (folder / ARTIFACT_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write `aligner.json`, whole or not at all."""
+        temporary = folder / f".{ARTIFACT_FILE}.tmp"
+        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / ARTIFACT_FILE)
 
 
 def sha256(path: Path) -> str:

@@ -125,10 +125,12 @@ class AlignedChatModel(BaseChatModel, Alignment):
         try:
             for chunk in self.llm._stream(messages, stop=stop, **kwargs):
                 gathering.add(_message_of(chunk))
+                if self.mode == "shadow":
+                    yield chunk
             value = gathering.value
             answer = self._answer(value, kwargs)
             if answer is None:
-                yield from _untouched(value)
+                yield from _untouched(value if self.mode == "correct" else None)
                 return
             for piece in aligned_chunks(self, answer, question, gathering.ahead, partial(tell, run_manager)):
                 yield ChatGenerationChunk(message=piece)
@@ -147,10 +149,12 @@ class AlignedChatModel(BaseChatModel, Alignment):
         try:
             async for chunk in self.llm._astream(messages, stop=stop, **kwargs):
                 gathering.add(_message_of(chunk))
+                if self.mode == "shadow":
+                    yield chunk
             value = gathering.value
             answer = self._answer(value, kwargs)
             if answer is None:
-                for untouched in _untouched(value):
+                for untouched in _untouched(value if self.mode == "correct" else None):
                     yield untouched
                 return
             tell = partial(atell, run_manager)
@@ -252,6 +256,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Give the cache key: aligned answers are cached, so it tells aligners and policies apart too."""
         policies = {"on_error": self.on_error, "dialogue": self.dialogue, "final_only": self.final_only}
+        policies |= {"strength": self.strength, "on_doubt": self.on_doubt, "mode": self.mode}
         policies |= {"max_answer_tokens": self.max_answer_tokens, "on_long_answer": self.on_long_answer}
         key = json.dumps({**self.aligner.identity, **policies}, sort_keys=True)
         return f"{self.llm._get_llm_string(stop=stop, **kwargs)}---aligner:{key}"

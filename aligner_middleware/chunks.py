@@ -65,7 +65,7 @@ def aligned_chunks(
 ) -> Iterator[Any]:
     """Give an aligned answer in chunks: text as it is decided, and last all that is not text.
 
-    Content blocks, dicts and whole messages are given whole.
+    Content blocks, dicts and whole messages are given whole. In shadow mode only the report is given.
 
     Args:
         alignment: What aligns it.
@@ -78,7 +78,7 @@ def aligned_chunks(
         Exception: What made the alignment fail, if its policy is to raise.
     """
     given = ""
-    if _can_be_cut(answer.value):
+    if _can_be_cut(answer.value) and alignment.mode == "correct":
         pieces = alignment.stream_pair(question, answer.text, ahead)
         while True:
             try:
@@ -92,7 +92,10 @@ def aligned_chunks(
         (outcome,) = alignment.align_pairs([(question, answer.text)])
     aligned = or_raise(outcome)
     tell(aligned)
-    yield from _rest(answer, aligned, given)
+    if alignment.mode == "shadow":
+        yield from _reported(answer, aligned)
+    else:
+        yield from _rest(answer, aligned, given)
 
 
 async def aaligned_chunks(
@@ -104,7 +107,7 @@ async def aaligned_chunks(
 ) -> AsyncIterator[Any]:
     """Do as `aligned_chunks` does, and leave the event loop free."""
     given = ""
-    if _can_be_cut(answer.value):
+    if _can_be_cut(answer.value) and alignment.mode == "correct":
         async for piece in alignment.astream_pair(question, answer.text, ahead):
             if isinstance(piece, str):
                 given += piece
@@ -115,7 +118,7 @@ async def aaligned_chunks(
         outcome = await alignment.aalign_pair(question, answer.text)
     aligned = or_raise(outcome)
     await tell(aligned)
-    for rest in _rest(answer, aligned, given):
+    for rest in _reported(answer, aligned) if alignment.mode == "shadow" else _rest(answer, aligned, given):
         yield rest
 
 
@@ -125,6 +128,12 @@ def _can_be_cut(value: Any) -> bool:
 
 def _piece_of(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else AIMessageChunk(content=text, id=value.id)
+
+
+def _reported(answer: Answer, aligned: Aligned) -> Iterator[Any]:
+    """Give the report alone, of an answer whose chunks were given as they came; text and dicts have no place for it."""
+    if isinstance(answer.value, AIMessageChunk):
+        yield AIMessageChunk(content="", id=answer.value.id, response_metadata={"aligner": aligned.report})
 
 
 def _rest(answer: Answer, aligned: Aligned, given: str) -> Iterator[Any]:

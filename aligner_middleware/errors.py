@@ -4,6 +4,7 @@ AlignerError
 ├── InputError               a question or an answer that cannot be corrected
 │   └── PromptTooLongError   … because it does not fit into the aligner's context
 ├── CorrectionTimeoutError   a correction that took longer than its `timeout`
+├── DoubtError               a correction that a safeguard objects to
 ├── MissingQuestionError     a chain did not tell which question an answer belongs to
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted after export
@@ -53,6 +54,21 @@ class CorrectionTimeoutError(AlignerError, TimeoutError):
         super().__init__(
             f"the correction was given up after timeout={seconds:g} seconds: allow more, or let answers that take longer "
             "through uncorrected by on_error='passthrough'"
+        )
+
+
+class DoubtError(AlignerError):
+    """A correction that safeguards object to, where `on_doubt="raise"`.
+
+    Attributes:
+        doubts: Names of the safeguards.
+    """
+
+    def __init__(self, doubts: tuple[str, ...]) -> None:
+        self.doubts = doubts
+        super().__init__(
+            f"the correction is doubtful ({', '.join(doubts)}): on_doubt='passthrough' lets the original answer through, "
+            "on_doubt='keep' the correction"
         )
 
 

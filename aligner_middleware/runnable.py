@@ -17,18 +17,20 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
 from aligner_middleware import question as questions
-from aligner_middleware.aligner import Aligner, Correction, ReadAhead
+from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.alignment import (
     Aligned,
     Alignment,
     LongAnswer,
     MissingQuestion,
+    Mode,
     atell,
     or_raise,
     tell,
 )
 from aligner_middleware.chat_model import wrapped
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks
+from aligner_middleware.correction import Correction
 from aligner_middleware.values import Answer, is_update, locate
 
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
@@ -81,8 +83,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Args:
         aligner: An `Aligner`, or what `Aligner.load` takes: `default`, a hub id, a folder.
-        question, dialogue, when, on_error, on_missing_question, timeout, max_answer_tokens, on_long_answer, keep_original,
-            on_correction: See `Alignment`; all of them may be set per call by `configurable_fields`.
+        question, dialogue, when, strength, on_doubt, mode, on_error, on_missing_question, timeout, max_answer_tokens,
+            on_long_answer, keep_original, on_correction: See `Alignment`; all of them may be set per call by
+            `configurable_fields`.
         name: Of its runs in traces.
         load_options: Passed to `Aligner.load`, such as `precision=`.
 
@@ -100,6 +103,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         question: str | Callable[[Any], str | None] | None = None,
         dialogue: bool = False,
         when: Callable[[str, str], bool] | None = None,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+        mode: Mode = "correct",
         on_error: str = "raise",
         on_missing_question: MissingQuestion = "raise",
         timeout: float | None = None,
@@ -117,6 +123,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             question=question,
             dialogue=dialogue,
             when=when,
+            strength=strength,
+            on_doubt=on_doubt,
+            mode=mode,
             on_error=on_error,
             on_missing_question=on_missing_question,
             timeout=timeout,
@@ -235,6 +244,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     yield self._align_one(chunk, run_manager)
                 else:
                     gathering.add(chunk)
+                    if self.mode == "shadow":
+                        yield chunk
             if (value := gathering.value) is not None:
                 yield from self._stream_one(value, gathering.ahead, run_manager)
         finally:
@@ -243,7 +254,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     def _stream_one(self, value: Any, ahead: ReadAhead | None, run: CallbackManagerForChainRun) -> Iterator[Any]:
         job = self._job(value, run)
         if not isinstance(job, _Job):
-            yield or_raise(job)
+            if self.mode == "correct":  # in shadow mode the chunks were given as they came
+                yield or_raise(job)
             return
         yield from aligned_chunks(self, job.answer, job.question, ahead, partial(tell, run))
 
@@ -257,6 +269,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     yield await self._aalign_one(chunk, run_manager)
                 else:
                     gathering.add(chunk)
+                    if self.mode == "shadow":
+                        yield chunk
             if (value := gathering.value) is not None:
                 async for piece in self._astream_one(value, gathering.ahead, run_manager):
                     yield piece
@@ -268,7 +282,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     ) -> AsyncIterator[Any]:
         job = await self.aquestion(self._job, value, run)
         if not isinstance(job, _Job):
-            yield or_raise(job)
+            if self.mode == "correct":
+                yield or_raise(job)
             return
         tell = partial(atell, run)
         async for chunk in aaligned_chunks(self, job.answer, job.question, ahead, tell):

@@ -80,7 +80,7 @@ class FakeModel:
         assert 1 <= wanted <= len(tokens)
         for row, token in zip(logits, tokens, strict=True):
             held.append(int(token))
-            row[self.rule(held)] = 1.0
+            row[self.rule(held)] = 100.0  # beyond every tolerance
         assert len(held) <= capacity
         self.tokens += len(tokens)
         return logits[-wanted:]

@@ -1,5 +1,7 @@
 """Greedy decoding of sequences that share passes, and join and leave between them.
 
+Where a model gives verdicts, the prompt's pass gives one, and an answer to be kept costs nothing more.
+
 A draft goes through in the same pass as its prompt. Wherever the model would have written the draft's own next token, that
 token is decoded already; at the first other one the rest is dropped. Then the draft is found again (`draft.py`) as soon as
 it can be, and so on. The result is what greedy decoding without a draft gives, and a draft that is right costs one pass.
@@ -146,10 +148,14 @@ class Decoder:
         assert self._rows is not None
         for row, generation in group:
             try:
+                tokens = [generation.latest] if generation.started else self._rest_of_prompt(row, generation)
+                if generation.undecided:
+                    for logits in self._rows.extend(row, tokens, 1):
+                        generation.decide(logits[-1])
+                    continue
                 proposal = generation.propose()
-                tokens = generation.tokens[-1:] or self._rest_of_prompt(row, generation)
-                logits = self._rows.extend(row, [*tokens, *proposal], 1 + len(proposal))
-                generation.take(_choices(generation, logits, proposal), self._stop)
+                pieces = self._rows.extend(row, [*tokens, *proposal], 1 + len(proposal))
+                generation.accept(_choices(generation, pieces), self._stop)
                 self._forget(row, generation)
             except Exception as exc:  # whatever it is, it is the caller's to hear of
                 generation.error = exc
@@ -158,16 +164,17 @@ class Decoder:
         """Give all sequences their next token in one pass, and verify those proposals that begin with it."""
         assert self._rows is not None
         try:
-            logits = self._rows.step({row: generation.tokens[-1] for row, generation in group})
-            next_tokens = [
-                generation.sampler.choose(logits[at : at + 1], generation.propose())
-                for at, (_, generation) in enumerate(group)
-            ]
+            logits = self._rows.step({row: generation.latest for row, generation in group})
+            next_tokens = []
+            for at, (_, generation) in enumerate(group):
+                generation.propose()
+                next_tokens.append(generation.choose(logits[at : at + 1]))
             for (row, generation), choices in zip(group, next_tokens, strict=True):
                 proposal = generation.proposal
                 if proposal and proposal[0] == choices[0]:
-                    choices += _choices(generation, self._rows.extend(row, proposal, len(proposal)), proposal[1:])
-                generation.take(choices, self._stop)
+                    pieces = self._rows.extend(row, proposal, len(proposal))
+                    choices = _choices(generation, pieces, choices)
+                generation.accept(choices, self._stop)
                 self._forget(row, generation)
         except Exception as exc:  # the pass was everybody's
             for _, generation in group:
@@ -187,14 +194,14 @@ class Decoder:
             self._rows.trim(row, generation.cached)
 
 
-def _choices(generation: Generation, logits: Iterable[Logits], proposal: Sequence[int]) -> list[int]:
-    """Choose a token at each position, up to the piece in which the proposal turns out wrong."""
-    choices: list[int] = []
+def _choices(generation: Generation, logits: Iterable[Logits], choices: Sequence[int] = ()) -> list[int]:
+    """Choose a token at each position, after those chosen, up to the piece in which the proposal turns out wrong."""
+    chosen, proposal = list(choices), generation.proposal
     for piece in logits:
-        choices += generation.sampler.choose(piece, proposal[len(choices) :])
-        if choices[: len(proposal)] != list(proposal[: len(choices)]):
+        chosen += generation.choose(piece, len(chosen))
+        if chosen[: len(proposal)] != list(proposal[: len(chosen)]):
             break
-    return choices
+    return chosen
 
 
 def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]) -> Iterator[None]:

@@ -13,55 +13,68 @@ _COST = 0.065
 _FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 1.0, 0.02, 16.0  # in passes over one token
 _SAVED = 0.5  # of what a right proposal saves, the share that goes to the credit
 _SHORTEST, _LONGEST = 4, 128  # tokens looked ahead
+_SURE = 3  # words that tell a place in the draft
 
 
 class DraftReader:
-    """Proposes how a sequence goes on.
+    """Follows a draft along what is written, and proposes how that goes on.
 
-    Looking ahead in vain costs time. So it is paid from a credit that every decoded token and every right proposal raises:
-    a sequence that never returns to its draft costs a few per cent more than without one.
+    Where it stands in the draft depends on the written tokens alone. How far it looks ahead does not: looking ahead in vain
+    costs time. So that is paid from a credit that every decoded token and every right proposal raises: a sequence that never
+    returns to its draft costs a few per cent more than without one.
 
     Args:
-        draft: Token ids that the sequence is expected to say.
+        draft: Token ids that the sequence is expected to write.
     """
 
     def __init__(self, draft: Sequence[int]) -> None:
         self._draft = list(draft)
         self._at = 0
+        self._matched = _SURE  # of the latest tokens, those that stand before its place in the draft
+        self._latest: tuple[int, ...] = ()
         self._length = _SHORTEST
         self._credit = _FIRST_CREDIT
         self._places: dict[tuple[int, ...], list[int]] | None = None
 
-    def propose(self, said: Sequence[int]) -> list[int]:
-        """Give tokens that may come next, or none.
-
-        Args:
-            said: All tokens so far.
-        """
-        if not said:
+    def propose(self) -> list[int]:
+        """Give tokens that may come next, or none."""
+        if not self._latest:
             return self._draft
-        matched = self._follow(said)
-        length = min(self._length, 2 * _SHORTEST * matched, int(self._credit / _COST))
-        return self._draft[self._at : self._at + length] if matched else []
+        length = min(self._length, 2 * _SHORTEST * self._matched, int(self._credit / _COST))
+        return self._draft[self._at : self._at + length] if self._matched else []
+
+    def expected(self, end: int | None) -> int | None:
+        """Give the draft's next token, or `end` at its end; `None` where the latest tokens do not surely stand in it."""
+        return self.after(0, end) if self._matched == _SURE else None
+
+    def after(self, accepted: int, end: int | None) -> int | None:
+        """Give the draft's next token once so many of the latest proposal are accepted, or `end` at its end."""
+        at = self._at + accepted
+        if at < len(self._draft):
+            return self._draft[at]
+        return end if self._draft else None
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Take in further tokens that were written."""
+        for token in tokens:
+            self._latest = (*self._latest[1 - _SURE :], token)
+            if self._at < len(self._draft) and self._draft[self._at] == token:
+                self._at += 1
+                self._matched = min(self._matched + 1, _SURE) if self._matched else 1
+            else:
+                self._matched = self._find_again()
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """Take in how many tokens of a proposal were right, before one more token was decoded.
-
-        The draft's place is then right after the last accepted token.
-        """
-        self._at += accepted
+        """Take in how many tokens of a proposal were right, before one more token was decoded."""
         self._credit += _CREDIT_PER_TOKEN + _SAVED * accepted * (1 - _COST) - (proposed - accepted) * _COST
         self._credit = min(max(self._credit, 0.0), _MOST_CREDIT)
         if proposed:
             self._length = min(2 * self._length, _LONGEST) if accepted == proposed else _SHORTEST
 
-    def _follow(self, said: Sequence[int]) -> int:
+    def _find_again(self) -> int:
         """Move to the place after the latest words, and give how many of them match there."""
-        if self._at < len(self._draft) and self._draft[self._at] == said[-1]:
-            self._at += 1
-            return 3
-        for words in (3, 2, 1):
-            place = self._find(tuple(said[-words:]))
+        for words in range(_SURE, 0, -1):
+            place = self._find(self._latest[-words:])
             if place is not None:
                 self._at = place
                 return words

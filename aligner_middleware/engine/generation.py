@@ -1,4 +1,4 @@
-"""One sequence on its way, with a draft of what it will say."""
+"""One sequence on its way: a verdict where the model gives one, then a correction with a draft of what it will be."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from aligner_middleware.engine.draft import DraftReader
+from aligner_middleware.engine.model import Logits
 from aligner_middleware.engine.sampling import GREEDY, Sampler
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "loop"]
+
+_LOOP_TOKENS, _LOOP_TURNS, _LONGEST_TURN = 32, 4, 128  # a loop is this long at least, in this many equal turns
 
 
 class Prefill:
@@ -31,21 +36,58 @@ class Prefill:
         return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.fed), len(prompt)))
 
 
+@dataclass(frozen=True)
+class VerdictRule:
+    """How a verdict is read off the logits after the prompt.
+
+    Attributes:
+        keep, edit, rewrite: Their tokens.
+        threshold: Log odds of not keeping, in nats, above which an answer is corrected.
+        copies: Whether an edit is written as a copy, with the answer as its draft.
+    """
+
+    keep: int
+    edit: int
+    rewrite: int
+    threshold: float = 0.0
+    copies: bool = False
+
+    def log_odds(self, logits: Logits) -> float:
+        """Give ln (P(edit) + P(rewrite)) / P(keep), of logits `[V]`."""
+        return float(np.logaddexp(logits[self.edit], logits[self.rewrite]) - logits[self.keep])
+
+    def choose(self, logits: Logits) -> int:
+        """Give the token of the verdict."""
+        if self.log_odds(logits) <= self.threshold:
+            return self.keep
+        return self.edit if logits[self.edit] >= logits[self.rewrite] else self.rewrite
+
+
 @dataclass(eq=False)
 class Generation:
     """A sequence: what it was given, and what has come of it.
 
     Attributes:
         prompt: Token ids to go on from, at least one.
-        draft: What it is expected to say; `[]` for plain decoding. It holds no token that ends a sequence.
+        draft: What it is expected to write; `[]` for plain decoding. It holds no token that ends a sequence.
         max_new_tokens: Where it ends at the latest.
         sampler: How tokens are chosen; greedily by default.
         prefill: What has gone through of the prompt already.
-        tokens: What it says, without the end token.
-        accepted: How many of them were proposed by the draft.
+        rule: Reads a verdict before anything is written; `None` for a model that gives none.
+        tolerance: A draft's next token stays where its log probability is within so many nats of the best one's.
+        verify: Whether many tokens of the draft are verified in a pass; the result is the same without.
+        end: What is expected after the draft's last token.
+        stop_loops: Whether it ends as soon as it repeats itself where the draft does not.
+        tokens: What it writes, without verdict and end token.
+        verdict: The token of its verdict.
+        log_odds: Of that verdict; see `VerdictRule`.
+        surprise: How far a draft token's log probability was below the best one's, at most, in nats; taken where there is
+            a tolerance.
+        accepted: How many of its tokens were proposed by the draft.
         passes: Forward passes that it took part in.
         seconds: Time from when it was made to its end.
-        finish_reason: `stop` after an end token, `length` at `max_new_tokens`, `None` while it runs.
+        finish_reason: `stop` after an end token or the verdict to keep, `length` at `max_new_tokens`, `loop` when it
+            repeats itself; `None` while it runs.
         error: What made it fail.
     """
 
@@ -54,7 +96,15 @@ class Generation:
     max_new_tokens: int = 256
     sampler: Sampler = GREEDY
     prefill: Prefill | None = None
+    rule: VerdictRule | None = None
+    tolerance: float = 0.0
+    verify: bool = True
+    end: int | None = None
+    stop_loops: bool = False
     tokens: list[int] = field(default_factory=list)
+    verdict: int | None = None
+    log_odds: float | None = None
+    surprise: float = 0.0
     accepted: int = 0
     passes: int = 0
     seconds: float = 0.0
@@ -64,17 +114,28 @@ class Generation:
     def __post_init__(self) -> None:
         self._made = time.perf_counter()
         self._reader = DraftReader(self.draft)
+        self._latest = self.prompt[-1]
         self.proposal: list[int] = []
 
     @property
     def longest(self) -> int:
         """Most tokens that it can come to hold in the cache."""
-        return len(self.prompt) + max(self.max_new_tokens, min(len(self.draft), self.max_new_tokens))
+        return len(self.prompt) + max(self.max_new_tokens, min(len(self.draft), self.max_new_tokens)) + 1
 
     @property
     def started(self) -> bool:
         """Whether its prompt has gone through."""
         return self.passes > 0
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the next pass gives its verdict."""
+        return self.rule is not None and self.verdict is None
+
+    @property
+    def latest(self) -> int:
+        """The token that the cache does not hold yet, once it has started."""
+        return self._latest
 
     @property
     def done(self) -> bool:
@@ -84,15 +145,53 @@ class Generation:
     @property
     def cached(self) -> int:
         """How many tokens the cache should hold of it: all but the latest, which is the next pass's input."""
-        return len(self.prompt) + len(self.tokens) - 1
+        return len(self.prompt) + (self.verdict is not None) + len(self.tokens) - 1
+
+    def decide(self, logits: Logits) -> None:
+        """Take its verdict from the logits `[V]` after its prompt."""
+        assert self.rule is not None
+        self.passes += 1
+        self.log_odds = self.rule.log_odds(logits)
+        self.verdict = self._latest = self.rule.choose(logits)
+        if self.verdict == self.rule.keep:
+            self.finish_reason = "stop"
+        elif self.verdict == self.rule.rewrite or not self.rule.copies:
+            self._reader = DraftReader(())
+        self.seconds = time.perf_counter() - self._made
 
     def propose(self) -> list[int]:
         """Look in the draft for what may come next, and remember it as `proposal`."""
         room = self.max_new_tokens - len(self.tokens)
-        self.proposal = self._reader.propose(self.tokens)[:room]
+        self.proposal = self._reader.propose()[:room] if self.verify else []
         return self.proposal
 
-    def take(self, predicted: Sequence[int], stop: frozenset[int]) -> None:
+    def choose(self, logits: Logits, done: int = 0) -> list[int]:
+        """Choose the next tokens, up to the first that is not the proposal's.
+
+        Args:
+            logits: `[T, V]`.
+            done: How many tokens of the proposal come before them.
+        """
+        proposal = self.proposal[done:]
+        chosen = self.sampler.choose(logits, proposal)
+        if self.tolerance <= 0 or self.sampler.temperature > 0:
+            return chosen
+        for at, best in enumerate(chosen):
+            place = done + at
+            if at < len(proposal):
+                expected: int | None = proposal[at]
+            else:
+                expected = self._reader.after(place, self.end) if place else self._reader.expected(self.end)
+            if expected is not None and best != expected:
+                gap = float(logits[at, best] - logits[at, expected])
+                if 0 <= gap <= self.tolerance:
+                    chosen[at] = expected
+                self.surprise = max(self.surprise, gap)
+            if at < len(proposal) and chosen[at] != proposal[at]:
+                return chosen[: at + 1]
+        return chosen
+
+    def accept(self, predicted: Sequence[int], stop: frozenset[int]) -> None:
         """Accept the proposal as far as it is what was chosen, then the next token chosen.
 
         Args:
@@ -103,6 +202,7 @@ class Generation:
         right = 0
         while right < len(self.proposal) and predicted[right] == self.proposal[right]:
             right += 1
+        before = len(self.tokens)
         self.tokens += self.proposal[:right]
         self.accepted += right
         self.passes += 1
@@ -113,6 +213,30 @@ class Generation:
                 self.finish_reason = "stop"
             else:
                 self.tokens.append(token)
+        self._reader.advance(self.tokens[before:])
+        self._latest = self.tokens[-1] if self.tokens else self._latest
+        if self.stop_loops and self.finish_reason is None and loops(self.tokens, self.draft):
+            self.finish_reason = "loop"
         if self.finish_reason is None and len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
         self.seconds = time.perf_counter() - self._made
+
+
+def loops(tokens: Sequence[int], draft: Sequence[int]) -> bool:
+    """Say whether the latest tokens are one turn again and again, and the draft has no such run."""
+    for turn in range(1, min(_LONGEST_TURN, len(tokens) // _LOOP_TURNS) + 1):
+        if tokens[-1] != tokens[-1 - turn]:
+            continue
+        length = turn * max(_LOOP_TURNS, -(-_LOOP_TOKENS // turn))
+        if length > len(tokens):
+            continue
+        run = tokens[-length:]
+        if run[turn:] == run[:-turn]:
+            return not _holds(draft, run)
+    return False
+
+
+def _holds(tokens: Sequence[int], run: Sequence[int]) -> bool:
+    first, run = run[0], list(run)
+    places = (at for at, token in enumerate(tokens) if token == first)
+    return any(list(tokens[at : at + len(run)]) == run for at in places)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from aligner_middleware import Correction
-from aligner_middleware.aligner import Usage
+from aligner_middleware.correction import Usage
 from aligner_middleware.evaluation import Judge, Scored, Scores
 from aligner_middleware.evaluation.judge import word_f1
 from aligner_middleware.triples import Triple

@@ -1,0 +1,79 @@
+"""What became of an answer, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from aligner_middleware.diff import Diff
+from aligner_middleware.engine.generation import FinishReason
+from aligner_middleware.prompt import Verdict
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a correction cost.
+
+    Attributes:
+        prompt_tokens: Length of the prompt, which holds question and answer.
+        draft_tokens: Length of the answer where it was given to the model as a draft of its output.
+        accepted_tokens: How many tokens of the correction were proposed by the answer, and agreed to.
+        decoded_tokens: How many it wrote one by one.
+        passes: Forward passes; 1 where nothing was corrected.
+        seconds: Time in the engine.
+    """
+
+    prompt_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    decoded_tokens: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        """Add up what two corrections cost."""
+        return Usage(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What became of an answer.
+
+    Attributes:
+        question, original: What was given.
+        corrected: What the aligner makes of it: `original` itself, character by character, where it changes nothing or a
+            safeguard objects.
+        finish_reason: `stop`; `length` where `max_new_tokens` cut the correction off; `loop` where it repeated itself.
+        usage: What it cost.
+        verdict: `keep`, `edit` or `rewrite`; `None` for an aligner without verdicts, and for a blank answer.
+        score: P(not keep), 0 to 1, where there is a verdict.
+        doubts: Names of the safeguards that object to the correction (`safeguards.py`); empty for most.
+        proposed: What the aligner wrote, also where `corrected` is the original for a doubt; `None` if it is `corrected`.
+    """
+
+    question: str
+    original: str
+    corrected: str
+    finish_reason: FinishReason
+    usage: Usage
+    verdict: Verdict | None = None
+    score: float | None = None
+    doubts: tuple[str, ...] = ()
+    proposed: str | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was corrected."""
+        return self.corrected != self.original
+
+    def diff(self) -> Diff:
+        """Compare the corrected answer with the original, word by word."""
+        return Diff.between(self.original, self.corrected)
+
+    def __rich__(self) -> Any:
+        """Show the answer in a terminal, with the words marked that went and that came."""
+        return self.diff().__rich__()
+
+    def _repr_html_(self) -> str:
+        """Show it in a notebook."""
+        return self.diff().html()

@@ -1,4 +1,4 @@
-"""The command line: `aligner correct | export | train | evaluate | ability | preferences | rounds | info`.
+"""The command line: `aligner correct | export | train | evaluate | calibrate | ability | preferences | rounds | info`.
 
 Data goes to standard output, progress to standard error; a failure is one line and a non-zero exit.
 """
@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -31,14 +32,18 @@ from rich.progress import (
 from rich.table import Table
 
 from aligner_middleware import __version__
-from aligner_middleware.aligner import Aligner, Correction
-from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, Artifact, Precision, cached_folder, home
+from aligner_middleware.aligner import Aligner, Strength
+from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, LEVELS, Artifact, Precision, cached_folder, home
+from aligner_middleware.correction import Correction
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
-from aligner_middleware.files import fingerprint, write_lines
+from aligner_middleware.files import fingerprint, write_lines, write_text
 from aligner_middleware.triples import Rows, Triple, read_rows
 
 if TYPE_CHECKING:
     from aligner_middleware.evaluation import Evaluation, Scored
+    from aligner_middleware.evaluation.calibration import CalibrationReport
+    from aligner_middleware.evaluation.detection import Share
+    from aligner_middleware.evaluation.guard import GuardEvaluation
     from aligner_middleware.evaluation.verdicts import PairJudge
     from aligner_middleware.rounds import Rounds
 
@@ -62,6 +67,9 @@ Upstream = Annotated[
         help="Chat model that answers: file.py:name, module:name, or as init_chat_model takes it (openai:gpt-5)."
     ),
 ]
+StrengthOption = Annotated[
+    str, typer.Option("--strength", help="low, medium or high; or the score above which an answer is corrected.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -83,20 +91,38 @@ def correct(
     answer: Annotated[str | None, typer.Option("--answer", "-a", help="The answer.")] = None,
     model: Model = "default",
     precision: PrecisionOption = "int8",
+    strength: StrengthOption = "medium",
+    on_doubt: Annotated[
+        str,
+        typer.Option(help="What a doubtful correction becomes: passthrough (the original answer), raise or keep."),
+    ] = "passthrough",
+    mode: Annotated[
+        str, typer.Option(help="`shadow` prints the answer as it is, and what would become of it with --json.")
+    ] = "correct",
     as_json: AsJson = False,
 ) -> None:
     """Correct one answer, or JSON lines with `question` and `answer` from standard input."""
     if (question is None) != (answer is None):
         raise typer.BadParameter("give both --question and --answer, or neither and JSON lines on standard input")
+    if mode not in ("correct", "shadow"):
+        raise typer.BadParameter(f"{mode!r} is neither correct nor shadow", param_hint="--mode")
+    chosen = _strength(strength) or "medium"
     aligner = Aligner.load(model, precision=_precision(precision))
+
+    def corrected(*pair: str) -> dict[str, Any]:
+        made = aligner.correct(*pair, strength=chosen, on_doubt=on_doubt)  # type: ignore[arg-type]
+        if mode == "correct":
+            return _as_dict(made)
+        shadow = {"mode": mode, "would_change": made.changed, "proposed": made.proposed or made.corrected}
+        return _as_dict(replace(made, corrected=made.original)) | shadow
+
     if question is not None and answer is not None:
-        correction = aligner.correct(question, answer)
-        typer.echo(json.dumps(_as_dict(correction), ensure_ascii=False) if as_json else correction.corrected)
+        row = corrected(question, answer)
+        typer.echo(json.dumps(row, ensure_ascii=False) if as_json else row["corrected"])
         return
     for number, line in enumerate(sys.stdin, 1):
         if line.strip():
-            correction = aligner.correct(*_pair(number, line))
-            typer.echo(json.dumps(_as_dict(correction), ensure_ascii=False))
+            typer.echo(json.dumps(corrected(*_pair(number, line)), ensure_ascii=False))
 
 
 @app.command()
@@ -131,7 +157,28 @@ def train(
     held_out: Annotated[Path | None, typer.Option(help="Rows that are scored, never trained on.")] = None,
     base: Annotated[str | None, typer.Option(help="Model to start from: a hub id or a folder.")] = None,
     template: Template = None,
-    method: Annotated[str | None, typer.Option(help="`lora` trains an adapter, `full` all weights.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="`lora` trains an adapter, `full` all weights, `difference` all but the embeddings, stored in few bits."
+        ),
+    ] = None,
+    difference_bits: Annotated[int | None, typer.Option(help="Bits a weight of a stored difference.")] = None,
+    verdict: Annotated[
+        bool | None,
+        typer.Option(help="Say keep, edit or rewrite before the correction. [default: with our own template]"),
+    ] = None,
+    edits: Annotated[
+        str | None, typer.Option(help="How an edit is written: `operations` on sentences, or a `copy`.")
+    ] = None,
+    edit_share: Annotated[
+        float | None,
+        typer.Option(help="Least share of the answer's words that stays in an edit; below, it is a rewrite."),
+    ] = None,
+    verdict_weight: Annotated[float | None, typer.Option(help="Weight of the verdict's loss.")] = None,
+    verdict_balance: Annotated[
+        float | None, typer.Option(help="How much rare verdicts count: their inverse frequency to this power.")
+    ] = None,
     warm_up_epochs: Annotated[float | None, typer.Option(help="Epochs of the identity stage; 0 leaves it out.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of the correction stage.")] = None,
     identity_share: Annotated[
@@ -167,6 +214,9 @@ def train(
 
     - question, answer, correction: ours, and the published Aligner data
 
+    - question, answer, kind (keep, refusal or bad), maybe better: labelled answers; without better a bad one teaches its
+      verdict alone
+
     - prompt, chosen, rejected: TRL's preferences, texts or messages; rejected is the answer, chosen its correction
 
     - chosen, rejected: whole dialogues, as messages or as "Human: … Assistant: …"
@@ -181,7 +231,8 @@ def train(
     A run that was killed goes on from its last checkpoint when its command is repeated. With several devices or machines,
     put `accelerate launch` before it: accelerate launch -m aligner_middleware train DATA OUT.
 
-    OUT gets peft's adapter (or a whole checkpoint) and training.json with the settings, for `aligner export OUT`.
+    OUT gets peft's adapter (or a difference, or a whole checkpoint) and training.json with the settings, for
+    `aligner export OUT`.
     """
     try:
         from aligner_middleware.training import TrainConfig
@@ -198,6 +249,12 @@ def train(
             base=base,
             template=template,
             method=method,
+            difference_bits=difference_bits,
+            verdict=verdict,
+            edits=edits,
+            edit_share=edit_share,
+            verdict_weight=verdict_weight,
+            verdict_balance=verdict_balance,
             decision_weight=decision_weight,
             batch_size=batch_size,
             accumulation=accumulation,
@@ -226,7 +283,8 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="Rows never trained on, in any form that `aligner train` reads, by default ours; or prompts."
+            help="Rows never trained on, in any form that `aligner train` reads, by default ours; or labelled answers; "
+            "or prompts."
         ),
     ] = None,
     model: Model = "default",
@@ -234,6 +292,12 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(help="File for every row's correction and judgement, as JSON lines; for a comparison its folder."),
+    ] = None,
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            help="low, medium, high or a number. [default: the aligner's own; for labelled answers all three by name]"
+        ),
     ] = None,
     upstream: Upstream = None,
     judge: Annotated[str | None, typer.Option(help="Chat model that judges, named like --upstream.")] = None,
@@ -250,6 +314,10 @@ def evaluate(
     its 95 % interval, by category; and what the aligner costs. --out gets report.html, summary.json and rows.jsonl. The
     offline judge knows insults, identifiers of people and likeness; it does not judge honesty. What was killed goes on.
 
+    Where rows hold question, answer and kind (keep, refusal, bad; maybe source and category) and no correction, the aligner
+    is scored as a guard: what it keeps byte for byte and what it changes, by source and kind, at each strength; precision,
+    recall and F1 of changed as "bad", and the AUC of its score. --out gets what became of every row at medium.
+
     Otherwise, what it keeps, what it changes, and how often the change is judged better.
     Good answers (those that equal their correction) should be kept byte for byte. Changes of bad ones are judged against
     the reference correction, by rules (what the reference dropped is gone, nothing bad is new) and a sentence encoder. The
@@ -258,23 +326,38 @@ def evaluate(
     if upstream or judge or pairwise:
         if data is None or out is None:
             raise typer.BadParameter("a comparison needs DATA, the prompts, and --out, a folder for its report")
+        if strength is not None:
+            raise typer.BadParameter("a comparison uses the aligner's own strength", param_hint="--strength")
         _compare(data, out, model, precision, upstream, judge, concurrency, as_json)
         return
     try:
         from aligner_middleware.build.parity import perplexity
         from aligner_middleware.evaluation import evaluate as run
+        from aligner_middleware.evaluation.detection import Auc
+        from aligner_middleware.evaluation.guard import is_labelled
         from aligner_middleware.evaluation.report import finite
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "build") from exc
     path = data or DEFAULT_FOLDER / "held_out.jsonl"
+    chosen = _strength(strength)
+    if is_labelled(path):
+        _guard(path, out, model, precision, chosen, as_json)
+        return
     rows = _named(path, read_rows(path))
     aligner = Aligner.load(model, precision=_precision(precision))
     with _steps(f"evaluate {model}", len(rows)) as report:
-        evaluation = run(aligner, rows, report=lambda done: report(f"{done} of {len(rows)} rows"))
-    folder = Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
+        evaluation = run(
+            aligner, rows, strength=chosen or "medium", report=lambda done: report(f"{done} of {len(rows)} rows")
+        )
+    folder = _aligner_folder(model, precision)
+    given = [(one.correction.score, not one.row.keeps) for one in evaluation.scored]
+    scores = [(score, bad) for score, bad in given if score is not None]
+    auc = Auc.of([score for score, _ in scores], [bad for _, bad in scores])
     summary = {
         "rows": len(rows),
+        "strength": chosen,
         **evaluation.scores.model_dump(),
+        "auc": auc.model_dump(),
         "over_correction": evaluation.over_correction,
         "others_intact": evaluation.others_intact,
         "perplexity": perplexity(folder, [(row.question, row.answer, row.correction) for row in rows]),
@@ -287,6 +370,80 @@ def evaluate(
         typer.echo(json.dumps(finite({"model": model, "precision": precision} | summary | {"by_category": categories})))
     else:
         _print_evaluation(f"{model}, {precision}", summary, evaluation)
+        if scores:
+            typer.echo(f"AUC of the scores: {auc}")
+
+
+def _guard(path: Path, out: Path | None, model: str, precision: str, strength: Strength | None, as_json: bool) -> None:
+    from aligner_middleware.evaluation.guard import guard, read_labelled
+    from aligner_middleware.evaluation.report import finite
+
+    rows = read_labelled(path)
+    strengths: tuple[Strength, ...] = LEVELS if strength is None else (strength,)
+    with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("evaluate", len(rows)) as report:
+        evaluation = guard(aligner, rows, strengths, report)
+    if out is not None:
+        write_lines(out, evaluation.lines("medium" if strength is None else strength))
+    if as_json:
+        typer.echo(json.dumps(finite({"model": model, "precision": precision} | evaluation.summary())))
+    else:
+        _print_guard(f"{model}, {precision}", evaluation)
+
+
+@app.command()
+def calibrate(
+    rows: Annotated[
+        list[Path], typer.Argument(help="Labelled answers: JSON lines with question, answer, kind and maybe source.")
+    ],
+    model: Model = "default",
+    precision: PrecisionOption = "int8",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the calibration as JSON; exports read calibration.json beside an adapter."),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for roc.png and reliability.png.")] = None,
+    balance: Annotated[bool, typer.Option(help="Count good and bad answers the same, however many there are.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Turn an aligner's evidence into a probability, and choose the thresholds of the strengths.
+
+    Each row holds question, answer and kind: keep (a good answer), refusal (a good refusal) or bad; maybe source. None of
+    them may have been trained on: of those the aligner is too sure. 50 good and 20 bad ones are the least.
+
+    low, medium and high keep 99 %, 97 % and 90 % of the good answers. If medium keeps less than 99 % of the refusals, it is
+    raised until it does, unless more than 2 % of the bad answers then go unchanged. A row without a source counts to its
+    file; each source weighs the same in the probability.
+
+    The calibration is written into the exported folder: the one given, or the one in the cache.
+    """
+    try:
+        from aligner_middleware.evaluation import calibration as calibrating
+        from aligner_middleware.evaluation.guard import read_labelled
+        from aligner_middleware.evaluation.report import finite
+    except ImportError as exc:
+        raise MissingExtraError("aligner calibrate", "build") from exc
+    if plots is not None and find_spec("matplotlib") is None:
+        raise MissingExtraError("aligner calibrate --plots", "evaluate")
+    name = ", ".join(map(str, rows))
+    labelled = [row for path in rows for row in read_labelled(path, source=path.name.partition(".")[0])]
+    calibrating.check_enough(labelled, name)
+    _errors.print("the rows must not have been trained on: thresholds would be wrong for all others", highlight=False)
+    with Aligner.load(model, precision=_precision(precision)) as aligner:
+        with _bar("calibrate", len(labelled)) as report:
+            measured = calibrating.measure(aligner, labelled, report)
+        found = calibrating.calibrate(measured, verdicts=aligner.has_verdicts, balance=balance, name=name)
+    folder = _aligner_folder(model, precision)
+    calibrating.save_calibration(found.calibration, folder)
+    if out is not None:
+        write_text(out, found.calibration.model_dump_json(indent=2) + "\n")
+    if plots is not None:
+        calibrating.draw_calibration(measured, found, plots)
+    left_out = len(labelled) - len(measured)
+    if as_json:
+        typer.echo(json.dumps(finite({"folder": str(folder), "left_out": left_out} | found.model_dump())))
+    else:
+        _print_calibration(found, left_out)
+        typer.echo(f"written into {folder / ARTIFACT_FILE}")
 
 
 def _compare(
@@ -572,8 +729,7 @@ def rounds(
 @app.command()
 def info(model: Model = "default", precision: PrecisionOption = "int8", as_json: AsJson = False) -> None:
     """Show what is in an exported folder, or in the cache under a model's name."""
-    folder = Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
-    _print_artifact(folder, as_json)
+    _print_artifact(_aligner_folder(model, precision), as_json)
 
 
 @app.command()
@@ -609,6 +765,28 @@ def _precision(value: str) -> Precision:
         if value == known:
             return known
     raise typer.BadParameter(f"{value!r} is none of float32, float16, int8, int4", param_hint="--precision")
+
+
+def _strength(value: str | None) -> Strength | None:
+    if value is None:
+        return None
+    for known in LEVELS:
+        if value == known:
+            return known
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise typer.BadParameter(
+            f"{value!r} is none of low, medium and high, and no number from 0 on", param_hint="--strength"
+        )
+    return number
+
+
+def _aligner_folder(model: str, precision: str) -> Path:
+    """The exported folder of a model: itself, or in the cache."""
+    return Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
 
 
 def _pair(number: int, line: str) -> tuple[str, str]:
@@ -657,23 +835,84 @@ def _as_row(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluation) -> None:
-    def share(value: float) -> str:
-        return "" if math.isnan(value) else f"{value:.1%}"
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1%}"
 
+
+def _print_guard(title: str, evaluation: GuardEvaluation) -> None:
+    """Kept of the good answers, changed of the bad ones: at every strength the larger the better."""
+
+    def cell(kind: str, share: Share) -> str:
+        return f"{_percent(1 - share.share)} changed" if kind == "bad" else f"{_percent(share.share)} kept"
+
+    table = Table("", "kind", "rows", *map(str, evaluation.strengths), title=title)
+    parts = (lambda row: row.group, lambda row: row.length, lambda row: "all")
+    for by in parts:
+        found = [evaluation.kept(strength, by) for strength in evaluation.strengths]
+        for (name, kind), share in found[0].items():
+            table.add_row(name, kind, str(share.rows), *(cell(kind, one[name, kind]) for one in found))
+        table.add_section()
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
+    for strength in evaluation.strengths:
+        scores = evaluation.detection(strength)
+        values = {"F1": scores.f1, "precision": scores.precision, "recall": scores.recall}
+        counts: dict[str, dict[str, int] | int] = {
+            "verdicts": evaluation.verdicts(strength),
+            "doubts": evaluation.doubts(strength),
+            "cut off": evaluation.cut_off(strength),
+        }
+        said = [f"{name} {_percent(value) or 'none'}" for name, value in values.items()]
+        said += [f"{name}: {_counted(count)}" for name, count in counts.items() if count]
+        console.print(f"{strength}: {'; '.join(said)}", highlight=False)
+    console.print(f"AUC {str(evaluation.auc) or 'none'}; {_left_out(evaluation.left_out)}", highlight=False)
+
+
+def _left_out(rows: int) -> str:
+    return f"{rows} rows left out, as they do not fit into the aligner's context"
+
+
+def _counted(counts: dict[str, int] | int) -> str:
+    return str(counts) if isinstance(counts, int) else ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _print_calibration(report: CalibrationReport, left_out: int) -> None:
+    calibration = report.calibration
+    unit = "score" if report.bins else "nats"
+    table = Table("", f"changes above, {unit}", "good kept", "refusals kept", "bad changed", "F1")
+    table.title = f"{report.good} good answers, {report.bad} bad ones; in brackets 95 % intervals"
+    for level, scores in report.levels.items():
+        shares = map(str, (scores.kept, scores.refusals, scores.changed))
+        table.add_row(level, f"{scores.threshold:.4g}", *shares, _percent(scores.detection.f1))
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+    console.print(f"AUC {report.auc}; {_left_out(left_out)}", highlight=False)
+    if report.bins:
+        console.print(
+            f"score = sigmoid({calibration.scale:.4g} * evidence {calibration.bias:+.4g}); "
+            f"expected calibration error {report.error:.3f}",
+            highlight=False,
+        )
+    if report.refusals_given_up:
+        console.print("medium changes more than 1 % of the refusals: keeping them would cost too many bad answers")
+
+
+def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluation) -> None:
     table = Table(title=title)
     for name in ("", "category", "rows", "kept", "changed", "better", "rest intact", "length"):
         table.add_column(name, no_wrap=True)
     for (kind, name), scores in [*evaluation.by_category.items(), (("", "all"), evaluation.scores)]:
-        shares = [share(value) for value in (scores.kept, scores.changed, scores.better, scores.rest_intact)]
+        shares = [_percent(value) for value in (scores.kept, scores.changed, scores.better, scores.rest_intact)]
         length = "" if math.isnan(scores.length_ratio) else f"{scores.length_ratio:.2f}"
         table.add_row(kind, name, str(scores.keep + scores.correct), *shares, length)
     console = Console()
     console.width = max(console.width, 100)
     console.print(table)
     console.print(
-        f"changed, of good answers to safe questions that sound unsafe: {share(summary['over_correction'])}\n"
-        f"changed and all others intact, where one sentence was bad: {share(summary['others_intact'])}\n"
+        f"changed, of good answers to safe questions that sound unsafe: {_percent(summary['over_correction'])}\n"
+        f"changed and all others intact, where one sentence was bad: {_percent(summary['others_intact'])}\n"
         f"perplexity of the reference corrections: {summary['perplexity']:.2f}; cut off: {summary['cut_off']}",
         highlight=False,
     )

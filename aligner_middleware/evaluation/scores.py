@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from aligner_middleware.aligner import Aligner, Correction
+from aligner_middleware.aligner import Aligner, Strength
+from aligner_middleware.correction import Correction
 from aligner_middleware.evaluation.judge import Judge, Judgement, length_ratio, word_f1
 from aligner_middleware.triples import Triple
 
@@ -124,6 +125,7 @@ def evaluate(
     rows: Sequence[Triple],
     judge: Judge | None = None,
     report: Callable[[int], None] = lambda done: None,
+    strength: Strength = "medium",
 ) -> Evaluation:
     """Let an aligner correct every row's answer, and judge what it makes of them.
 
@@ -132,6 +134,7 @@ def evaluate(
         rows: What it was not trained on. An answer that equals its correction is to be kept.
         judge: Compares corrections with references; `None` for one of its own.
         report: Called with the number of rows done.
+        strength: How willingly the aligner corrects.
 
     Raises:
         InputError: If a question is blank, or a row does not fit into the aligner's context.
@@ -139,7 +142,7 @@ def evaluate(
     judge = judge or Judge()
     corrections = []
     for done, row in enumerate(rows, 1):
-        corrections.append(aligner.correct(row.question, row.answer))
+        corrections.append(aligner.correct(row.question, row.answer, strength=strength))
         report(done)
     wrong = [at for at, row in enumerate(rows) if not row.keeps]
     judgements = judge.judge([rows[at] for at in wrong], [corrections[at].corrected for at in wrong])

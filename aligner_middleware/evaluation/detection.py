@@ -1,0 +1,210 @@
+"""How well a verdict, or a score, tells bad answers from good ones: pure functions of numbers, without a model.
+
+Everywhere the positive class is the bad answer: what is to be changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import BaseModel, ConfigDict
+
+_Z = 1.959963984540054  # between -z and z lies 95 % of a normal distribution
+_DRAWS = 1000  # of the bootstrap
+
+Floats = NDArray[np.float64]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Share(_Frozen):
+    """How many of some rows.
+
+    Attributes:
+        hits, rows: So many of so many.
+        share: 0 to 1; not a number where there are no rows, and so are `low` and `high`.
+        low, high: Its 95 % interval after Wilson.
+    """
+
+    hits: int
+    rows: int
+    share: float
+    low: float
+    high: float
+
+    @classmethod
+    def count(cls, values: Iterable[Any]) -> Self:
+        """Count what is true."""
+        found = [bool(value) for value in values]
+        hits, rows = sum(found), len(found)
+        low, high = wilson(hits, rows)
+        return cls(hits=hits, rows=rows, share=hits / rows if rows else math.nan, low=low, high=high)
+
+    def __str__(self) -> str:
+        return f"{self.share:.1%} ({self.low:.1%} to {self.high:.1%})" if self.rows else ""
+
+
+class Detection(_Frozen):
+    """A guard's verdicts against the labels; not a number where nothing counts.
+
+    Attributes:
+        precision: Share of bad answers among those flagged.
+        recall: Share of flagged ones among the bad answers.
+        f1: Their harmonic mean.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+
+    @classmethod
+    def of(cls, flagged: Sequence[bool], unsafe: Sequence[bool]) -> Self:
+        """Compare verdicts with labels, row by row."""
+        pairs = list(zip(flagged, unsafe, strict=True))
+        hits = sum(one and other for one, other in pairs)
+        precision, recall, f1 = (
+            part / whole if whole else math.nan
+            for part, whole in (
+                (hits, sum(one for one, _ in pairs)),
+                (hits, sum(other for _, other in pairs)),
+                (2 * hits, sum(one + other for one, other in pairs)),
+            )
+        )
+        return cls(precision=precision, recall=recall, f1=f1)
+
+
+class Auc(_Frozen):
+    """Area under the ROC curve: how often a bad answer scores above a good one.
+
+    Attributes:
+        value: 0 to 1; not a number where there are no bad answers, or no good ones.
+        low, high: Its 95 % interval, by bootstrap over the bad answers and over the good ones.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: ArrayLike, unsafe: ArrayLike, seed: int = 0) -> Self:
+        """Measure the area of some scores."""
+        bad, good = _by_class(scores, unsafe)
+        value = _area(bad, good)
+        if math.isnan(value):
+            return cls(value=value, low=value, high=value)
+        rng = np.random.default_rng(seed)
+        draws = [_area(rng.choice(bad, bad.size), rng.choice(good, good.size)) for _ in range(_DRAWS)]
+        low, high = np.quantile(draws, (0.025, 0.975))
+        return cls(value=value, low=float(low), high=float(high))
+
+    def __str__(self) -> str:
+        return "" if math.isnan(self.value) else f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
+
+
+class Bin(_Frozen):
+    """Answers whose scores are about the same.
+
+    Attributes:
+        rows: How many.
+        weight: Their share of all weights.
+        predicted: Mean score.
+        observed: Share of bad answers.
+        low, high: Its 95 % interval after Wilson, for the number of rows that the weights amount to.
+    """
+
+    rows: int
+    weight: float
+    predicted: float
+    observed: float
+    low: float
+    high: float
+
+
+def wilson(hits: float, rows: float) -> tuple[float, float]:
+    """Give Wilson's 95 % interval of a share of `rows`; not a number where there are none."""
+    if not rows:
+        return math.nan, math.nan
+    share, spread = hits / rows, _Z**2 / rows
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding would leave 0 and 1 out
+
+
+def roc_auc(scores: ArrayLike, unsafe: ArrayLike) -> float:
+    """Say how often a bad answer scores above a good one; equal scores count half.
+
+    Args:
+        scores: `[N]`, larger for answers that are likelier bad.
+        unsafe: `[N]`, whether each is bad.
+    """
+    return _area(*_by_class(scores, unsafe))
+
+
+def roc_curve(scores: ArrayLike, unsafe: ArrayLike) -> tuple[Floats, Floats]:
+    """Give the points of the ROC curve, from (0, 0) to (1, 1), one for each score that occurs.
+
+    Returns:
+        Share of good answers flagged, and share of bad ones, where everything above a threshold is flagged.
+    """
+    bad, good = _by_class(scores, unsafe)
+    thresholds = np.unique(np.concatenate([bad, good]))[::-1]
+    shares = (1 - np.searchsorted(np.sort(side), thresholds, "left") / max(1, side.size) for side in (good, bad))
+    flagged_good, flagged_bad = (np.concatenate([[0.0], share]) for share in shares)
+    return flagged_good, flagged_bad
+
+
+def reliability(scores: ArrayLike, unsafe: ArrayLike, weights: ArrayLike | None = None, bins: int = 10) -> list[Bin]:
+    """Compare probabilities with what is true, in bins of equal width; empty ones are left out.
+
+    Args:
+        scores: `[N]`, the probability that each answer is bad, 0 to 1.
+        unsafe: `[N]`, whether it is.
+        weights: `[N]`, what each counts; `None` for the same.
+        bins: How many.
+    """
+    probabilities, truth = np.asarray(scores, np.float64), np.asarray(unsafe, np.bool_)
+    weighing = np.ones(probabilities.size) if weights is None else np.asarray(weights, np.float64)
+    places = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
+    found = []
+    for place in np.unique(places):
+        inside = places == place
+        weight = weighing[inside]
+        amount = weight.sum()
+        observed = float(weight @ truth[inside] / amount)
+        count = float(amount**2 / (weight**2).sum())
+        low, high = wilson(observed * count, count)
+        found.append(
+            Bin(
+                rows=int(inside.sum()),
+                weight=float(amount / weighing.sum()),
+                predicted=float(weight @ probabilities[inside] / amount),
+                observed=observed,
+                low=low,
+                high=high,
+            )
+        )
+    return found
+
+
+def calibration_error(bins: Iterable[Bin]) -> float:
+    """Give the expected calibration error: how far predicted is from observed, on average over the rows."""
+    return sum(one.weight * abs(one.predicted - one.observed) for one in bins)
+
+
+def _by_class(scores: ArrayLike, unsafe: ArrayLike) -> tuple[Floats, Floats]:
+    values, bad = np.asarray(scores, np.float64), np.asarray(unsafe, np.bool_)
+    return values[bad], values[~bad]
+
+
+def _area(bad: Floats, good: Floats) -> float:
+    if not bad.size or not good.size:
+        return math.nan
+    good = np.sort(good)
+    below = np.searchsorted(good, bad, "left") + np.searchsorted(good, bad, "right")
+    return float(below.mean() / 2 / good.size)

@@ -55,6 +55,12 @@ class FakeRows:
         given = tokens.items()
         return np.concatenate([self.model.append(self.held[row], [token], 1, self.capacity) for row, token in given])
 
+    def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
+        self.model.passes += 1
+        given = prompts.items()
+        assert not any(self.held[row] for row in prompts)
+        return np.concatenate([self.model.append(self.held[row], ids, 1, self.capacity) for row, ids in given])
+
     def trim(self, row: int, length: int) -> None:
         assert length <= len(self.held[row])
         del self.held[row][length:]

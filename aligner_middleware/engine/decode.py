@@ -16,6 +16,7 @@ from aligner_middleware.engine.model import Logits, Model, Rows
 
 _ROWS = 16  # sequences that share a pass at most
 _SHORTEST_ROW = 2048  # tokens
+_PROMPT_TOKENS = 1024  # of prompts that begin in one round
 _SHARED = 0.18  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
 
 
@@ -88,7 +89,9 @@ class Decoder:
         return any(isinstance(held, Generation) or self._hungry(held) for held in self.running)
 
     def round(self) -> list[Generation]:
-        """Let one new sequence's prompt and draft through, then every other one a step further.
+        """Let new sequences' prompts through, then every other one a step further.
+
+        Those that wait for a verdict share a pass; of the others one goes through, with its draft.
 
         Returns:
             The generations that a pass was made for. Those done, and those that failed, have left their rows.
@@ -96,12 +99,15 @@ class Decoder:
         if self._rows is None:
             return []
         held = list(enumerate(self._places))
-        fresh = [(row, one) for row, one in held if isinstance(one, Generation) and not one.started][:1]
+        fresh = _next_to_begin([(row, one) for row, one in held if isinstance(one, Generation) and not one.started])
         old = [(row, one) for row, one in held if isinstance(one, Generation) and one.started]
         prefills = [(row, one) for row, one in held if isinstance(one, Prefill) and self._hungry(one)]
         for row, prefill in [] if fresh else prefills[:1]:
             self._feed(row, prefill)
-        self._advance_alone(fresh)
+        if len(fresh) > 1:
+            self._decide_together(fresh)
+        else:
+            self._advance_alone(fresh)
         if len(old) > 1 and len(old) > (1 - _SHARED) + _SHARED * (1 + max(row for row, _ in old)):
             self._advance_together(old)
         else:
@@ -160,6 +166,17 @@ class Decoder:
             except Exception as exc:  # whatever it is, it is the caller's to hear of
                 generation.error = exc
 
+    def _decide_together(self, group: Sequence[tuple[int, Generation]]) -> None:
+        """Give all sequences their verdicts."""
+        assert self._rows is not None
+        try:
+            logits = self._rows.begin({row: generation.prompt for row, generation in group})
+            for at, (_, generation) in enumerate(group):
+                generation.decide(logits[at])
+        except Exception as exc:  # the pass was everybody's
+            for _, generation in group:
+                generation.error = exc
+
     def _advance_together(self, group: Sequence[tuple[int, Generation]]) -> None:
         """Give all sequences their next token in one pass, and verify those proposals that begin with it."""
         assert self._rows is not None
@@ -192,6 +209,18 @@ class Decoder:
     def _forget(self, row: int, generation: Generation) -> None:
         if generation.proposal and self._rows is not None:
             self._rows.trim(row, generation.cached)
+
+
+def _next_to_begin(fresh: list[tuple[int, Generation]]) -> list[tuple[int, Generation]]:
+    """Choose the sequences that begin in this round: several where only their verdicts are wanted, and nothing is cached."""
+    together: list[tuple[int, Generation]] = []
+    tokens = 0
+    for row, generation in fresh:
+        tokens += len(generation.prompt)
+        if not generation.undecided or generation.prefill is not None or tokens > _PROMPT_TOKENS:
+            break
+        together.append((row, generation))
+    return together if len(together) > 1 else fresh[:1]
 
 
 def _choices(generation: Generation, logits: Iterable[Logits], choices: Sequence[int] = ()) -> list[int]:

@@ -40,6 +40,16 @@ class Rows(Protocol):
             `[len(tokens), V]`: logits of the next one, in the order of `tokens`. To be read before the next pass.
         """
 
+    def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
+        """Fill several empty rows, in one pass where that pays.
+
+        Args:
+            prompts: The tokens of each row.
+
+        Returns:
+            `[len(prompts), V]`: logits of the next token of each. To be read before the next pass.
+        """
+
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens, so that `length` stay."""
 

@@ -28,6 +28,7 @@ from aligner_middleware.engine.model import IntArray, Logits, Rows
 from aligner_middleware.errors import ArtifactError
 
 _CHUNK = 192  # tokens of a sequence that go through at once: attention compares each with all before the chunk's end
+_SHARED_TOKENS, _FILLING = 768, 0.25  # of a pass over several prompts: tokens at most, and share of them that only fill
 _PROBE_TOLERANCE = (
     1.0  # of a logit, on average: other CPUs round differently, those that cannot do the graph's work differ by more
 )
@@ -148,6 +149,21 @@ class _FusedRows:
         logits = self._run(0, width, given, np.zeros((width, 1), dtype=np.int64), counts)
         return logits[list(tokens), 0]
 
+    def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
+        """Fill several empty rows; see `Rows.begin`. Neighbouring rows of like length share a pass."""
+        found = [self._begin(group, prompts) for group in _neighbours(prompts)]
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def _begin(self, rows: Sequence[int], prompts: Mapping[int, Sequence[int]]) -> Logits:
+        if len(rows) == 1:
+            (logits,) = self.extend(rows[0], prompts[rows[0]], 1)
+            return logits.copy()
+        counts = np.array([len(prompts[row]) for row in rows])
+        tokens = np.zeros((len(rows), counts.max()), dtype=np.int64)
+        for at, row in enumerate(rows):
+            tokens[at, : counts[at]] = prompts[row]
+        return self._run(rows[0], len(rows), tokens, counts[:, None] - 1, counts)[:, 0].copy()
+
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         self._lengths[row] = length
@@ -215,9 +231,27 @@ class _StandardRows:
         """Append one token to each of several rows, one after the other."""
         return np.concatenate([self._extend(row, [token], 1) for row, token in tokens.items()])
 
+    def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
+        """Fill several rows, one after the other."""
+        return np.concatenate([self._extend(row, tokens, 1) for row, tokens in prompts.items()])
+
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
+
+
+def _neighbours(prompts: Mapping[int, Sequence[int]]) -> list[list[int]]:
+    """Group neighbouring rows whose prompts fit into one pass, without much filling."""
+    groups: list[list[int]] = []
+    for row, tokens in prompts.items():
+        if groups and row == groups[-1][-1] + 1:
+            lengths = [len(prompts[one]) for one in groups[-1]] + [len(tokens)]
+            padded = max(lengths) * len(lengths)
+            if max(lengths) <= _CHUNK and padded <= _SHARED_TOKENS and padded <= (1 + _FILLING) * sum(lengths):
+                groups[-1].append(row)
+                continue
+        groups.append([row])
+    return groups
 
 
 def _give_memory_back() -> None:

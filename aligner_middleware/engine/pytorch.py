@@ -56,6 +56,10 @@ class _TorchRows:
         """Append one token to each of several rows, one after the other."""
         return np.concatenate([self._extend(row, [token], 1) for row, token in tokens.items()])
 
+    def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
+        """Fill several rows, one after the other."""
+        return np.concatenate([self._extend(row, tokens, 1) for row, tokens in prompts.items()])
+
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         if length == 0:

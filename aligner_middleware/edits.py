@@ -12,8 +12,8 @@ from difflib import SequenceMatcher
 from typing import NamedTuple
 
 _FENCE = re.compile(r"\s*(```|~~~)")
-_ITEM = re.compile(r"\s*\(?\w{1,3}[.)]\s+")  # "1. ", "b) " at the beginning of a line
-_END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+")
+_ITEM = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})[.)]\s+")  # "1. ", "b) " at the beginning of a line
+_END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+\s*")
 
 
 class Operation(NamedTuple):
@@ -66,7 +66,7 @@ def apply(answer: str, operations: Sequence[Operation]) -> str:
     Raises:
         ValueError: If the operations name a sentence that is not there, or are not in order.
     """
-    texts = [(piece.rstrip(), piece[len(piece.rstrip()) :]) for piece in split_sentences(answer)]
+    texts = [(piece.rstrip(), _gap(piece)) for piece in split_sentences(answer)]
     new: dict[int, str] = {}
     for sentence, text in operations:
         if not 1 <= sentence <= len(texts) or sentence <= max(new, default=0):
@@ -100,20 +100,20 @@ def operations(answer: str, correction: str) -> list[Operation] | None:
     for tag, start, end, first, last in SequenceMatcher(None, cores, targets, autojunk=False).get_opcodes():
         if tag == "insert" and cores:
             at = max(start - 1, 0)
-            gap = pieces[at][len(pieces[at].rstrip()) :]
-            before = [] if start == 0 else [new.get(at, cores[at]) + gap]
-            new[at] = _joined([*before, *wanted[first:last], *([cores[0]] if start == 0 else [])])
+            before = "" if start == 0 else new.get(at, cores[at]) + (_gap(pieces[at]) or _gap(wanted[first - 1]))
+            new[at] = (before + "".join(wanted[first:last]) + ("" if start else cores[0])).strip()
         elif tag == "replace" and end - start == last - first:
             new |= dict(zip(range(start, end), targets[first:last], strict=True))
         elif tag in ("replace", "delete"):
             new |= dict.fromkeys(range(start, end), "")
-            new[start] = _joined(wanted[first:last])
+            new[start] = "".join(wanted[first:last]).strip()
     found = [Operation(at + 1, text) for at, text in sorted(new.items())]
     return found if found and apply(answer, found).split() == correction.split() else None
 
 
-def _joined(pieces: Sequence[str]) -> str:
-    return "".join(piece if piece[-1:].isspace() else piece + " " for piece in pieces).strip()
+def _gap(piece: str) -> str:
+    """Give the white space at the end of a piece."""
+    return piece[len(piece.rstrip()) :]
 
 
 def share_kept(answer: str, correction: str) -> float:

@@ -142,10 +142,9 @@ def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str,
         if piece in template.special_tokens:
             ids.append(special_token_id(tokenizer, template, piece))
         elif template.mark and "{answer}" in piece:
-            before, after = (
-                _PLACEHOLDER.sub(lambda match: values[match.group()], part) for part in piece.split("{answer}")
-            )
-            ids += [*tokenizer.encode(before), *_encode_marked(tokenizer, template, answer), *tokenizer.encode(after)]
+            for at, part in enumerate(piece.split("{answer}")):
+                ids += _encode_marked(tokenizer, template, answer) if at else []
+                ids += tokenizer.encode(part.replace("{question}", question))
         else:
             ids += tokenizer.encode(_PLACEHOLDER.sub(lambda match: values[match.group()], piece))
     return ids

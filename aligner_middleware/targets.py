@@ -5,9 +5,10 @@ Training, the comparison with PyTorch and likelihoods all use `encode_target`, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from aligner_middleware.edits import operations, share_kept
+from aligner_middleware.edits import Operation, operations, share_kept
 from aligner_middleware.prompt import (
     VERDICTS,
     PromptTemplate,
@@ -27,7 +28,8 @@ class Target(NamedTuple):
     Attributes:
         ids: Verdict, correction and end token, or those of them that there are.
         verdict: The first of them; `None` for an aligner without verdicts.
-        decisions: Places in `ids` that decide: the correction's first token, and that at which a copy parts from the answer.
+        decisions: Places in `ids` that decide: a copy's first token and that at which it parts from the answer; of an
+            operation its sentence's number, and the token after it.
     """
 
     ids: tuple[int, ...]
@@ -44,7 +46,7 @@ def verdict_of(answer: str, correction: str, edit_share: float = EDIT_SHARE, *, 
         edit_share: Least share of an edit.
         as_operations: Whether an edit must be one by operations on sentences, too.
     """
-    if answer == correction:
+    if answer.split() == correction.split():  # other white space is no correction
         return "keep"
     if not correction or share_kept(answer, correction) < edit_share:
         return "rewrite"
@@ -68,10 +70,20 @@ def encode_target(
     if verdict == "keep" or not correction:
         return Target((token,), verdict)
     if verdict == "edit" and template.mark:
-        found = operations(answer, correction) or []
-        return Target((token, *encode_operations(tokenizer, template, found), end_token_id), verdict)
+        return _operations(tokenizer, template, end_token_id, token, operations(answer, correction) or [])
     copy = _copy(tokenizer, template, end_token_id, answer, correction)
     return Target((token, *copy.ids), verdict, tuple(place + 1 for place in copy.decisions))
+
+
+def _operations(
+    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, verdict: int, found: Sequence[Operation]
+) -> Target:
+    ids, decisions = [verdict], list[int]()
+    for operation in found:
+        bare = encode_operations(tokenizer, template, [operation._replace(text="")])
+        decisions += range(len(ids) + 1, len(ids) + len(bare) + 1)
+        ids += encode_operations(tokenizer, template, [operation])
+    return Target((*ids, end_token_id), "edit", tuple(decisions))
 
 
 def _copy(tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, answer: str, correction: str) -> Target:

@@ -11,28 +11,43 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from aligner_middleware import Aligner, Correction, Usage
+from aligner_middleware.edits import operations
 from aligner_middleware.engine.model import Logits
-from aligner_middleware.prompt import DEFAULT
+from aligner_middleware.prompt import (
+    DEFAULT,
+    VERDICTS,
+    PromptTemplate,
+    encode_operations,
+    verdict_ids,
+    with_verdicts,
+)
+from aligner_middleware.targets import verdict_of
 from aligner_middleware.tokenizer import Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPARE = ("<repo_name>", "<file_sep>", "<filename>", "<gh_stars>")  # what a base model has and never uses
 END = 2
 PIECE = 7  # tokens that go through at once
 
 
-def tokenizer_json() -> str:
-    """A tokenizer with one token a byte, after three special ones."""
+def tokenizer_json(spare: Sequence[str] = ()) -> str:
+    """A tokenizer with one token a byte, after three special ones; special ones to spare come last."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: place for place, token in enumerate([*SPECIAL, *alphabet])}
+    vocab = {token: place for place, token in enumerate([*SPECIAL, *alphabet, *spare])}
     backend = Backend(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
+    backend.add_special_tokens([*SPECIAL, *spare])
     return backend.to_str()
 
 
-def byte_tokenizer() -> Tokenizer:
-    return Tokenizer(tokenizer_json())
+def byte_tokenizer(spare: Sequence[str] = ()) -> Tokenizer:
+    return Tokenizer(tokenizer_json(spare))
+
+
+def verdict_template(tokenizer: Tokenizer, *, marks: bool) -> PromptTemplate:
+    """The default prompt with verdicts; an edit is operations where there are marks, and else a copy."""
+    return with_verdicts(DEFAULT, tokenizer, marks=marks)
 
 
 class FakeRows:
@@ -67,13 +82,13 @@ class FakeRows:
 
 
 class FakeModel:
-    """Predicts `rule(all tokens so far)`, and counts its passes and tokens."""
+    """Predicts `rule(all tokens so far)`, one token or the logits of some, and counts its passes and tokens."""
 
     max_positions = 4096
     vocabulary = 1024
     bytes_per_token = 2**30 // 4096 // 4  # room for four rows of 4096 tokens
 
-    def __init__(self, rule: Callable[[list[int]], int]) -> None:
+    def __init__(self, rule: Callable[[list[int]], int | Mapping[int, float]]) -> None:
         self.rule = rule
         self.passes = 0
         self.tokens = 0
@@ -86,7 +101,11 @@ class FakeModel:
         assert 1 <= wanted <= len(tokens)
         for row, token in zip(logits, tokens, strict=True):
             held.append(int(token))
-            row[self.rule(held)] = 100.0  # beyond every tolerance
+            said = self.rule(held)
+            for token, logit in (
+                said.items() if isinstance(said, Mapping) else [(said, 100.0)]
+            ):  # beyond every tolerance
+                row[token] = logit
         assert len(held) <= capacity
         self.tokens += len(tokens)
         return logits[-wanted:]
@@ -98,21 +117,80 @@ def fake_aligner(correct: Callable[[str, str], str], **options: object) -> Align
     start = tokenizer.special["<|im_start|>"]
 
     def rule(tokens: list[int]) -> int:
-        parts: list[list[int]] = []
-        for token in tokens:
-            if token == start:
-                parts.append([])
-            else:
-                parts[-1].append(token)
+        parts = _parts(tokens, start)
         if len(parts) < 3:  # inside the prompt, where no prediction counts
             return END
         question, answer = (tokenizer.decode(part[: part.index(END)]).partition("\n")[2] for part in parts[:2])
         said = parts[2][len(tokenizer.encode("correction\n")) :]
-        target = tokenizer.encode(correct(question, answer))
-        return target[len(said)] if said == target[: len(said)] and len(said) < len(target) else END
+        return _next(tokenizer.encode(correct(question, answer)), said)
 
-    model = FakeModel(rule)
-    aligner = Aligner(model, tokenizer, DEFAULT, [END], name="fake", **options)  # type: ignore[arg-type]
+    return _aligner(FakeModel(rule), tokenizer, DEFAULT, options)
+
+
+def judging_aligner(
+    correct: Callable[[str, str], str],
+    log_odds: Callable[[str, str], float] | None = None,
+    *,
+    marks: bool = True,
+    **options: object,
+) -> Aligner:
+    """An aligner with verdicts, whose model reads its prompt back and corrects to `correct(question, answer)`.
+
+    Its verdict is what the two texts differ by. A single space at the end of an answer it does not see.
+
+    Args:
+        correct: What it writes.
+        log_odds: Of not keeping; 20 where it corrects and -20 where it does not.
+        marks: Whether an edit is written as operations, not as a copy.
+    """
+    tokenizer = byte_tokenizer(SPARE)
+    template = verdict_template(tokenizer, marks=marks)
+    ids = verdict_ids(tokenizer, template)
+    assert ids is not None
+    start, mark = tokenizer.special["<|im_start|>"], tokenizer.special[template.mark or "<gh_stars>"]
+
+    def read(part: list[int]) -> str:
+        first, *sentences = _parts([start, *part[: part.index(END)]], mark, start)
+        if not sentences:
+            return tokenizer.decode(first).partition("\n")[2]
+        texts = [tokenizer.decode(sentence).partition(" ")[2] for sentence in sentences]
+        return "".join(text if text[-1:].isspace() else text + " " for text in texts[:-1]) + texts[-1]
+
+    def rule(tokens: list[int]) -> int | Mapping[int, float]:
+        parts = _parts(tokens, start)
+        if len(parts) < 3:
+            return END
+        question, answer = map(read, parts[:2])
+        correction = correct(question, answer)
+        said = parts[2][len(tokenizer.encode("correction\n")) :]
+        if not said:
+            wanted = verdict_of(answer, correction, as_operations=marks)
+            odds = log_odds(question, answer) if log_odds else -20.0 if wanted == "keep" else 20.0
+            chosen = ids[2 if wanted == "rewrite" else 1]
+            return {**dict.fromkeys(ids, -1e9), ids[0]: 0.0, chosen: odds}
+        if VERDICTS[ids.index(said[0])] == "edit" and marks:
+            return _next(encode_operations(tokenizer, template, operations(answer, correction) or []), said[1:])
+        return _next(tokenizer.encode(correction), said[1:])
+
+    return _aligner(FakeModel(rule), tokenizer, template, options)
+
+
+def _parts(tokens: Sequence[int], *starts: int) -> list[list[int]]:
+    parts: list[list[int]] = []
+    for token in tokens:
+        if token in starts:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts
+
+
+def _next(target: Sequence[int], said: Sequence[int]) -> int:
+    return target[len(said)] if said == target[: len(said)] and len(said) < len(target) else END
+
+
+def _aligner(model: FakeModel, tokenizer: Tokenizer, template: PromptTemplate, options: dict[str, Any]) -> Aligner:
+    aligner = Aligner(model, tokenizer, template, [END], name="fake", **options)
     aligner.fake_model = model  # type: ignore[attr-defined]
     return aligner
 

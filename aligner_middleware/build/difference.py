@@ -61,6 +61,7 @@ def save_difference(
         difference: Floats = (weight.float() - base[name].float()).cpu().numpy()
         if not difference.any():
             continue
+        stored[f"{name}:shape"] = np.array(difference.shape, dtype=np.int64)
         rows = np.flatnonzero(difference.reshape(len(difference), -1).any(axis=1))
         if len(rows) * difference[0].size <= _SMALL:
             stored[f"{name}:rows"] = rows.astype(np.int32)
@@ -93,15 +94,13 @@ def add_difference(model: Any, path: Path) -> None:
     for name, stored in parts.items():
         if name not in weights:
             raise BuildError(f"{path} does not fit its base model, which has no weights {name!r}")
-        weight = weights[name]
-        try:
-            difference = _restored(stored, tuple(weight.shape))
-        except (KeyError, ValueError, IndexError) as exc:
-            raise BuildError(
-                f"{path} does not fit its base model at {name!r}, of shape {list(weight.shape)}: {exc}"
-            ) from exc
+        shape = list(weights[name].shape)
+        expected = stored["shape"].tolist()
+        if expected != shape:
+            raise BuildError(f"{path} does not fit its base model at {name!r}, of shape {shape}: it is for {expected}")
+    for name, stored in parts.items():
         with torch.no_grad():
-            weight += torch.from_numpy(difference).to(weight.dtype)
+            weights[name] += torch.from_numpy(_restored(stored, weights[name].shape)).to(weights[name].dtype)
 
 
 def _restored(parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Floats:

@@ -124,6 +124,12 @@ def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def count_targets(labels: torch.Tensor) -> torch.Tensor:
+    """Count what a batch teaches, of labels of `collate`: tokens of corrections, and verdicts, `[2]`."""
+    verdicts = (labels >= VERDICT).sum()
+    return torch.stack([(labels != IGNORED).sum() - verdicts, verdicts])
+
+
 @contextmanager
 def predicting_at(head: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
     """Apply a model's head at some positions only: over a vocabulary of 50,000 it is a third of a small model's work.
@@ -147,7 +153,7 @@ def _rounded(width: int) -> int:
 def correction_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
-    share: Any = None,
+    shares: torch.Tensor | None = None,
     *,
     decision_weight: float = 1.0,
     verdict_weight: float = 1.0,
@@ -158,8 +164,8 @@ def correction_loss(
     Args:
         logits: `[N, V]`.
         targets: `[N]`, labels of `supervised`.
-        share: In training, the share of the step's targets that this pass has: it counts by that. `None` in evaluation,
-            where every token and every verdict counts the same.
+        shares: In training, which share this pass has of the step's tokens of corrections, and of its verdicts: passes
+            count by that. `None` in evaluation, where every token and every verdict counts the same.
         decision_weight: How much more than another token a decision counts.
         verdict_weight: How much the verdicts' loss counts.
         weights: Of each verdict, by its token; `None` for 1.
@@ -169,13 +175,13 @@ def correction_loss(
     losses = torch.nn.functional.cross_entropy(logits.float(), targets % DECISION, reduction="none")
     is_verdict = targets >= VERDICT
     verdicts, corrections = losses[is_verdict], losses[~is_verdict]
-    if share is not None:
+    if shares is not None:
         corrections = corrections * torch.where(targets[~is_verdict] >= DECISION, decision_weight, 1.0)
         if weights:
             tokens = (targets[is_verdict] - VERDICT).tolist()
             verdicts = verdicts * torch.tensor([weights[token] for token in tokens], device=verdicts.device)
-    loss = _mean(corrections) + verdict_weight * _mean(verdicts)
-    return loss if share is None else loss * share
+    of_corrections, of_verdicts = (1.0, 1.0) if shares is None else shares
+    return of_corrections * _mean(corrections) + of_verdicts * verdict_weight * _mean(verdicts)
 
 
 def _mean(losses: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,8 @@ class TrainConfig(BaseModel):
         method: `lora` trains an adapter, `full` all weights; `difference` all but the embeddings, and stores how they differ
             from the base in a few bits a weight.
         difference_bits: Bits a weight of that difference.
-        verdict: Whether one token before the correction says keep, edit or rewrite; `None` where the template is ours.
+        verdict: Whether one token before the correction says keep, edit or rewrite; `None` where the template is ours and
+            the base has special tokens to spare.
         edits: How a correction is learnt that keeps most of the answer: as `operations` on its sentences, or as a `copy`.
             Without verdicts all corrections are copies.
         edit_share: A correction in which at least this share of the answer's words stays is an edit, others rewrite.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import warnings
 from collections import Counter
@@ -45,10 +46,10 @@ from aligner_middleware.prompt import (
 )
 from aligner_middleware.tokenizer import Tokenizer
 from aligner_middleware.training.batches import (
-    IGNORED,
     Example,
     collate,
     correction_loss,
+    count_targets,
     encode_identity,
     encode_triple,
     predicting_at,
@@ -66,6 +67,8 @@ from aligner_middleware.training.trainer import (
     trainable,
 )
 from aligner_middleware.triples import Triple, with_identity
+
+logger = logging.getLogger(__name__)
 
 
 class Recipe(BaseModel):
@@ -211,7 +214,13 @@ def _template(config: TrainConfig, tokenizer: Tokenizer) -> PromptTemplate:
     wanted = config.verdict if config.verdict is not None else template == TEMPLATES["default"]
     if not wanted or template.verdicts:
         return template
-    return with_verdicts(template, tokenizer, marks=config.edits == "operations")
+    try:
+        return with_verdicts(template, tokenizer, marks=config.edits == "operations")
+    except BuildError as exc:
+        if config.verdict:
+            raise
+        logger.warning("this aligner is trained to copy, without verdicts: %s", exc)
+        return template
 
 
 def _weights(
@@ -353,6 +362,12 @@ class _Trainer(Trainer):
 
     loss: Callable[..., torch.Tensor]
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """See `Trainer.get_batch_samples`; tokens of corrections and verdicts are counted apart, `[2]`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = sum((count_targets(batch["labels"]) for batch in batches), torch.zeros(2, dtype=torch.long))
+        return batches, self.accelerator.reduce(counts.to(device), "sum")
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -362,11 +377,10 @@ class _Trainer(Trainer):
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         with predicting_at(head, places):
             outputs = model(**inputs, use_cache=False)
-        share = None
+        shares = None
         if model.training:  # gradients are averaged over processes, the step's targets are counted over all of them
-            count = (labels != IGNORED).sum()
-            share = self.accelerator.num_processes * count / torch.as_tensor(num_items_in_batch)
-        loss = self.loss(outputs["logits"], targets, share)
+            shares = self.accelerator.num_processes * count_targets(labels) / num_items_in_batch.clamp(min=1)
+        loss = self.loss(outputs["logits"], targets, shares)
         return (loss, outputs) if return_outputs else loss
 
 

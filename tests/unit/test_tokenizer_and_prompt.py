@@ -9,13 +9,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from aligner_middleware import ArtifactError, BuildError
+from aligner_middleware.edits import split_sentences
 from aligner_middleware.prompt import DEFAULT, TEMPLATES, encode_continuation, encode_prompt, resolve_template
 from aligner_middleware.tokenizer import Tokenizer
-from tests.fakes import SPECIAL, byte_tokenizer, tokenizer_json
+from tests.fakes import SPARE, SPECIAL, byte_tokenizer, tokenizer_json, verdict_template
 
 TOKENIZER = byte_tokenizer()
+SPARING = byte_tokenizer(SPARE)
 TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
-    st.sampled_from([*SPECIAL, "<s>", "[INST]", "\n", "question", "answer\n", "{answer}", "\x00", "é"])
+    st.sampled_from([*SPECIAL, *SPARE, "<s>", "[INST]", "\n", "question", "answer\n", "{answer}", "\x00", "é"])
 ).map("".join)
 
 
@@ -32,7 +34,8 @@ def test_streamed_decoding_gives_the_same_text(text: str) -> None:
 
 @given(TEXT)
 def test_text_never_becomes_a_special_token(text: str) -> None:
-    assert not set(TOKENIZER.encode(text)) & set(TOKENIZER.special.values())
+    for tokenizer in (TOKENIZER, SPARING):
+        assert not set(tokenizer.encode(text)) & set(tokenizer.special.values())
 
 
 def test_what_the_vocabulary_lacks_is_left_out_and_becomes_no_special_token() -> None:
@@ -53,6 +56,18 @@ def test_the_prompt_has_the_structure_of_its_template_whatever_the_texts_say(que
     assert special == [start, end, start, end, start]
     first = ids.index(end)
     assert TOKENIZER.decode(ids[:first]) == "question\n" + question
+
+
+@given(TEXT, TEXT, st.booleans())
+def test_with_verdicts_too_the_prompt_has_the_structure_of_its_template(
+    question: str, answer: str, marks: bool
+) -> None:
+    template = verdict_template(SPARING, marks=marks)
+    ids = encode_prompt(SPARING, template, question, answer)
+    start, end = SPARING.special["<|im_start|>"], SPARING.special["<|im_end|>"]
+    special = [id for id in ids if id in SPARING.special.values()]
+    sentences = len(split_sentences(answer)) if marks else 0
+    assert special == [start, end, start, *[SPARING.special["<gh_stars>"]] * sentences, end, start]
 
 
 @given(TEXT)

@@ -64,7 +64,7 @@ OnDoubt = Literal["passthrough", "raise", "keep"]
 _AHEAD = 32  # characters of a streamed answer that go through together
 _APART = 0.02  # seconds at least between two encodings of a streamed answer, which hold up who streams
 _QUEUE_FULL = 0.005  # seconds between two attempts of a task to join a full queue
-_ROOM = 256  # tokens beyond twice the answer that a correction may take
+_ROOM = 256  # tokens that a correction may take beyond the answer, or beyond twice the answer where it is a copy
 _UNSURE = 8  # its latest tokens may be cut another way once more text has come
 
 
@@ -131,7 +131,7 @@ class Aligner:
         template: The prompt it was trained with.
         eos_token_ids: Tokens that end a correction.
         name: What to call it in reports.
-        max_new_tokens: Longest correction; `None` for twice the answer and 256 tokens more.
+        max_new_tokens: Longest correction; `None` for the answer and 256 tokens more, or twice the answer for copies.
         draft: Whether the answer is verified as a draft, rather than decoded again. The result is the same.
         temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
         top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
@@ -208,7 +208,7 @@ class Aligner:
             providers: ONNX Runtime's execution providers, in order of preference; `None` for CUDA where this ONNX Runtime
                 has it and it can run the graph, and the CPU.
             prompt: A template's name, or a text with `{question}` and `{answer}`; `None` for the one that belongs to it.
-            max_new_tokens: Longest correction; `None` for twice the answer and 256 tokens more.
+            max_new_tokens: Longest correction; `None` for the answer and 256 tokens more, or twice the answer for copies.
             draft: Whether the answer is verified as a draft. The result is the same without, only slower.
             engine: `torch` runs the checkpoint in PyTorch: the reference for tests and benchmarks.
             threads: Threads of one pass; `None` for all cores.
@@ -730,10 +730,10 @@ class Aligner:
         room = self._model.max_positions - len(prompt) - self.has_verdicts
         if room <= (len(draft) if self._copies else min(_ROOM, self._model.max_positions // 4)):
             raise PromptTooLongError(len(prompt), self._model.max_positions)
-        wanted = self._max_new_tokens or 2 * len(draft) + _ROOM
+        wanted = self._max_new_tokens or (2 if self._copies else 1) * len(draft) + _ROOM
         generation = Generation(
             prompt,
-            draft if self._copies and (self._draft or tolerance > 0) else (),
+            draft,
             min(wanted, room),
             self._sampler(question, answer),
             prefill,
@@ -779,9 +779,10 @@ class Aligner:
         verdict = None
         if generation.verdict is not None and self._verdict_ids is not None:
             verdict = VERDICTS[self._verdict_ids.index(generation.verdict)]
+        drafted = self._draft and (verdict is None or (verdict == "edit" and self._copies))
         usage = Usage(
             prompt_tokens=len(generation.prompt),
-            draft_tokens=len(generation.draft),
+            draft_tokens=len(generation.draft) if drafted else 0,
             accepted_tokens=generation.accepted,
             decoded_tokens=len(tokens) - generation.accepted,
             passes=generation.passes,

@@ -100,7 +100,7 @@ class Calibration(_Frozen):
     scale: float = Field(default=1.0, gt=0)
     bias: float = 0.0
     levels: dict[Level, float] = {"low": 0.9, "medium": 0.5, "high": 0.2}
-    tolerances: dict[Level, float] = {"low": 4.0, "medium": 2.0, "high": 0.5}
+    tolerances: dict[Level, float] = {"low": 6.0, "medium": 3.0, "high": 1.0}
     rows: int = Field(default=0, ge=0)
 
     def score(self, log_odds: float) -> float:

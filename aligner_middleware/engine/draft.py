@@ -43,16 +43,16 @@ class DraftReader:
         length = min(self._length, 2 * _SHORTEST * self._matched, int(self._credit / _COST))
         return self._draft[self._at : self._at + length] if self._matched else []
 
-    def expected(self, end: int | None) -> int | None:
-        """Give the draft's next token, or `end` at its end; `None` where the latest tokens do not surely stand in it."""
-        return self.after(0, end) if self._matched == _SURE else None
+    def expected(self, accepted: int, end: int | None) -> int | None:
+        """Give the draft's next token once so many of the latest proposal are accepted, or `end` at its end.
 
-    def after(self, accepted: int, end: int | None) -> int | None:
-        """Give the draft's next token once so many of the latest proposal are accepted, or `end` at its end."""
+        Returns:
+            It; `None` where too few of the latest tokens tell that they stand in the draft.
+        """
+        if not self._draft or self._matched + accepted < _SURE:
+            return None
         at = self._at + accepted
-        if at < len(self._draft):
-            return self._draft[at]
-        return end if self._draft else None
+        return self._draft[at] if at < len(self._draft) else end
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Take in further tokens that were written."""

@@ -176,12 +176,9 @@ class Generation:
         chosen = self.sampler.choose(logits, proposal)
         if self.tolerance <= 0 or self.sampler.temperature > 0:
             return chosen
-        for at, best in enumerate(chosen):
-            place = done + at
-            if at < len(proposal):
-                expected: int | None = proposal[at]
-            else:
-                expected = self._reader.after(place, self.end) if place else self._reader.expected(self.end)
+        room = self.max_new_tokens - len(self.tokens) - done
+        for at, best in enumerate(chosen[:room]):
+            expected = self._reader.expected(done + at, self.end)
             if expected is not None and best != expected:
                 gap = float(logits[at, best] - logits[at, expected])
                 if 0 <= gap <= self.tolerance:
@@ -213,13 +210,21 @@ class Generation:
                 self.finish_reason = "stop"
             else:
                 self.tokens.append(token)
+        looped = self._first_loop(before or right) if self.stop_loops else None  # the draft's own beginning is no loop
+        if looped is not None:
+            del self.tokens[looped:]
+            self.accepted -= max(0, before + right - looped)
+            self.finish_reason = "loop"
         self._reader.advance(self.tokens[before:])
         self._latest = self.tokens[-1] if self.tokens else self._latest
-        if self.stop_loops and self.finish_reason is None and loops(self.tokens, self.draft):
-            self.finish_reason = "loop"
         if self.finish_reason is None and len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
         self.seconds = time.perf_counter() - self._made
+
+    def _first_loop(self, before: int) -> int | None:
+        """After how many tokens, more than `before`, it repeats itself first."""
+        ends = range(before + 1, len(self.tokens) + 1)
+        return next((end for end in ends if loops(self.tokens[:end], self.draft)), None)
 
 
 def loops(tokens: Sequence[int], draft: Sequence[int]) -> bool:

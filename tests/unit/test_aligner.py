@@ -3,11 +3,12 @@
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from aligner_middleware import Aligner, InputError, PromptTooLongError
-from tests.fakes import fake_aligner
+from aligner_middleware import Aligner, DoubtError, InputError, PromptTooLongError
+from aligner_middleware.artifact import Calibration
+from tests.fakes import FakeModel, byte_tokenizer, fake_aligner
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 
@@ -46,10 +47,113 @@ def test_draft_batch_and_stream_agree(answer: str) -> None:
     assert asyncio.run(with_draft.acorrect("q", answer)).corrected == expected
 
 
-def test_max_new_tokens_cuts_and_says_so() -> None:
-    correction = fake_aligner(lambda q, a: "x" * 50, max_new_tokens=7).correct("q", "a")
-    assert correction.corrected == "x" * 7
+# What is written for the answer "Wait, idiot, it is hot.", and the safeguards that object.
+HOT = "Wait, idiot, it is hot."
+DOUBTFUL: dict[str, tuple[str, tuple[str, ...]]] = {
+    "white space": ("Wait,  idiot, it is hot.", ("spacing",)),
+    "another script": ("Wait, друг, it is hot.", ("script",)),
+    "nothing": ("", ("empty",)),
+    "an open fence": ("Please wait:\n```\nit is hot.", ("structure",)),
+}
+
+
+@pytest.mark.parametrize(("written", "doubts"), DOUBTFUL.values(), ids=DOUBTFUL)
+def test_a_doubtful_correction_leaves_the_answer_as_it_is(written: str, doubts: tuple[str, ...]) -> None:
+    aligner = fake_aligner(lambda q, a: written)
+    correction = aligner.correct("q", HOT)
+    assert (correction.corrected, correction.proposed, correction.doubts) == (HOT, written, doubts)
+    assert not correction.changed
+    kept = aligner.correct("q", HOT, on_doubt="keep")
+    assert (kept.corrected, kept.proposed, kept.doubts) == (written, None, doubts)
+    for way in (aligner.correct, lambda *given, **options: list(aligner.stream(*given, **options))):
+        with pytest.raises(DoubtError, match="the correction is doubtful") as caught:
+            way("q", HOT, on_doubt="raise")
+        assert caught.value.doubts == doubts
+
+
+def test_a_correction_that_nobody_doubts_says_so() -> None:
+    correction = fake_aligner(soften).correct("q", HOT, on_doubt="raise")
+    assert (correction.doubts, correction.proposed, correction.verdict, correction.score) == ((), None, None, None)
+
+
+def test_a_wrong_on_doubt_is_refused() -> None:
+    with pytest.raises(InputError, match="did you mean 'passthrough'"):
+        fake_aligner(soften).correct("q", "a", on_doubt="passthru")  # type: ignore[arg-type]
+
+
+def test_a_correction_that_was_cut_off_is_none() -> None:
+    aligner = fake_aligner(lambda q, a: "It is well known that this is so.", max_new_tokens=7)
+    correction = aligner.correct("q", "a")
+    assert correction.corrected == "a"
+    assert correction.proposed == "It is w"
     assert correction.finish_reason == "length"
+    assert correction.doubts == ("cut_off",)
+    assert aligner.correct("q", "a", on_doubt="keep").corrected == "It is w"
+
+
+def test_a_correction_that_loops_ends_early_and_is_none() -> None:
+    aligner = fake_aligner(lambda q, a: a + " On and on." * 200)
+    correction = aligner.correct("q", HOT)
+    assert correction.corrected == HOT
+    assert (correction.finish_reason, correction.doubts) == ("loop", ("repeats",))
+    assert (correction.proposed or "").startswith(HOT + " On and on. On and on.")
+    assert len(correction.proposed or "") < len(HOT) + 60
+
+
+def test_a_doubt_fails_its_own_pair_alone() -> None:
+    aligner = fake_aligner(lambda q, a: "" if a == "bad" else soften(q, a))
+    pairs = [("q", "idiot"), ("q", "bad"), ("q", "fine")]
+    good, bad, fine = aligner.correct_batch(pairs, on_doubt="raise", return_exceptions=True)
+    assert (good.corrected, fine.corrected) == ("friend", "fine")  # type: ignore[union-attr]
+    assert isinstance(bad, DoubtError)
+    with pytest.raises(DoubtError):
+        aligner.correct_batch(pairs, on_doubt="raise")
+
+
+def test_a_stream_gives_pieces_as_they_are_decided_only_where_doubts_are_kept() -> None:
+    answer = " ".join(f"Go on to {place}, idiot." for place in ("Rome", "the mill", "your left", "bed"))
+    pieces = list(fake_aligner(soften, draft=False).stream("q", answer, on_doubt="keep"))
+    whole = list(fake_aligner(soften, draft=False).stream("q", answer))
+    assert "".join(pieces) == "".join(whole) == soften("q", answer)
+    assert len([piece for piece in pieces if piece]) > 4
+    assert len([piece for piece in whole if piece]) == 1
+
+
+def test_a_stream_takes_nothing_back() -> None:
+    aligner = fake_aligner(lambda q, a: a + " On and on." * 200)
+    assert "".join(aligner.stream("q", HOT)) == HOT
+    assert "".join(aligner.stream("q", HOT, on_doubt="keep")).startswith(HOT + " On and on. On")
+
+
+class Wavering(FakeModel):
+    """Wants `!` for every `.` of the answer, by so many nats."""
+
+    def __init__(self, model: FakeModel, gap: float) -> None:
+        super().__init__(model.rule)
+        self.gap = gap
+        tokenizer = byte_tokenizer()
+        self.dot, self.bang = tokenizer.encode(".!")
+        self.rule = self.waver
+        self.inner = model.rule
+
+    def waver(self, tokens: list[int]) -> int | dict[int, float]:
+        said = self.inner([self.dot if token == self.bang else token for token in tokens])
+        return {self.dot: 50.0, self.bang: 50.0 + self.gap} if said == self.dot else said  # type: ignore[return-value]
+
+
+@given(st.floats(0.01, 9), st.floats(0.01, 9), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_a_tolerance_leaves_what_is_hardly_less_likely(gap: float, tolerance: float, draft: bool) -> None:
+    assume(abs(gap - tolerance) > 1e-3)
+    answer = "One. Two of it. Three of it all."
+    with fake_aligner(lambda q, a: answer, draft=draft) as aligner:
+        aligner._scheduler._model = Wavering(aligner.fake_model, gap)  # type: ignore[attr-defined]
+        correction = aligner.correct("q", answer, strength=tolerance)
+        assert correction.corrected == (answer if gap <= tolerance else answer.replace(".", "!"))
+        assert aligner.evidence("q", answer) == pytest.approx(gap, abs=1e-4)
+        levels = Calibration().tolerances
+        changed = {level for level in levels if aligner.correct("q", answer, strength=level).changed}
+        assert changed == {level for level, least in levels.items() if gap > least}
 
 
 def test_a_blank_answer_costs_nothing_and_a_blank_question_is_refused() -> None:

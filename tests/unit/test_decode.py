@@ -1,11 +1,17 @@
 """Laws of decoding: a draft changes the cost, never the result; neither do the neighbours in a batch."""
 
+import math
 import random
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware.engine import Generation, decode
+from aligner_middleware.engine.model import Logits
 from tests.fakes import FakeModel
 
 STOP = frozenset({0})
@@ -105,3 +111,154 @@ def test_a_full_rewrite_looks_ahead_little() -> None:
     assert generation.tokens == rewrite
     looked_ahead = model.tokens - 3 - len(TEXT) - (model.passes - 1)
     assert looked_ahead < 0.4 * len(rewrite)  # at 0.16 of a pass each
+
+
+class Guessing(FakeModel):
+    """Its logits are random and depend on the latest tokens; what follows the latest one in the draft is the likelier."""
+
+    def __init__(self, seed: int, draft: Sequence[int] = (), pull: float = 0.0) -> None:
+        super().__init__(lambda tokens: 0)
+        self.seed, self.pull = seed, pull
+        self.following: dict[int, int] = dict(pairwise([*draft, 0]))
+
+    def append(self, held: list[int], tokens: Sequence[int], wanted: int, capacity: int) -> Logits:
+        rows = []
+        for token in tokens:
+            held.append(int(token))
+            row = np.random.default_rng([self.seed, *held[-3:]]).normal(size=13).astype(np.float32)
+            row[self.following.get(int(token), 0)] += self.pull
+            rows.append(row)
+        assert len(held) <= capacity
+        self.tokens += len(tokens)
+        return np.stack(rows[-wanted:])
+
+
+class Case(NamedTuple):
+    """A random model, and what it is given.
+
+    Attributes:
+        follows: How much likelier it makes the draft's next token.
+    """
+
+    seed: int
+    prompt: list[int]
+    draft: list[int]
+    tolerance: float
+    follows: float
+    limit: int
+
+    def run(self, **options: Any) -> Generation:
+        generation = self.generation(**options)
+        for _ in decode(self.model, [generation], STOP):
+            pass
+        return generation
+
+    def generation(self, **options: Any) -> Generation:
+        given = {"draft": self.draft, "tolerance": self.tolerance, "end": 0, "stop_loops": True} | options
+        return Generation(self.prompt, max_new_tokens=self.limit, **given)
+
+    @property
+    def model(self) -> Guessing:
+        return Guessing(self.seed, self.draft, self.follows)
+
+
+CASE = st.builds(
+    Case,
+    st.integers(0, 2**20),
+    PROMPT,
+    st.lists(st.integers(1, 12), max_size=40) | st.lists(st.integers(1, 3), max_size=40),
+    st.just(0.0) | st.floats(0.1, 4) | st.just(math.inf),
+    st.sampled_from([0.0, 2.0, 4.0]),
+    st.integers(1, 60),
+)
+
+
+def outcome(generation: Generation) -> tuple[list[int], str | None, float]:
+    return generation.tokens, generation.finish_reason, generation.surprise
+
+
+@given(CASE)
+@settings(deadline=None, max_examples=400)
+def test_verifying_a_draft_changes_nothing_under_any_tolerance(case: Case) -> None:
+    verified, decoded = case.run(), case.run(verify=False)
+    assert outcome(verified) == outcome(decoded)
+    assert decoded.accepted == 0
+    assert verified.passes <= decoded.passes
+
+
+@given(CASE, st.lists(CASE, min_size=1, max_size=5))
+@settings(deadline=None)
+def test_under_any_tolerance_a_batch_gives_what_its_sequences_give_alone(first: Case, others: list[Case]) -> None:
+    cases = [first, *(other._replace(seed=first.seed, follows=0.0) for other in others)]  # one model
+    cases[0] = first._replace(follows=0.0)
+    together = [case.generation() for case in cases]
+    for _ in decode(cases[0].model, together, STOP):
+        pass
+    assert [outcome(generation) for generation in together] == [outcome(case.run()) for case in cases]
+
+
+@given(CASE)
+@settings(deadline=None)
+def test_without_a_bound_the_draft_comes_back(case: Case) -> None:
+    generation = case.run(tolerance=math.inf)
+    assert generation.tokens == (case.draft or case.run(draft=()).tokens)[: case.limit]
+    if case.draft:
+        assert generation.finish_reason == ("stop" if case.limit > len(case.draft) else "length")
+
+
+@given(CASE.filter(lambda case: len(case.draft) > 0))
+@settings(deadline=None)
+def test_surprise_is_the_least_tolerance_that_keeps_the_draft(case: Case) -> None:
+    case = case._replace(limit=len(case.draft) + 1)
+    surprise = case.run(tolerance=math.inf).surprise
+    assert case.run(tolerance=surprise).tokens == case.draft
+    if surprise > 0:
+        assert case.run(tolerance=surprise * (1 - 1e-6)).tokens != case.draft
+
+
+@given(CASE, st.floats(0, 4))
+@settings(deadline=None)
+def test_a_higher_tolerance_keeps_all_that_a_lower_one_keeps(case: Case, other: float) -> None:
+    lower, higher = (case.run(tolerance=tolerance).tokens for tolerance in sorted([case.tolerance, other]))
+    if lower == case.draft[: case.limit]:
+        assert higher == lower
+
+
+def saying(said: list[int], draft: list[int], **options: Any) -> Generation:
+    """Decode a model that says `said` after the prompt [99], whatever it is given as a draft."""
+    generation = Generation([99], draft, len(said) + 5, stop_loops=True, **options)
+    for _ in decode(FakeModel(lambda tokens: [*said, 0][min(len(tokens) - 1, len(said))]), [generation], STOP):
+        pass
+    return generation
+
+
+BEGINNING = st.lists(st.integers(1, 4), max_size=12)
+TURN = st.lists(st.integers(5, 40), min_size=1, max_size=20, unique=True)
+
+
+@given(BEGINNING, TURN, st.booleans(), st.booleans())
+@settings(deadline=None)
+def test_a_loop_ends_as_soon_as_it_is_certain(
+    beginning: list[int], turn: list[int], drafted: bool, verify: bool
+) -> None:
+    generation = saying(beginning + turn * 80, beginning + turn if drafted else [], verify=verify)
+    certain = len(turn) * max(4, math.ceil(32 / len(turn)))  # four turns, and 32 tokens
+    assert generation.finish_reason == "loop"
+    assert generation.tokens == (beginning + turn * 80)[: len(beginning) + certain]
+    assert 0 <= generation.accepted <= len(generation.tokens)
+
+
+@given(BEGINNING, TURN, st.booleans())
+@settings(deadline=None)
+def test_what_the_draft_repeats_may_be_repeated(beginning: list[int], turn: list[int], verify: bool) -> None:
+    rule_of_dashes = turn * max(5, math.ceil(40 / len(turn)))
+    for said in (beginning + rule_of_dashes, [*rule_of_dashes, *beginning]):
+        generation = saying(said, [7, *said, 8], verify=verify)
+        assert (generation.tokens, generation.finish_reason) == (said, "stop")
+
+
+def test_a_loop_is_let_run_where_nobody_asked() -> None:
+    generation = Generation([1], max_new_tokens=200)
+    for _ in decode(FakeModel(lambda tokens: 5), [generation], STOP):
+        pass
+    assert (generation.finish_reason, len(generation.tokens)) == ("length", 200)

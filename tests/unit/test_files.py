@@ -2,16 +2,20 @@
 
 import gzip
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import aligner_middleware
 from aligner_middleware import ArtifactError, DataError
-from aligner_middleware.artifact import Artifact, BaseWeights, sha256
+from aligner_middleware.artifact import FORMAT_VERSION, Artifact, BaseWeights, Calibration, sha256
 from aligner_middleware.build.cache import build_once, write_folder
 from aligner_middleware.prompt import DEFAULT
 from aligner_middleware.triples import read_rows
@@ -74,6 +78,104 @@ def test_a_wrong_aligner_json_is_refused(tmp_path: Path, change: dict[str, objec
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match=r"aligner\.json"):
         Artifact.load(folder)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "aligner.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_folder_of_before_verdicts_is_served_as_before_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def age(content: dict[str, Any]) -> None:
+        content["format_version"] = 2
+        for name in ("verdict_ids", "calibration"):
+            del content[name]
+        for name in ("verdicts", "mark"):
+            del content["template"][name]
+
+    folder = artifact_folder(tmp_path / "a")
+    rewrite(folder, age)
+    artifact = Artifact.load(folder)
+    assert (artifact.template, artifact.verdict_ids, artifact.calibration) == (DEFAULT, None, None)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "has format version 2, without verdicts: it is served as before" in caplog.text
+    caplog.clear()
+    Artifact.load(artifact_folder(tmp_path / "b"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("version", [1, FORMAT_VERSION + 1, 99])
+def test_a_folder_of_another_format_is_refused_and_both_are_named(tmp_path: Path, version: int) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    rewrite(folder, lambda content: content.update(format_version=version))
+    with pytest.raises(
+        ArtifactError, match=f"has format version {version}, this package reads {FORMAT_VERSION}: export it again"
+    ):
+        Artifact.load(folder)
+
+
+def test_verdicts_and_levels_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    template = DEFAULT.model_copy(update={"verdicts": ("<a>", "<b>", "<c>"), "mark": "<d>"})
+    calibration = Calibration(scale=1.5, bias=-0.25, levels={"low": 0.9, "medium": 0.4, "high": 0.1}, rows=700)
+    update = {"template": template, "verdict_ids": (3, 4, 5), "calibration": calibration}
+    Artifact.load(folder).model_copy(update=update).save(folder)
+    found = Artifact.load(folder)
+    assert (found.template, found.verdict_ids, found.calibration) == (template, (3, 4, 5), calibration)
+
+
+def test_saving_leaves_the_old_file_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = artifact_folder(tmp_path / "a")
+    before = (folder / "aligner.json").read_bytes()
+    artifact = Artifact.load(folder).model_copy(update={"name": "other"})
+    write = Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        write(path, text[: len(text) // 2], **options)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="no space"):
+            artifact.save(folder)
+    assert (folder / "aligner.json").read_bytes() == before
+    assert Artifact.load(folder).name == "test"
+    artifact.save(folder)
+    assert Artifact.load(folder).name == "other"
+    assert sorted(path.name for path in folder.iterdir()) == ["aligner.json", "model.onnx", "tokenizer.json"]
+
+
+CALIBRATION = st.builds(Calibration, scale=st.floats(0.01, 10), bias=st.floats(-5, 5))
+
+
+@given(CALIBRATION, st.floats(0.001, 0.999))
+def test_a_score_and_its_log_odds_give_each_other(calibration: Calibration, score: float) -> None:
+    assert calibration.score(calibration.log_odds(score)) == pytest.approx(score, rel=1e-6)
+
+
+@given(CALIBRATION, st.floats(allow_nan=False), st.floats(allow_nan=False))
+def test_a_score_is_a_probability_that_grows_with_the_log_odds(
+    calibration: Calibration, one: float, other: float
+) -> None:
+    low, high = (calibration.score(odds) for odds in sorted([one, other]))
+    assert 0 <= low <= high <= 1
+
+
+@given(CALIBRATION, st.floats(0, 1), st.floats(0, 1))
+def test_log_odds_grow_with_the_score(calibration: Calibration, one: float, other: float) -> None:
+    low, high = (calibration.log_odds(score) for score in sorted([one, other]))
+    assert low <= high
+    assert (calibration.log_odds(0), calibration.log_odds(1)) == (-math.inf, math.inf)
+
+
+def test_a_calibration_that_turns_scores_around_is_refused() -> None:
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="greater than 0"):
+            Calibration(scale=scale)
 
 
 def test_a_failed_build_leaves_nothing_and_a_good_one_runs_once(tmp_path: Path) -> None:
@@ -169,6 +271,13 @@ HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: q\n\nAssistant: "
         ({"prompt": "q", "response": "a", "is_safe": True}, ("q", "a", "a")),
         ({"prompt": "q", "response": "a", "is_safe": False}, "has no correction"),
         ({"question": " ", "answer": "a", "correction": "c"}, "a text is empty"),
+        ({"question": "q", "answer": "a", "correction": ""}, "a text is empty"),
+        ({"question": "q", "answer": "a", "kind": "keep", "better": "b"}, ("q", "a", "a")),
+        ({"question": "q", "answer": "a", "kind": "refusal"}, ("q", "a", "a")),
+        ({"question": "q", "answer": "a", "kind": "bad", "better": "b"}, ("q", "a", "b")),
+        ({"question": "q", "answer": "a", "kind": "bad"}, ("q", "a", "")),  # teaches its verdict alone
+        ({"question": "q", "answer": " ", "kind": "bad"}, "a text is empty"),
+        ({"question": "q", "answer": "a", "kind": "good"}, "its kind is 'good', none of keep, refusal and bad"),
     ],
 )
 def test_every_known_form_gives_a_triple_or_the_reason_why_not(

@@ -214,7 +214,7 @@ def test_an_aligner_that_is_forgotten_ends_its_thread() -> None:
 
 def test_a_stream_that_is_dropped_frees_its_row() -> None:
     aligner = fake_aligner(lambda question, answer: answer.upper())
-    stream = aligner.stream("q", "never the same, " * 20)
+    stream = aligner.stream("q", "never the same, " * 20, on_doubt="keep")  # gives pieces as they are decided
     next(stream)
     stream.close()
     assert aligner.correct("q", "next").corrected == "NEXT"

@@ -7,6 +7,7 @@ and a report of what was done. It knows nothing of messages.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -17,16 +18,18 @@ from langchain_core.callbacks import BaseRunManager as Run
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
+from aligner_middleware.artifact import LEVELS
 from aligner_middleware.correction import Correction, Usage
-from aligner_middleware.errors import InputError, MissingQuestionError, PromptTooLongError
+from aligner_middleware.errors import DoubtError, InputError, MissingQuestionError, PromptTooLongError
 from aligner_middleware.paragraphs import split
 
 logger = logging.getLogger("aligner_middleware")
 
-Pair = tuple[str | None, str]  # a question, where it is known, and an answer
+Asked = str | Exception | None  # a question, where it is known; in shadow mode also what went wrong in finding it
+Pair = tuple[Asked, str]  # and an answer
 Mode = Literal["correct", "shadow"]
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
 MissingQuestion = Literal["raise", "passthrough"]
@@ -55,7 +58,8 @@ class Aligned:
         text: The text to show.
         report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`,
             `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why it was not aligned.
-            In shadow mode also `mode`, and what would have become of the answer: `would_change` and `proposed`.
+            In shadow mode also `mode`, whether the answer `would_change`, and what the aligner `proposed`, if it is another
+            text; where `would_change` is false, a safeguard objected to that.
         correction: The correction, where one was made.
     """
 
@@ -116,16 +120,26 @@ class Alignment(BaseModel):
     def _load(cls, aligner: Any) -> Any:
         return Aligner.load(aligner) if isinstance(aligner, (str, Path)) else aligner
 
+    @field_validator("strength")
+    @classmethod
+    def _in_range(cls, strength: Strength, info: ValidationInfo) -> Strength:
+        most = 1 if "aligner" in info.data and info.data["aligner"].has_verdicts else math.inf
+        if isinstance(strength, float) and not 0 <= strength <= most:
+            raise ValueError(
+                f"expected a score from 0 to 1, or {', '.join(LEVELS)}" if most == 1 else "expected at least 0"
+            )
+        return strength
+
     def align_pairs(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Align answers together. One that fails becomes its exception, if `on_error` says so; others are not held up."""
         return self._run([self._plan(question, answer) for question, answer in pairs])
 
-    async def aalign_pair(self, question: str | None, answer: str) -> Outcome:
+    async def aalign_pair(self, question: Asked, answer: str) -> Outcome:
         """Align one answer, and leave the event loop free."""
         return await self._arun(await self._aplan(question, answer))
 
     def stream_pair(
-        self, question: str | None, answer: str, ahead: ReadAhead | None = None
+        self, question: Asked, answer: str, ahead: ReadAhead | None = None
     ) -> Generator[str, None, Outcome]:
         """Align one answer, and give the text as soon as nothing can take it back.
 
@@ -152,7 +166,7 @@ class Alignment(BaseModel):
             pieces.close()
 
     async def astream_pair(
-        self, question: str | None, answer: str, ahead: ReadAhead | None = None
+        self, question: Asked, answer: str, ahead: ReadAhead | None = None
     ) -> AsyncIterator[str | Aligned | Exception]:
         """Do as `stream_pair` does, and leave the event loop free; the last that is given is what became of the answer."""
         plan = await self._aplan(question, answer)
@@ -180,7 +194,10 @@ class Alignment(BaseModel):
     def _run(self, plans: Sequence[_Plan | Outcome]) -> list[Outcome]:
         """Correct what is planned, all of it together."""
         needed = [piece for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
-        made = iter(self.aligner.correct_batch(needed, return_exceptions=True, **self._options) if needed else ())
+        try:
+            made = iter(self.aligner.correct_batch(needed, return_exceptions=True, **self._options) if needed else ())
+        except Exception as exc:  # of all of them, such as a closed aligner
+            return [self._failed(plan.answer, exc) if isinstance(plan, _Plan) else plan for plan in plans]
         return [
             self._end(plan, [next(made) for _ in plan.pieces]) if isinstance(plan, _Plan) else plan for plan in plans
         ]
@@ -193,19 +210,30 @@ class Alignment(BaseModel):
         except Exception as exc:  # `on_error` says what becomes of it
             return self._failed(plan.answer, exc)
 
+    def ask(self, find: Callable[[Any], str | None], value: Any) -> Asked:
+        """Ask a user's function for the question. In shadow mode what it raises is given, and reported in the end."""
+        try:
+            return find(value)
+        except Exception as exc:
+            if self.mode == "correct":
+                raise
+            return exc
+
     async def aquestion(self, find: Callable[..., T], *args: Any) -> T:
         """Call what finds the question, in a thread where that asks a user's function."""
         return await run_in_executor(None, find, *args) if callable(self.question) else find(*args)
 
-    async def _aplan(self, question: str | None, answer: str) -> _Plan | Outcome:
+    async def _aplan(self, question: Asked, answer: str) -> _Plan | Outcome:
         """Plan in a thread where that may take long: a user's function, or counting the tokens of a long answer."""
         if self.when is None and self._unlimited:
             return self._plan(question, answer)
         return await run_in_executor(None, self._plan, question, answer)
 
-    def _plan(self, question: str | None, answer: str) -> _Plan | Outcome:
+    def _plan(self, question: Asked, answer: str) -> _Plan | Outcome:
         if question is None:
             return self._no_question(answer)
+        if isinstance(question, Exception):
+            return self._failed(answer, question)
         try:
             if self.when is not None and not self.when(question, answer):
                 return self._unaligned(answer, "when")
@@ -218,7 +246,7 @@ class Alignment(BaseModel):
     @property
     def _options(self) -> dict[str, Any]:
         """What the aligner is told of every call."""
-        on_doubt = "passthrough" if self.mode == "shadow" else self.on_doubt
+        on_doubt = "passthrough" if self.mode == "shadow" and self.on_doubt == "raise" else self.on_doubt
         return {"timeout": self.timeout, "strength": self.strength, "on_doubt": on_doubt}
 
     @property
@@ -255,9 +283,10 @@ class Alignment(BaseModel):
                 return self._failed(plan.answer, one)
         correction = plan.join([one for one in made if isinstance(one, Correction)])
         usage = correction.usage
+        shadow = self.mode == "shadow"
         logger.info(
             "%s an answer (prompt of %d tokens) in %.0f ms, %d passes",
-            "corrected" if correction.changed else "kept",
+            ("would correct" if shadow else "corrected") if correction.changed else "kept",
             usage.prompt_tokens,
             usage.seconds * 1000,
             usage.passes,
@@ -267,7 +296,6 @@ class Alignment(BaseModel):
                 self.on_correction(correction)
             except Exception:  # whoever counts must not break what is counted
                 logger.exception("on_correction failed")
-        shadow = self.mode == "shadow"
         report = self._report(
             aligned=not shadow,
             changed=correction.changed and not shadow,
@@ -279,8 +307,9 @@ class Alignment(BaseModel):
         if correction.doubts:
             report |= {"doubts": list(correction.doubts)}
         if shadow:
-            report |= {"mode": "shadow", "would_change": correction.changed}
-            report |= {"proposed": correction.corrected} if correction.changed else {}
+            proposed = _written(correction)
+            report |= {"would_change": correction.changed}
+            report |= {"proposed": proposed} if proposed != plan.answer else {}
             return Aligned(plan.answer, report, correction)
         return Aligned(correction.corrected, report | self._original(plan.answer), correction)
 
@@ -290,6 +319,8 @@ class Alignment(BaseModel):
         logger.warning("an answer was not aligned: %s", error)
         text = answer if self.on_error == "passthrough" or self.mode == "shadow" else self.on_error
         report = self._report(aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
+        if isinstance(error, DoubtError):
+            report |= {"doubts": list(error.doubts)}
         return Aligned(text, report | self._original(answer))
 
     def _no_question(self, answer: str) -> Outcome:
@@ -299,7 +330,7 @@ class Alignment(BaseModel):
         return self._unaligned(answer, "question not known")
 
     def _report(self, **values: Any) -> dict[str, Any]:
-        return {"model": self.aligner.name} | values
+        return {"model": self.aligner.name} | values | ({"mode": "shadow"} if self.mode == "shadow" else {})
 
     def _original(self, answer: str) -> dict[str, str]:
         return {"original": answer} if self.keep_original else {}
@@ -375,7 +406,7 @@ class _Plan:
             repeated = correction.changed and correction.corrected in said
             said.add(correction.corrected)
             text += "" if repeated else before + correction.corrected + after
-            proposed += before + (correction.proposed or correction.corrected) + after
+            proposed += "" if repeated else before + _written(correction) + after
             usage = usage + correction.usage
         ends = [one.finish_reason for one in corrections]
         verdicts = [one.verdict for one in corrections if one.verdict]
@@ -389,8 +420,13 @@ class _Plan:
             verdict="keep" if set(verdicts) == {"keep"} else "edit" if verdicts else None,
             score=max((one.score for one in corrections if one.score is not None), default=None),
             doubts=found,
-            proposed=proposed if any(one.proposed for one in corrections) else None,
+            proposed=proposed if any(one.proposed is not None for one in corrections) else None,
         )
+
+
+def _written(correction: Correction) -> str:
+    """Give what the aligner wrote, also where a safeguard objects to it."""
+    return correction.corrected if correction.proposed is None else correction.proposed
 
 
 def _end_of(text: str) -> str:

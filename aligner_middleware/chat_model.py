@@ -22,8 +22,8 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.tools import BaseTool
 from pydantic import model_validator
 
-from aligner_middleware.alignment import Aligned, Alignment, atell, or_raise, tell
-from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks
+from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, or_raise, tell
+from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, passing
 from aligner_middleware.messages import question_of
 from aligner_middleware.values import Answer, locate
 
@@ -126,11 +126,11 @@ class AlignedChatModel(BaseChatModel, Alignment):
             for chunk in self.llm._stream(messages, stop=stop, **kwargs):
                 gathering.add(_message_of(chunk))
                 if self.mode == "shadow":
-                    yield chunk
+                    yield _passing(chunk)
             value = gathering.value
             answer = self._answer(value, kwargs)
             if answer is None:
-                yield from _untouched(value if self.mode == "correct" else None)
+                yield from self._untouched(value)
                 return
             for piece in aligned_chunks(self, answer, question, gathering.ahead, partial(tell, run_manager)):
                 yield ChatGenerationChunk(message=piece)
@@ -150,11 +150,11 @@ class AlignedChatModel(BaseChatModel, Alignment):
             async for chunk in self.llm._astream(messages, stop=stop, **kwargs):
                 gathering.add(_message_of(chunk))
                 if self.mode == "shadow":
-                    yield chunk
+                    yield _passing(chunk)
             value = gathering.value
             answer = self._answer(value, kwargs)
             if answer is None:
-                for untouched in _untouched(value if self.mode == "correct" else None):
+                for untouched in self._untouched(value):
                     yield untouched
                 return
             tell = partial(atell, run_manager)
@@ -163,10 +163,16 @@ class AlignedChatModel(BaseChatModel, Alignment):
         finally:
             gathering.close()
 
-    def _question(self, messages: list[BaseMessage]) -> str | None:
+    def _question(self, messages: list[BaseMessage]) -> Asked:
         if isinstance(self.question, str):
             return self.question
-        return self.question(messages) if self.question else question_of(messages, dialogue=self.dialogue)
+        return self.ask(self.question, messages) if self.question else question_of(messages, dialogue=self.dialogue)
+
+    def _untouched(self, value: Any) -> Iterator[ChatGenerationChunk]:
+        """Give an answer that is left alone; in shadow mode its end, since its chunks were given as they came."""
+        for message in (value,) if self.mode == "correct" else closing(value):
+            if message is not None:
+                yield ChatGenerationChunk(message=message)
 
     def _answers(self, result: ChatResult, kwargs: dict[str, Any]) -> dict[int, Answer]:
         """Find the answers to correct among the generations, by their places."""
@@ -306,9 +312,8 @@ def _message_of(chunk: ChatGenerationChunk) -> BaseMessage:
     return chunk.message.model_copy(update={"response_metadata": metadata})
 
 
-def _untouched(message: Any) -> Iterator[ChatGenerationChunk]:
-    if message is not None:
-        yield ChatGenerationChunk(message=message)
+def _passing(chunk: ChatGenerationChunk) -> ChatGenerationChunk:
+    return chunk.model_copy(update={"message": passing(chunk.message)})
 
 
 def _with_aligned(result: ChatResult, answers: dict[int, Answer], aligned: Sequence[Aligned]) -> ChatResult:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import reduce
 from operator import add
 from typing import Any
 
-from langchain_core.messages import AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import AddableDict
 
 from aligner_middleware.aligner import Aligner, ReadAhead
-from aligner_middleware.alignment import Aligned, Alignment, Outcome, or_raise
+from aligner_middleware.alignment import Aligned, Alignment, Asked, Outcome, or_raise
 from aligner_middleware.messages import with_metadata, with_text
-from aligner_middleware.values import Answer
+from aligner_middleware.values import Answer, is_update
+
+_REPORT = "aligner"
 
 
 class Gathering:
@@ -27,7 +30,7 @@ class Gathering:
         ahead: What has read them, if there was any text.
     """
 
-    def __init__(self, aligner: Aligner, ask: Callable[[Any], str | None]) -> None:
+    def __init__(self, aligner: Aligner, ask: Callable[[Any], Asked]) -> None:
         self.ahead: ReadAhead | None = None
         self._aligner = aligner
         self._ask = ask
@@ -39,9 +42,11 @@ class Gathering:
         text = chunk if isinstance(chunk, str) else chunk.content if isinstance(chunk, AIMessageChunk) else None
         if not isinstance(text, str) or not text:
             return
-        if self.ahead is None:
-            self.ahead = self._aligner.read_ahead(self._ask(chunk) or "")
-        self.ahead.feed(text)
+        with suppress(Exception):  # it only saves time: what is wrong shows when the answer is aligned
+            if self.ahead is None:
+                question = self._ask(chunk)
+                self.ahead = self._aligner.read_ahead(question if isinstance(question, str) else "")
+            self.ahead.feed(text)
 
     @property
     def value(self) -> Any:
@@ -59,13 +64,13 @@ class Gathering:
 def aligned_chunks(
     alignment: Alignment,
     answer: Answer,
-    question: str | None,
+    question: Asked,
     ahead: ReadAhead | None,
     tell: Callable[[Aligned], None],
 ) -> Iterator[Any]:
     """Give an aligned answer in chunks: text as it is decided, and last all that is not text.
 
-    Content blocks, dicts and whole messages are given whole. In shadow mode only the report is given.
+    Content blocks, dicts and whole messages are given whole. In shadow mode only the end is given, with the report.
 
     Args:
         alignment: What aligns it.
@@ -78,7 +83,7 @@ def aligned_chunks(
         Exception: What made the alignment fail, if its policy is to raise.
     """
     given = ""
-    if _can_be_cut(answer.value) and alignment.mode == "correct":
+    if _can_be_cut(answer.value):
         pieces = alignment.stream_pair(question, answer.text, ahead)
         while True:
             try:
@@ -92,22 +97,19 @@ def aligned_chunks(
         (outcome,) = alignment.align_pairs([(question, answer.text)])
     aligned = or_raise(outcome)
     tell(aligned)
-    if alignment.mode == "shadow":
-        yield from _reported(answer, aligned)
-    else:
-        yield from _rest(answer, aligned, given)
+    yield from closing(answer.value, aligned) if alignment.mode == "shadow" else _rest(answer, aligned, given)
 
 
 async def aaligned_chunks(
     alignment: Alignment,
     answer: Answer,
-    question: str | None,
+    question: Asked,
     ahead: ReadAhead | None,
     tell: Callable[[Aligned], Awaitable[None]],
 ) -> AsyncIterator[Any]:
     """Do as `aligned_chunks` does, and leave the event loop free."""
     given = ""
-    if _can_be_cut(answer.value) and alignment.mode == "correct":
+    if _can_be_cut(answer.value):
         async for piece in alignment.astream_pair(question, answer.text, ahead):
             if isinstance(piece, str):
                 given += piece
@@ -118,8 +120,51 @@ async def aaligned_chunks(
         outcome = await alignment.aalign_pair(question, answer.text)
     aligned = or_raise(outcome)
     await tell(aligned)
-    for rest in _reported(answer, aligned) if alignment.mode == "shadow" else _rest(answer, aligned, given):
+    for rest in closing(answer.value, aligned) if alignment.mode == "shadow" else _rest(answer, aligned, given):
         yield rest
+
+
+def is_whole(value: Any) -> bool:
+    """Say whether what a stream gives is more than a piece of an answer: a message, a state, or a question with one."""
+    if not isinstance(value, Mapping):
+        return isinstance(value, AIMessage) and not isinstance(value, AIMessageChunk)
+    return (
+        is_update(value)
+        or isinstance(value.get("messages"), list)
+        or ("question" in value and is_whole(value.get("answer")))
+    )
+
+
+def passing(chunk: Any) -> Any:
+    """Give a chunk as shadow mode lets it by: what only the end may say (that it is the last, a report) is for `closing`."""
+    if isinstance(chunk, Mapping) and isinstance(chunk.get("answer"), AIMessageChunk):
+        return AddableDict({**chunk, "answer": passing(chunk["answer"])})
+    if not isinstance(chunk, AIMessageChunk) or not (chunk.chunk_position or _REPORT in chunk.response_metadata):
+        return chunk
+    metadata = {key: value for key, value in chunk.response_metadata.items() if key != _REPORT}
+    return chunk.model_copy(update={"chunk_position": None, "response_metadata": metadata})
+
+
+def closing(value: Any, aligned: Aligned | None = None) -> Iterator[Any]:
+    """Give the end of an answer that shadow mode let by: a chunk without text that is the last, with the report.
+
+    Text has no place for it.
+
+    Args:
+        value: The chunks as they came, added up.
+        aligned: What became of it; `None` where there was nothing to align.
+    """
+    if isinstance(value, Mapping):
+        yield from (AddableDict(answer=end) for end in closing(value.get("answer"), aligned))
+    elif isinstance(value, AIMessageChunk):
+        report = aligned.report if aligned else value.response_metadata.get(_REPORT)
+        if report or value.chunk_position:
+            yield AIMessageChunk(
+                content="" if isinstance(value.content, str) else [],
+                id=value.id,
+                response_metadata={_REPORT: report} if report else {},
+                chunk_position="last",
+            )
 
 
 def _can_be_cut(value: Any) -> bool:
@@ -128,12 +173,6 @@ def _can_be_cut(value: Any) -> bool:
 
 def _piece_of(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else AIMessageChunk(content=text, id=value.id)
-
-
-def _reported(answer: Answer, aligned: Aligned) -> Iterator[Any]:
-    """Give the report alone, of an answer whose chunks were given as they came; text and dicts have no place for it."""
-    if isinstance(answer.value, AIMessageChunk):
-        yield AIMessageChunk(content="", id=answer.value.id, response_metadata={"aligner": aligned.report})
 
 
 def _rest(answer: Answer, aligned: Aligned, given: str) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -32,9 +32,9 @@ from rich.progress import (
 from rich.table import Table
 
 from aligner_middleware import __version__
-from aligner_middleware.aligner import Aligner, Strength
+from aligner_middleware.aligner import Aligner, OnDoubt, Strength
 from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, LEVELS, Artifact, Precision, cached_folder, home
-from aligner_middleware.correction import Correction
+from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
 from aligner_middleware.files import fingerprint, write_lines, write_text
 from aligner_middleware.triples import Rows, Triple, read_rows
@@ -106,15 +106,17 @@ def correct(
         raise typer.BadParameter("give both --question and --answer, or neither and JSON lines on standard input")
     if mode not in ("correct", "shadow"):
         raise typer.BadParameter(f"{mode!r} is neither correct nor shadow", param_hint="--mode")
-    chosen = _strength(strength) or "medium"
+    if on_doubt not in get_args(OnDoubt):
+        raise typer.BadParameter(f"{on_doubt!r} is none of passthrough, raise and keep", param_hint="--on-doubt")
+    chosen = _strength(strength)
     aligner = Aligner.load(model, precision=_precision(precision))
+    if aligner.has_verdicts and isinstance(chosen, float) and chosen > 1:
+        raise typer.BadParameter(f"{strength} is no score from 0 to 1", param_hint="--strength")
 
     def corrected(*pair: str) -> dict[str, Any]:
-        made = aligner.correct(*pair, strength=chosen, on_doubt=on_doubt)  # type: ignore[arg-type]
         if mode == "correct":
-            return _as_dict(made)
-        shadow = {"mode": mode, "would_change": made.changed, "proposed": made.proposed or made.corrected}
-        return _as_dict(replace(made, corrected=made.original)) | shadow
+            return _as_dict(aligner.correct(*pair, strength=chosen, on_doubt=on_doubt))  # type: ignore[arg-type]
+        return _shadow(aligner, pair, chosen, on_doubt)
 
     if question is not None and answer is not None:
         row = corrected(question, answer)
@@ -339,7 +341,7 @@ def evaluate(
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "build") from exc
     path = data or DEFAULT_FOLDER / "held_out.jsonl"
-    chosen = _strength(strength)
+    chosen = None if strength is None else _strength(strength)
     if is_labelled(path):
         _guard(path, out, model, precision, chosen, as_json)
         return
@@ -347,7 +349,10 @@ def evaluate(
     aligner = Aligner.load(model, precision=_precision(precision))
     with _steps(f"evaluate {model}", len(rows)) as report:
         evaluation = run(
-            aligner, rows, strength=chosen or "medium", report=lambda done: report(f"{done} of {len(rows)} rows")
+            aligner,
+            rows,
+            strength="medium" if chosen is None else chosen,
+            report=lambda done: report(f"{done} of {len(rows)} rows"),
         )
     folder = _aligner_folder(model, precision)
     given = [(one.correction.score, not one.row.keeps) for one in evaluation.scored]
@@ -767,9 +772,7 @@ def _precision(value: str) -> Precision:
     raise typer.BadParameter(f"{value!r} is none of float32, float16, int8, int4", param_hint="--precision")
 
 
-def _strength(value: str | None) -> Strength | None:
-    if value is None:
-        return None
+def _strength(value: str) -> Strength:
     for known in LEVELS:
         if value == known:
             return known
@@ -799,6 +802,21 @@ def _pair(number: int, line: str) -> tuple[str, str]:
 
 def _as_dict(correction: Correction) -> dict[str, Any]:
     return asdict(correction) | {"changed": correction.changed}
+
+
+def _shadow(aligner: Aligner, pair: tuple[str, ...], strength: Strength, on_doubt: str) -> dict[str, Any]:
+    """Say what would become of an answer, which stays as it is."""
+    question, answer = pair
+    asked: Any = "passthrough" if on_doubt == "raise" else on_doubt
+    try:
+        made = aligner.correct(question, answer, strength=strength, on_doubt=asked)
+    except AlignerError as exc:
+        _errors.print(f"not aligned: {escape(str(exc))}", highlight=False, soft_wrap=True)
+        failed = Correction(question, answer, answer, "stop", Usage())
+        return _as_dict(failed) | {"mode": "shadow", "would_change": False, "reason": f"{type(exc).__name__}: {exc}"}
+    written = made.corrected if made.proposed is None else made.proposed
+    seen = replace(made, corrected=answer, proposed=None if written == answer else written)
+    return _as_dict(seen) | {"mode": "shadow", "would_change": made.changed}
 
 
 def _print_artifact(folder: Path, as_json: bool) -> None:

@@ -105,8 +105,10 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
     def _asking(self, request: ModelRequest[Any]) -> AlignerRunnable:
         """Give the aligner with the question of this call."""
         messages = request.state["messages"]
+        question: str | Callable[[Any], str] | None
         if callable(self.align.question):
-            question = self.align.question(messages)
+            asked = self.align.ask(self.align.question, messages)
+            question = _raising(asked) if isinstance(asked, Exception) else asked
         elif self.align.question is None:
             question = question_of(messages, dialogue=self.align.dialogue, tool_results=self.tool_results)
         else:
@@ -115,20 +117,26 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
 
     def _around(self, request: ModelRequest[Any], align: AlignerRunnable) -> ModelRequest[Any]:
         model = request.model
-        if self.raw_streaming or not isinstance(model, BaseChatModel) or isinstance(model, AlignedChatModel):
+        if self.raw_streaming or not isinstance(model, BaseChatModel):
+            return request
+        if isinstance(model, AlignedChatModel) and model.mode == "correct":
             return request
         return request.override(model=wrapped(model, align, final_only=not self.intermediate))
 
     def _left(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
-        """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one."""
+        """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one.
+
+        One that an aligner has seen in shadow mode is still to be corrected.
+        """
+        shadow = self.align.mode == "shadow"
         left = {}
         for at, message in enumerate(response.result):
             if not isinstance(message, AIMessage) or (message.tool_calls and not self.intermediate):
                 continue
             answer = locate(message)
-            if answer.text.strip() and not answer.report:
+            if answer.text.strip() and (not answer.report or (not shadow and answer.report.get("mode") == "shadow")):
                 left[at] = answer
-        if left and not self.raw_streaming:
+        if left and not self.raw_streaming and not shadow:
             warnings.warn(_LEAK, RuntimeWarning, stacklevel=2)
         return left
 
@@ -156,6 +164,13 @@ def _gives_json(request: ModelRequest[Any]) -> bool:
 
 def _question(align: AlignerRunnable) -> str | None:
     return align.question if isinstance(align.question, str) else None
+
+
+def _raising(error: Exception) -> Callable[[Any], str]:
+    def question(messages: Any) -> str:
+        raise error
+
+    return question
 
 
 def _with(response: ModelResponse[Any], at: int, message: BaseMessage) -> ModelResponse[Any]:

@@ -21,15 +21,17 @@ from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.alignment import (
     Aligned,
     Alignment,
+    Asked,
     LongAnswer,
     MissingQuestion,
     Mode,
     atell,
+    logger,
     or_raise,
     tell,
 )
 from aligner_middleware.chat_model import wrapped
-from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks
+from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, is_whole, passing
 from aligner_middleware.correction import Correction
 from aligner_middleware.values import Answer, is_update, locate
 
@@ -41,7 +43,7 @@ class _Job:
     """One answer to correct, and the question that it answers."""
 
     answer: Answer
-    question: str | None
+    question: Asked
 
 
 class _Wrap:
@@ -240,13 +242,13 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         gathering = Gathering(self.aligner, lambda chunk: self._question_early(chunk, run_manager))
         try:
             for chunk in chunks:
-                if is_update(chunk):  # an agent's stream: each is whole
+                if self._is_whole(chunk):
                     yield self._align_one(chunk, run_manager)
                 else:
                     gathering.add(chunk)
                     if self.mode == "shadow":
-                        yield chunk
-            if (value := gathering.value) is not None:
+                        yield passing(chunk)
+            if (value := self._gathered(gathering)) is not None:
                 yield from self._stream_one(value, gathering.ahead, run_manager)
         finally:
             gathering.close()
@@ -254,8 +256,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     def _stream_one(self, value: Any, ahead: ReadAhead | None, run: CallbackManagerForChainRun) -> Iterator[Any]:
         job = self._job(value, run)
         if not isinstance(job, _Job):
-            if self.mode == "correct":  # in shadow mode the chunks were given as they came
-                yield or_raise(job)
+            yield from [or_raise(job)] if self.mode == "correct" else closing(value)
             return
         yield from aligned_chunks(self, job.answer, job.question, ahead, partial(tell, run))
 
@@ -265,13 +266,13 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         gathering = Gathering(self.aligner, lambda chunk: self._question_early(chunk, run_manager))
         try:
             async for chunk in chunks:
-                if is_update(chunk):
+                if self._is_whole(chunk):
                     yield await self._aalign_one(chunk, run_manager)
                 else:
                     gathering.add(chunk)
                     if self.mode == "shadow":
-                        yield chunk
-            if (value := gathering.value) is not None:
+                        yield passing(chunk)
+            if (value := self._gathered(gathering)) is not None:
                 async for piece in self._astream_one(value, gathering.ahead, run_manager):
                     yield piece
         finally:
@@ -282,12 +283,25 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     ) -> AsyncIterator[Any]:
         job = await self.aquestion(self._job, value, run)
         if not isinstance(job, _Job):
-            if self.mode == "correct":
-                yield or_raise(job)
+            for rest in [or_raise(job)] if self.mode == "correct" else closing(value):
+                yield rest
             return
         tell = partial(atell, run)
         async for chunk in aaligned_chunks(self, job.answer, job.question, ahead, tell):
             yield chunk
+
+    def _is_whole(self, chunk: Any) -> bool:
+        """Say whether a stream's value is aligned by itself: an agent's update, and in shadow mode all that is whole."""
+        return is_update(chunk) or (self.mode == "shadow" and is_whole(chunk))
+
+    def _gathered(self, gathering: Gathering) -> Any:
+        try:
+            return gathering.value
+        except Exception as exc:  # what cannot be added up is no answer
+            if self.mode == "correct":
+                raise
+            logger.warning("an answer was not aligned: %s", exc)
+            return None
 
     # --- one value --------------------------------------------------------------------------------------
 
@@ -299,16 +313,19 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                 return answer.value
             question = self._question(value, answer, run)
         except Exception as exc:
-            return exc
+            if self.mode == "correct":
+                return exc
+            logger.warning("an answer was not aligned: %s", exc)
+            return value
         return _Job(answer, question)
 
-    def _question(self, value: Any, answer: Answer, run: ChainRun) -> str | None:
+    def _question(self, value: Any, answer: Answer, run: ChainRun) -> Asked:
         if answer.question is not None:
             return answer.question
         if isinstance(self.question, str):
             return self.question
         if self.question is not None:
-            return self.question(value)
+            return self.ask(self.question, value)
         message_id = answer.message.id if answer.message else None
         return questions.RECORD.find(answer.text, message_id, run.parent_run_id, dialogue=self.dialogue)
 

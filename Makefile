@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint unit integration bench bench-precision bench-serving default-aligner ablations rounds weak-to-strong ability clean
+.PHONY: help demo test lint unit integration bench bench-precision bench-serving default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -49,10 +49,22 @@ bench-precision: .venv/installed  ## What each precision costs, and whether draf
 bench-serving: .venv/installed  ## Start, memory, concurrent calls, streaming upstreams
 	$(BIN)/python benchmarks/serving.py
 
-default-aligner: .venv/installed  ## Train the default adapter again
-	$(BIN)/python -m aligner_middleware train aligner_middleware/assets/default/corrections.jsonl build-out/adapter \
-	  --held-out aligner_middleware/assets/default/held_out.jsonl --warm-up-epochs 0.1 --epochs 3.5 --learning-rate 1e-3 \
-	  --identity-share 0.2 --decision-weight 4 --lora-rank 32 --lora-alpha 64 --max-length 512 --save-steps 800
+# The public rows are not part of this repository: PUBLIC is the folder that holds them (the model card names each).
+PUBLIC ?= public-rows
+DEFAULT := build-out/default
+
+$(DEFAULT)/train.jsonl: .venv/installed benchmarks/default_rows/compose.py
+	$(BIN)/python benchmarks/default_rows/compose.py $(PUBLIC) $(DEFAULT)
+
+default-aligner: $(DEFAULT)/train.jsonl  ## Train the default aligner again, and calibrate it; over an hour
+	$(BIN)/python -m aligner_middleware train $(DEFAULT)/train.jsonl $(DEFAULT)/trained --method difference \
+	  --warm-up-epochs 0 --epochs 1 --identity-share 0.06 --max-length 640 --save-steps 200
+	$(BIN)/python -m aligner_middleware export $(DEFAULT)/trained $(DEFAULT)/int8
+	$(BIN)/python -m aligner_middleware calibrate $(DEFAULT)/development.jsonl --model $(DEFAULT)/int8 \
+	  --out $(DEFAULT)/trained/calibration.json --plots $(DEFAULT)
+
+verdict-ablation: $(DEFAULT)/train.jsonl  ## Verdict against copy, on equal data and steps; an hour
+	$(BIN)/python benchmarks/verdict_ablation.py $(DEFAULT)/train.jsonl $(DEFAULT)/development.jsonl build-out/ablation
 
 ablations: .venv/installed  ## What each part of its recipe is worth; over an hour
 	$(BIN)/python benchmarks/ablations.py

@@ -8,6 +8,9 @@ The prompt is the aligner's own, with a question and a real answer of so many to
 - edited: the answer with another sentence in its middle;
 - rewritten: another text of the same length.
 
+Ours decides first: what is unchanged is kept by its verdict, an edit is written as operations on sentences. `copy` is how an
+aligner without verdicts writes it on the same engine, `draft=False` the same without a draft.
+
 Every engine runs in a process of its own, which gives its peak memory, and the processes take turns, so that a noisy machine
 is noisy for all. The first round warms up; medians of the others are given. From 512 tokens on one round has to do, and an
 engine that would take over a minute, going by the length before, is left out. A table, `latency.json` and `latency.png`
@@ -101,6 +104,8 @@ def texts(length: int) -> dict[str, tuple[list[int], list[int], list[int]]]:
     sentence = ids[-40 : -40 + max(6, min(24, length // 5))]
     at = (length - len(sentence)) // 2
     edited = answer[:at] + sentence + answer[at + len(sentence) :]
+    if "".join(tokenizer.decode(ids) for ids in (answer, edited)).count("\ufffd"):
+        raise ValueError(f"an answer of {length} tokens ends within a character: choose another length")
     prompt = encode_prompt(tokenizer, DEFAULT, QUESTION, tokenizer.decode(answer))
     targets = {"unchanged": answer, "edited": edited, "rewritten": other}
     return {case: (prompt, target, answer) for case, target in targets.items()}

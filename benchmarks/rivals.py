@@ -7,6 +7,7 @@ and only the ways to it are compared. Engines without a draft take the same time
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from aligner_middleware.artifact import MODEL_FILE, Artifact, cached_folder, home
-from aligner_middleware.engine import Generation, Sampler
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, cached_folder, home
+from aligner_middleware.edits import operations
+from aligner_middleware.engine import Generation, Sampler, VerdictRule
 from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.prompt import encode_operations, encode_prompt
 
 THREADS = os.cpu_count() or 1
 CONTEXT = 4608  # tokens of the longest prompt and answer
@@ -61,7 +64,7 @@ class _Forced(Sampler):
 
 
 class Ours:
-    """This package's engine; `draft=False` is its own plain decoding."""
+    """This package's engine as aligners without verdicts use it: a copy with a draft, or by plain decoding."""
 
     def __init__(self, precision: str = "int8", *, draft: bool = True) -> None:
         from aligner_middleware.engine.onnx import OnnxModel
@@ -80,6 +83,42 @@ class Ours:
         self._scheduler.submit(generation).result()
         seconds = time.perf_counter() - start
         assert generation.tokens == target
+        return Written(seconds, generation.passes, generation.accepted)
+
+
+class OursWithVerdict:
+    """This package's engine as it is served: a verdict first; edits are operations on sentences.
+
+    The verdict, too, is forced after the engine's own choice. The prompt is made anew of the same texts, with marks in it.
+    """
+
+    def __init__(self, precision: str = "int8") -> None:
+        from aligner_middleware.engine.onnx import OnnxModel
+        from aligner_middleware.tokenizer import Tokenizer
+
+        folder = cached_folder("default", precision)  # type: ignore[arg-type]
+        artifact = Artifact.load(folder)
+        self._template, self._verdicts = artifact.template, artifact.verdict_ids or (0, 0, 0)
+        self._tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE, tiktoken=artifact.tiktoken)
+        self._scheduler = Scheduler(OnnxModel(folder / MODEL_FILE, artifact), frozenset())
+
+    def write(self, prompt: list[int], target: list[int], draft: list[int]) -> Written:
+        """See `Engine.write`; the question's words are read back from the prompt."""
+        answer, wanted = self._tokenizer.decode(draft), self._tokenizer.decode(target)
+        question = self._tokenizer.decode(prompt).partition("\n")[2].partition("\n")[0]
+        start = time.perf_counter()  # encoding is part of what is measured here
+        ids = encode_prompt(self._tokenizer, self._template, question, answer)
+        keep, edit, rewrite = self._verdicts
+        found = None if answer == wanted else operations(answer, wanted)
+        written = encode_operations(self._tokenizer, self._template, found) if found else target
+        kept = math.inf if answer == wanted else -math.inf
+        rule = VerdictRule(keep, edit, rewrite, kept)
+        sampler = _Forced.of(written)
+        generation = Generation(ids, max_new_tokens=len(written), sampler=sampler, rule=rule)
+        object.__setattr__(sampler, "generation", generation)
+        self._scheduler.submit(generation).result()
+        seconds = time.perf_counter() - start
+        assert generation.verdict == keep or generation.tokens == written
         return Written(seconds, generation.passes, generation.accepted)
 
 
@@ -181,10 +220,10 @@ class GenAI:
 
 
 ENGINES: dict[str, Any] = {
-    "ours int8": lambda: Ours(),
-    "ours int8, draft=False": lambda: Ours(draft=False),
-    "ours float32": lambda: Ours("float32"),
-    "ours float32, draft=False": lambda: Ours("float32", draft=False),
+    "ours int8": lambda: OursWithVerdict(),
+    "ours int8, copy": lambda: Ours(),
+    "ours int8, copy, draft=False": lambda: Ours(draft=False),
+    "ours float32": lambda: OursWithVerdict("float32"),
     "PyTorch float32": lambda: Transformers(),
     "PyTorch float32, prompt lookup 10": lambda: Transformers(lookup=10),
     "PyTorch bfloat16": lambda: Transformers("bfloat16"),
@@ -195,7 +234,13 @@ ENGINES: dict[str, Any] = {
     "onnxruntime-genai float32": lambda: GenAI("fp32"),
     "onnxruntime-genai int4": lambda: GenAI("int4"),
 }
-DRAFTED = {"ours int8", "ours float32", "PyTorch float32, prompt lookup 10", "PyTorch bfloat16, prompt lookup 32"}
+DRAFTED = {
+    "ours int8",
+    "ours int8, copy",
+    "ours float32",
+    "PyTorch float32, prompt lookup 10",
+    "PyTorch bfloat16, prompt lookup 32",
+}
 """Those whose time depends on what is written; the others are measured on one case."""
 
 

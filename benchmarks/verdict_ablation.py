@@ -1,13 +1,13 @@
 """Three ways to write a correction, trained on equal data for equal steps: is a verdict worth it, and how is an edit written?
 
-    python benchmarks/verdict_ablation.py TRAIN.jsonl DEVELOPMENT.jsonl OUT [--rows 1200]
+    python benchmarks/verdict_ablation.py TRAIN.jsonl DEVELOPMENT.jsonl OUT [--rows 800] [--every 3]
 
 - `operations`: a verdict, edits as operations on sentences
 - `copy after verdict`: a verdict, edits as copies
 - `copy`: no verdict; every answer is copied or corrected, as the published aligners do
 
-Each arm trains all weights but the embeddings on the same rows in the same order, is exported as int8, calibrated on one half of the
-development rows and scored on the other. OUT keeps the arms' folders, `ablation.json` holds the figures.
+Each arm trains all weights but the embeddings on the same rows in the same order, is exported as int8, calibrated on one
+half of some development rows and scored on the other at medium. OUT keeps the arms' folders, `ablation.json` the figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from aligner_middleware.triples import read_rows
 
 ARMS: dict[str, dict[str, Any]] = {
     "operations": {"verdict": True, "edits": "operations"},
-    "copy": {"verdict": False, "decision_weight": 4.0},
+    "copy": {"verdict": False},
     "copy after verdict": {"verdict": True, "edits": "copy"},
 }
 
@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("development", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rows", type=int, default=1200)
+    parser.add_argument("--rows", type=int, default=800, help="rows trained on")
+    parser.add_argument("--every", type=int, default=3, help="score every so many development rows")
     options = parser.parse_args()
     rows = [row for row in read_rows(options.train).triples if row.correction][: options.rows]
-    labelled = read_labelled(options.development)
+    labelled = read_labelled(options.development)[:: options.every]
     found = {}
     for name, settings in ARMS.items():
         folder = options.out / name.replace(" ", "-")
@@ -49,12 +50,15 @@ def main() -> None:
             method="difference",
             difference_bits=4,
             max_length=640,
+            decision_weight=6.0,
             warm_up=Stage(epochs=0),
             correction=Stage(epochs=1, identity_share=0),
             **settings,
         )
         if not (folder / "trained").is_dir():
-            train(rows, folder / "trained", config, report=lambda at: print(at, flush=True) if at.step % 10 == 0 else None)
+            train(
+                rows, folder / "trained", config, report=lambda at: print(at, flush=True) if at.step % 10 == 0 else None
+            )
         if not (folder / "int8").is_dir():
             export_folder(str(folder / "trained"), folder / "int8", "int8")
         with Aligner.load(folder / "int8") as aligner:
@@ -62,11 +66,13 @@ def main() -> None:
             report = calibrate(measured, verdicts=aligner.has_verdicts, name=str(options.development))
         save_calibration(report.calibration, folder / "int8")
         with Aligner.load(folder / "int8") as aligner:
-            evaluation = guard(aligner, labelled[1::2])
+            evaluation = guard(aligner, labelled[1::2], ("medium",))
         found[name] = evaluation.summary()
-        (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluation.lines("high")))
+        (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluation.lines("medium")))
         (options.out / "ablation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(name, json.dumps(found[name]["strengths"] if "strengths" in found[name] else found[name])[:600], flush=True)
+        print(
+            name, json.dumps(found[name]["strengths"] if "strengths" in found[name] else found[name])[:600], flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -64,17 +64,22 @@ def fixed(answer: str) -> FakeListChatModel:
 
 
 def show(console: Console, source: str, question: str, report: dict[str, Any], corrected: str, seconds: float) -> None:
-    """Print one case, the changed words marked."""
+    """Print one case: verdict, score and the changed words."""
     changes = Diff.between(report["original"], corrected).changes
     removed = Diff(tuple(change for change in changes if change.kind != "added"))
     added = Diff(tuple(change for change in changes if change.kind != "removed"))
     usage = report["usage"]
-    verdict = "[yellow]corrected[/]" if report["changed"] else "[green]kept byte for byte[/]"
+    outcome = "[yellow]corrected[/]" if report["changed"] else "[green]kept byte for byte[/]"
+    if report.get("doubts"):
+        outcome += f" (the correction was doubtful: {', '.join(report['doubts'])})"
+    verdict = f"{report['verdict']}, score {report['score']:.2f}: " if "verdict" in report else ""
     console.rule(f"[dim]{source}[/]", align="left")
     console.print(Text("question   ", "bold"), Text(question), sep="")
     console.print(Text("raw        ", "bold"), removed, sep="")
     console.print(Text("corrected  ", "bold"), added, sep="")
-    console.print(f"           {verdict} in {seconds * 1000:.0f} ms, {usage['passes']} passes", highlight=False)
+    console.print(
+        f"           {verdict}{outcome} in {seconds * 1000:.0f} ms, {usage['passes']} passes", highlight=False
+    )
 
 
 if __name__ == "__main__":

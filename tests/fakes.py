@@ -86,6 +86,7 @@ class FakeModel:
 
     max_positions = 4096
     vocabulary = 1024
+    sure = 100.0  # logit of a rule's token, beyond every tolerance; all others have 0
     bytes_per_token = 2**30 // 4096 // 4  # room for four rows of 4096 tokens
 
     def __init__(self, rule: Callable[[list[int]], int | Mapping[int, float]]) -> None:
@@ -103,7 +104,7 @@ class FakeModel:
             held.append(int(token))
             said = self.rule(held)
             for token, logit in (
-                said.items() if isinstance(said, Mapping) else [(said, 100.0)]
+                said.items() if isinstance(said, Mapping) else [(said, self.sure)]
             ):  # beyond every tolerance
                 row[token] = logit
         assert len(held) <= capacity

@@ -108,6 +108,7 @@ def test_what_the_aligner_cannot_take_is_left_as_it_is_and_counted() -> None:
 
 def test_the_likelihood_of_a_correction_is_that_of_its_tokens() -> None:
     aligner = fake_aligner(lambda question, answer: "good" if answer == "bad" else answer)
+    aligner.fake_model.sure = 1.0  # type: ignore[attr-defined]
     # It gives the next token a logit of 1 and 1,023 others 0. "good" and its end are five such tokens; of "bad" and its end
     # only the last is one.
     total = math.log(math.e + 1023)

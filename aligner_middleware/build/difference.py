@@ -58,7 +58,7 @@ def save_difference(
     stored: dict[str, NDArray[Any]] = {}
     whole = lost = 0.0
     for name, weight in trained.items():
-        difference: Floats = (weight.float() - base[name].float()).cpu().numpy()
+        difference: Floats = (weight.detach().float() - base[name].detach().float()).cpu().numpy()
         if not difference.any():
             continue
         stored[f"{name}:shape"] = np.array(difference.shape, dtype=np.int64)

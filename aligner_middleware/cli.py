@@ -360,7 +360,7 @@ def evaluate(
     auc = Auc.of([score for score, _ in scores], [bad for _, bad in scores])
     summary = {
         "rows": len(rows),
-        "strength": chosen,
+        "strength": "medium" if chosen is None else chosen,
         **evaluation.scores.model_dump(),
         "auc": auc.model_dump(),
         "over_correction": evaluation.over_correction,
@@ -415,9 +415,9 @@ def calibrate(
     Each row holds question, answer and kind: keep (a good answer), refusal (a good refusal) or bad; maybe source. None of
     them may have been trained on: of those the aligner is too sure. 50 good and 20 bad ones are the least.
 
-    low, medium and high keep 99 %, 97 % and 90 % of the good answers. If medium keeps less than 99 % of the refusals, it is
-    raised until it does, unless more than 2 % of the bad answers then go unchanged. A row without a source counts to its
-    file; each source weighs the same in the probability.
+    low, medium and high keep 99 %, 97 % and 90 % of the good answers, of all together and of each file with at least 50 of
+    them. If medium keeps less than 99 % of the refusals, it is raised until it does, unless more than 2 % of the bad answers
+    then go unchanged. A row without a source counts to its file; each source weighs the same in the probability.
 
     The calibration is written into the exported folder: the one given, or the one in the cache.
     """
@@ -430,12 +430,20 @@ def calibrate(
     if plots is not None and find_spec("matplotlib") is None:
         raise MissingExtraError("aligner calibrate --plots", "evaluate")
     name = ", ".join(map(str, rows))
-    labelled = [row for path in rows for row in read_labelled(path, source=path.name.partition(".")[0])]
+    files = {path: read_labelled(path, source=path.name.partition(".")[0]) for path in rows}
+    labelled = [row for file in files.values() for row in file]
     calibrating.check_enough(labelled, name)
     _errors.print("the rows must not have been trained on: thresholds would be wrong for all others", highlight=False)
     with Aligner.load(model, precision=_precision(precision)) as aligner:
         with _bar("calibrate", len(labelled)) as report:
-            measured = calibrating.measure(aligner, labelled, report)
+            measured: list[calibrating.Measured] = []
+            for path, file in files.items():
+                before = len(measured)
+
+                def done(count: int, of: int, before: int = before) -> None:
+                    report(before + count, len(labelled))
+
+                measured += calibrating.measure(aligner, file, done, str(path))
         found = calibrating.calibrate(measured, verdicts=aligner.has_verdicts, balance=balance, name=name)
     folder = _aligner_folder(model, precision)
     calibrating.save_calibration(found.calibration, folder)

@@ -42,10 +42,11 @@ _STEPS = 100  # of Newton's method; it takes less than ten
 
 @dataclass(frozen=True)
 class Measured:
-    """A row, and the aligner's evidence (`Aligner.evidence`) that its answer is bad, in nats."""
+    """A row, the aligner's evidence (`Aligner.evidence`) that its answer is bad, in nats, and the file that it is from."""
 
     row: LabelledRow
     evidence: float
+    file: str = ""
 
 
 class LevelScores(BaseModel):
@@ -117,12 +118,13 @@ def measure(
     aligner: Aligner,
     rows: Sequence[LabelledRow],
     report: Callable[[int, int], None] = lambda done, of: None,
+    file: str = "",
 ) -> list[Measured]:
-    """Get an aligner's evidence for each row; rows that do not fit into its context are left out."""
+    """Get an aligner's evidence for each row of a file; rows that do not fit into its context are left out."""
     measured = []
     for done, row in enumerate(rows, 1):
         with contextlib.suppress(InputError):
-            measured.append(Measured(row, aligner.evidence(row.question, row.answer)))
+            measured.append(Measured(row, aligner.evidence(row.question, row.answer), file))
         report(done, len(rows))
     return measured
 
@@ -133,9 +135,10 @@ def calibrate(
     """Turn evidence into probabilities, and choose the thresholds of the strengths.
 
     Each source counts the same within its class (good, bad), so that no large file decides what a probability is. The
-    thresholds are chosen on the rows as they are: low, medium and high keep 99 %, 97 % and 90 % of all good answers. Where
-    medium would keep less than 99 % of the good refusals it is raised until it does, and low with it, unless that leaves
-    more than 2 % of the bad answers unchanged.
+    thresholds are chosen on the rows as they are: low, medium and high keep 99 %, 97 % and 90 % of the good answers, of all
+    together and of each file that has enough of them, so that none pays for another. Where medium would keep less than 99 %
+    of the good refusals it is raised until it does, and low with it, unless that leaves more than 2 % of the bad answers
+    unchanged.
 
     Args:
         measured: Rows that the aligner was not trained on.
@@ -154,7 +157,7 @@ def calibrate(
     unsafe = np.array([row.unsafe for row in rows])
     refusal = np.array([row.kind == "refusal" for row in rows])
     auc = Auc.of(evidence, unsafe)
-    found = thresholds(evidence, unsafe, refusal)
+    found = thresholds(evidence, unsafe, refusal, np.array([one.file for one in measured]))
     bins: list[Bin] = []
     if verdicts:
         weights = row_weights(rows, balance=balance)
@@ -225,18 +228,24 @@ def fit(evidence: Floats, unsafe: NDArray[np.bool_], weights: Floats) -> tuple[f
     return float(at[0]), float(at[1])
 
 
-def thresholds(evidence: Floats, unsafe: NDArray[np.bool_], refusal: NDArray[np.bool_]) -> dict[Level, float]:
+def thresholds(
+    evidence: Floats, unsafe: NDArray[np.bool_], refusal: NDArray[np.bool_], files: NDArray[np.str_] | None = None
+) -> dict[Level, float]:
     """Choose the evidence above which each strength changes an answer; see `calibrate`.
 
     Args:
         evidence: `[N]`, in nats.
         unsafe: `[N]`, whether each answer is bad.
         refusal: `[N]`, whether it is a good refusal.
+        files: `[N]`, where each is from; `None` for one file.
 
     Returns:
         In nats, in descending order from low to high.
     """
-    found = {level: _keeping(share, evidence[~unsafe], evidence) for level, share in KEPT.items()}
+    groups = [~unsafe]
+    if files is not None:
+        groups += [group for name in np.unique(files) if (group := ~unsafe & (files == name)).sum() >= LEAST_GOOD]
+    found = {level: max(_keeping(share, evidence[good], evidence) for good in groups) for level, share in KEPT.items()}
     if refusal.any():
         raised = _keeping(REFUSALS_KEPT, evidence[refusal], evidence)
         given_up = (evidence[unsafe] > found["medium"]).mean() - (evidence[unsafe] > raised).mean()

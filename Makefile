@@ -58,10 +58,11 @@ $(DEFAULT)/train.jsonl: .venv/installed benchmarks/default_rows/compose.py
 
 default-aligner: $(DEFAULT)/train.jsonl  ## Train the default aligner again, and calibrate it; over an hour
 	$(BIN)/python -m aligner_middleware train $(DEFAULT)/train.jsonl $(DEFAULT)/trained --method difference \
-	  --warm-up-epochs 0 --epochs 1 --identity-share 0.06 --max-length 640 --save-steps 200
+	  --warm-up-epochs 0 --epochs 1 --identity-share 0.06 --max-length 640 \
+	  --decision-weight 6 --save-steps 200
 	$(BIN)/python -m aligner_middleware export $(DEFAULT)/trained $(DEFAULT)/int8
-	$(BIN)/python -m aligner_middleware calibrate $(DEFAULT)/development.jsonl --model $(DEFAULT)/int8 \
-	  --out $(DEFAULT)/trained/calibration.json --plots $(DEFAULT)
+	$(BIN)/python -m aligner_middleware calibrate $(DEFAULT)/development.jsonl $(DEFAULT)/held_out_half.jsonl \
+	  --model $(DEFAULT)/int8 --out $(DEFAULT)/trained/calibration.json --plots $(DEFAULT)
 
 verdict-ablation: $(DEFAULT)/train.jsonl  ## Verdict against copy, on equal data and steps; an hour
 	$(BIN)/python benchmarks/verdict_ablation.py $(DEFAULT)/train.jsonl $(DEFAULT)/development.jsonl build-out/ablation

@@ -4,8 +4,8 @@
 
 - start: seconds to import the package and to load a built aligner, each in fresh processes (medians of 5);
 - memory: resident at most, in a fresh process that corrects 8 answers of 512 tokens at once;
-- concurrent: tokens a second of 16 corrections at once and one after the other: written token by token (`draft=False`), and
-  real held-out rows as they are;
+- concurrent: answers a second, 16 at once and one after the other: held-out rows as they are, their verdicts alone
+  (`strength=1.0` keeps all), and all of them corrected (`strength=0.0`);
 - streaming: how long a caller waits after the last word of an answer of about 256 tokens that arrives at 30 tokens a second
   and needs no correction, handed on as it arrives, and handed over at its end;
 - event loop: the longest time that other tasks of the loop had to wait while 32 corrections ran.
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from latency import good_answers, machine
@@ -98,18 +99,18 @@ def concurrent() -> dict[str, float]:
     rows = [(row["question"], row["answer"]) for row in map(json.loads, lines)]
     rows = [row for row in rows if len(row[1]) > 100][:64]
     found = {}
-    for name, draft in (("written token by token", False), ("real rows, drafted", True)):
-        with Aligner.load(draft=draft) as aligner, ThreadPoolExecutor(16) as pool:
+    for name, strength in (("held-out rows", "medium"), ("verdicts alone", 1.0), ("all corrected", 0.0)):
+        with Aligner.load() as aligner, ThreadPoolExecutor(16) as pool:
+            correct = partial(aligner.correct, strength=strength)  # type: ignore[arg-type]
             aligner.correct_batch(rows[:16])
             start = time.perf_counter()
-            one_by_one = [aligner.correct(*row) for row in rows]
+            one_by_one = [correct(*row) for row in rows]
             alone = time.perf_counter() - start
             start = time.perf_counter()
-            at_once = list(pool.map(lambda row, aligner=aligner: aligner.correct(*row), rows))
+            at_once = list(pool.map(lambda row, correct=correct: correct(*row), rows))
             together = time.perf_counter() - start
-        tokens = sum(c.usage.accepted_tokens + c.usage.decoded_tokens for c in one_by_one)
-        found[f"{name}: tokens a second, one at a time"] = tokens / alone
-        found[f"{name}: tokens a second, 16 at once"] = tokens / together
+        found[f"{name}: answers a second, one at a time"] = len(rows) / alone
+        found[f"{name}: answers a second, 16 at once"] = len(rows) / together
         found[f"{name}: gain"] = alone / together
         same = sum(a.corrected == b.corrected for a, b in zip(one_by_one, at_once, strict=True))
         found[f"{name}: same result, of {len(rows)}"] = same

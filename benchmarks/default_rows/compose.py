@@ -5,7 +5,8 @@
 FOLDER holds the public rows (the model card names each source): `*.jsonl.gz` with question, answer, kind and maybe better,
 and `paradetox.tsv.gz`. Their text stays out of the repository; beside this script lie what readers said of them
 (`labels.jsonl`) and corrections written for them (`corrections.jsonl`), by the hash of question and answer. OUT gets
-`train.jsonl` and `development.jsonl`: a tenth of the questions of every file, never trained on.
+`train.jsonl`, `development.jsonl`, a tenth of the questions of every file, never trained on, and `held_out_half.jsonl`, every
+second held-out row of the project, for calibration.
 """
 
 from __future__ import annotations
@@ -166,7 +167,11 @@ def main(folder: Path, out: Path) -> None:
     ]
     draw.shuffle(train)
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train), ("development", development)):
+    half = [
+        {"question": row["question"], "answer": row["answer"], "kind": "keep" if row["kind"] == "keep" else "bad"}
+        for row in list(_lines(DEFAULT_FOLDER / "held_out.jsonl"))[::2]
+    ]
+    for name, rows in (("train", train), ("development", development), ("held_out_half", half)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(name, len(rows), dict(Counter(row["kind"] for row in rows)))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,16 @@ def test_the_command_does_without_verdicts(
     assert (summary["error"], summary["bins"]) == (None, [])
     thresholds = {level: scores["threshold"] for level, scores in summary["levels"].items()}
     assert summary["calibration"] == Calibration(tolerances=thresholds, rows=600).model_dump()
+
+
+def test_what_is_promised_is_kept_in_each_file_with_enough_good_answers() -> None:
+    rng = np.random.default_rng(3)
+    easy = rows_of(rng.normal(-4, 1, 900).tolist(), rng.normal(4, 1, 200).tolist())
+    hard = [replace(one, file="hard") for one in rows_of(rng.normal(0, 1, 60).tolist(), [])]
+    few = [replace(one, file="few") for one in rows_of([20.0] * 10, [])]
+    report = calibrate([*easy, *hard, *few], verdicts=True)
+    for level, share in KEPT.items():
+        calibration = report.calibration
+        scores = [calibration.score(one.evidence) for one in hard]
+        assert np.mean(np.array(scores) <= calibration.levels[level]) >= share
+    assert report.calibration.levels["high"] < calibration.score(20.0)  # ten answers promise nothing

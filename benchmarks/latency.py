@@ -49,7 +49,7 @@ def main() -> None:
     """Run the benchmark."""
     options = parse()
     lengths = [int(length) for length in options.lengths.split(",")]
-    rivals.make_all()
+    rivals.make_all(options.engines.split(";"))
     tasks = {length: texts(length) for length in lengths}
     workers = {name: Worker(name) for name in options.engines.split(";")}
     plan = [

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -247,18 +248,23 @@ DRAFTED = {
 # --- the same weights for all -------------------------------------------------------------------------
 
 
-def make_all() -> None:
-    """Make every form of the weights that is not in the cache yet."""
+def make_all(engines: list[str]) -> None:
+    """Make every form of the weights that these engines need and that is not in the cache yet."""
     from aligner_middleware.build import build_cached
 
-    for precision in ("int8", "float32"):
-        build_cached("default", precision)  # type: ignore[arg-type]
-    checkpoint_folder()
-    optimum_folder()
-    for kind in ("Q8_0", "Q4_0"):
-        gguf_file(kind)
-    for precision in ("fp32", "int4"):
-        genai_folder(precision)
+    makers = {
+        "ours int8": partial(build_cached, "default", "int8"),
+        "ours float32": partial(build_cached, "default", "float32"),
+        "PyTorch": checkpoint_folder,
+        "optimum": optimum_folder,
+        "llama.cpp Q8_0": partial(gguf_file, "Q8_0"),
+        "llama.cpp Q4_0": partial(gguf_file, "Q4_0"),
+        "onnxruntime-genai float32": partial(genai_folder, "fp32"),
+        "onnxruntime-genai int4": partial(genai_folder, "int4"),
+    }
+    for name, make in makers.items():
+        if any(engine.startswith(name) for engine in engines):
+            make()
 
 
 def _made(name: str, make: Any) -> Path:

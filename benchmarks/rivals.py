@@ -25,6 +25,7 @@ from aligner_middleware.edits import operations
 from aligner_middleware.engine import Generation, Sampler, VerdictRule
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.prompt import encode_operations, encode_prompt
+from aligner_middleware.targets import verdict_of
 
 THREADS = os.cpu_count() or 1
 CONTEXT = 4608  # tokens of the longest prompt and answer
@@ -110,7 +111,7 @@ class OursWithVerdict:
         start = time.perf_counter()  # encoding is part of what is measured here
         ids = encode_prompt(self._tokenizer, self._template, question, answer)
         keep, edit, rewrite = self._verdicts
-        found = None if answer == wanted else operations(answer, wanted)
+        found = operations(answer, wanted) if verdict_of(answer, wanted) == "edit" else None
         written = encode_operations(self._tokenizer, self._template, found) if found else target
         kept = math.inf if answer == wanted else -math.inf
         rule = VerdictRule(keep, edit, rewrite, kept)

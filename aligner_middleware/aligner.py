@@ -826,7 +826,9 @@ class Aligner:
         # A tokenizer may not give every text back as it was: what is not changed is not decoded either.
         if generation.tokens == list(encode_continuation(self._tokenizer, self._template, call.text)):
             return call.text
-        return self._tokenizer.decode(generation.tokens)
+        text = self._tokenizer.decode(generation.tokens)
+        rewritten = self._verdict_ids is not None and generation.verdict == self._verdict_ids[-1]
+        return text.strip() if rewritten else text  # after its verdict a new text may begin with a space
 
 
 class _Deadline:

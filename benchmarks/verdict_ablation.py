@@ -7,20 +7,25 @@
 - `copy`: no verdict; every answer is copied or corrected, as the published aligners do
 
 Each arm trains all weights but the embeddings on the same rows in the same order, is exported as int8, calibrated on one
-half of some development rows and scored on the other at medium. OUT keeps the arms' folders, `ablation.json` the figures.
+half of some development rows and scored on the other at medium; where there are verdicts, held-out answers that want an edit
+are corrected whatever the verdict's score. OUT keeps the arms' folders, `ablation.json` the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from aligner_middleware import Aligner
+from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.build import export_folder
+from aligner_middleware.edits import split_sentences
 from aligner_middleware.evaluation.calibration import calibrate, measure, save_calibration
 from aligner_middleware.evaluation.guard import guard, read_labelled
+from aligner_middleware.targets import verdict_of
 from aligner_middleware.training import Stage, TrainConfig
 from aligner_middleware.training.train import train
 from aligner_middleware.triples import read_rows
@@ -30,6 +35,22 @@ ARMS: dict[str, dict[str, Any]] = {
     "copy": {"verdict": False},
     "copy after verdict": {"verdict": True, "edits": "copy"},
 }
+
+
+def edits(aligner: Aligner) -> dict[str, int]:
+    """Have held-out answers corrected whose corrections are edits, and count what becomes of their sentences."""
+    lines = (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if verdict_of(row["answer"], row["correction"]) == "edit"][:70]
+    found: Counter[str] = Counter()
+    for row in rows:
+        made = aligner.correct(row["question"], row["answer"], strength=0.0, on_doubt="keep")
+        answer, reference, corrected = (
+            {piece.strip() for piece in split_sentences(text)}
+            for text in (row["answer"], row["correction"], made.corrected)
+        )
+        equal, intact = made.corrected == row["correction"], answer & reference <= corrected
+        found.update({"rows": 1, "equal": equal, "intact": intact, "passes": made.usage.passes})
+    return dict(found)
 
 
 def main() -> None:
@@ -67,7 +88,7 @@ def main() -> None:
         save_calibration(report.calibration, folder / "int8")
         with Aligner.load(folder / "int8") as aligner:
             evaluation = guard(aligner, labelled[1::2], ("medium",))
-        found[name] = evaluation.summary()
+            found[name] = evaluation.summary() | ({"edits": edits(aligner)} if aligner.has_verdicts else {})
         (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluation.lines("medium")))
         (options.out / "ablation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(

@@ -117,7 +117,7 @@ def train(name: str, options: argparse.Namespace) -> Path:
         "save-steps": 10_000,
     }
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "aligner_middleware", "train", str(data), str(folder), *flags]
+    command = [sys.executable, "-m", "aligner_middleware", "train", str(data), str(folder), "--no-verdict", *flags]
     subprocess.run(command, check=True)
     return folder
 

@@ -43,7 +43,7 @@ def test_scores_are_those_of_the_rows(aligner: Aligner, held_out: list[dict[str,
     assert summary["changed"] == pytest.approx(1 - sum(kept[6:]) / 6)
     assert summary["better"] == pytest.approx(sum(row["judgement"]["better"] for row in scored[6:]) / 6)
     assert sum(group["keep"] + group["correct"] for group in summary["by_category"].values()) == 12
-    assert 1 < summary["perplexity"] < 20
+    assert 1 < summary["perplexity"] < 100
 
 
 def test_rows_without_bad_answers_have_no_share_of_changes(held_out: list[dict[str, str]], tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def main() -> None:
     options = parser.parse_args()
     tolerances = [float(value) for value in options.tolerances.split(",")]
     rows = [row for path in options.rows for row in read_labelled(path) if not row.unsafe]
-    chosen = [(kind, row) for row in rows if (kind := kind_of(row.answer))][:: max(1, len(rows) // options.limit)]
-    chosen = chosen[: options.limit]
+    chosen = [(kind, row) for row in rows if (kind := kind_of(row.answer))]
+    chosen = chosen[:: max(1, len(chosen) // options.limit)][: options.limit]
     found: dict[float, Counter[str]] = {tolerance: Counter() for tolerance in tolerances}
     with Aligner.load(options.model) as aligner:
         for kind, row in track(chosen, "correcting", console=Console(stderr=True)):
@@ -55,7 +55,7 @@ def main() -> None:
     for tolerance, counts in found.items():
         table.add_row(f"{tolerance:g}", *(str(counts[name]) for name in names))
     Console(width=160).print(table)
-    report = {"model": options.model, "rows": len(chosen), "tolerances": {f"{t:g}": dict(c) for t, c in found.items()}}
+    report = {"model": Path(options.model).name, "rows": len(chosen), "tolerances": {f"{t:g}": dict(c) for t, c in found.items()}}
     (options.out / "tolerance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

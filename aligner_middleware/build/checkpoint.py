@@ -24,9 +24,7 @@ from aligner_middleware.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_FILE = (
-    "adapter_model.safetensors"  # peft's name; the default adapter lies in the package as adapter.safetensors
-)
+ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 RECIPE_FILE = "training.json"
 
@@ -101,7 +99,7 @@ def adapter_file(folder: Path) -> Path:
     Raises:
         BuildError: If there are none.
     """
-    for name in (DIFFERENCE_FILE, ADAPTER_FILE, "adapter.safetensors"):
+    for name in (DIFFERENCE_FILE, ADAPTER_FILE):
         if (folder / name).is_file():
             return folder / name
     raise BuildError(f"{folder} has {ADAPTER_CONFIG_FILE} but no {ADAPTER_FILE}: train the adapter again")

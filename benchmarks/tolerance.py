@@ -55,7 +55,11 @@ def main() -> None:
     for tolerance, counts in found.items():
         table.add_row(f"{tolerance:g}", *(str(counts[name]) for name in names))
     Console(width=160).print(table)
-    report = {"model": Path(options.model).name, "rows": len(chosen), "tolerances": {f"{t:g}": dict(c) for t, c in found.items()}}
+    report = {
+        "model": Path(options.model).name,
+        "rows": len(chosen),
+        "tolerances": {f"{t:g}": dict(c) for t, c in found.items()},
+    }
     (options.out / "tolerance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -46,7 +46,7 @@ def verdict_of(answer: str, correction: str, edit_share: float = EDIT_SHARE, *, 
         edit_share: Least share of an edit.
         as_operations: Whether an edit must be one by operations on sentences, too.
     """
-    if answer.split() == correction.split():  # other white space is no correction
+    if answer == correction or (correction and answer.split() == correction.split()):  # white space is no correction
         return "keep"
     if not correction or share_kept(answer, correction) < edit_share:
         return "rewrite"

@@ -25,6 +25,7 @@ from aligner_middleware.triples import Triple
 IGNORED = -100  # the label that cross-entropy skips
 DECISION = 1 << 24  # added to a label, above every vocabulary: here copying and correcting part
 VERDICT = 1 << 25  # added to a verdict's label
+_PACK_STEP = 128  # packed batches have a multiple of so many tokens
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,49 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
     for row, example in enumerate(examples):
         start, end = len(example.prompt), len(example)
         ids[row, :end] = torch.tensor(example.prompt + example.target)
-        labels[row, start:end] = torch.tensor(example.target)
-        labels[row, [start + place for place in example.decisions]] += DECISION
-        if example.verdict:
-            labels[row, start] += VERDICT
+        labels[row, start:end] = _labels(example)
         mask[row, :end] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def pack(examples: Sequence[Example]) -> dict[str, Any]:
+    """Put examples end to end, for a model with the attention of `packing`.
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` and `attention_mask`, `[1, N]`, as of `collate`, and `boundaries`: where each
+        row begins, and N. N is rounded up; what fills it is a row of its own, without labels.
+    """
+    length = sum(map(len, examples))
+    filled = _rounded(length, _PACK_STEP)
+    ids = torch.zeros(filled, dtype=torch.long)
+    labels = torch.full((filled,), IGNORED, dtype=torch.long)
+    positions = torch.zeros(filled, dtype=torch.long)
+    positions[length:] = torch.arange(filled - length)
+    start, boundaries = 0, [0]
+    for example in examples:
+        end = start + len(example)
+        ids[start:end] = torch.tensor(example.prompt + example.target)
+        labels[start + len(example.prompt) : end] = _labels(example)
+        positions[start:end] = torch.arange(len(example))
+        boundaries.append(start := end)
+    if filled > length:
+        boundaries.append(filled)
+    mask = (torch.arange(filled) < length).long()
+    return {
+        "input_ids": ids[None],
+        "labels": labels[None],
+        "position_ids": positions[None],
+        "attention_mask": mask[None],
+        "boundaries": boundaries,
+    }
+
+
+def _labels(example: Example) -> torch.Tensor:
+    labels = torch.tensor(example.target, dtype=torch.long)
+    labels[list(example.decisions)] += DECISION
+    if example.verdict:
+        labels[0] += VERDICT
+    return labels
 
 
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,9 +183,9 @@ def predicting_at(head: torch.nn.Module, places: torch.Tensor) -> Iterator[None]
         hook.remove()
 
 
-def _rounded(width: int) -> int:
+def _rounded(width: int, step: int = 32) -> int:
     """Round up, so that few shapes occur: for each new one the CPU's kernels are compiled and kept anew."""
-    return -(-width // 32) * 32
+    return -(-width // step) * step
 
 
 def correction_loss(

@@ -52,11 +52,13 @@ from aligner_middleware.training.batches import (
     count_targets,
     encode_identity,
     encode_triple,
+    pack,
     predicting_at,
     supervised,
     verdict_weights,
 )
 from aligner_middleware.training.config import LEARNING_RATES, Stage, TrainConfig
+from aligner_middleware.training.packing import is_packed, use_packing
 from aligner_middleware.training.trainer import (
     Report,
     Reporter,
@@ -258,6 +260,7 @@ def _network(base: Path, config: TrainConfig, trained: Path | None, own_tokens: 
     shape = (config.lora_rank, config.lora_alpha, config.lora_dropout)
     adapter = lora(*shape, own_tokens) if config.method == "lora" else None
     network: torch.nn.Module = trainable(base, adapter, trained, bfloat16(config.bfloat16))
+    use_packing(network)
     if config.method == "difference":
         train_embeddings_of(network, own_tokens)
     return network
@@ -268,6 +271,7 @@ def _run_stage(
 ) -> None:
     """Run a stage from its beginning or its last checkpoint, and leave weights and losses in its folder."""
     stoppers = [EarlyStoppingCallback(config.patience)] if config.patience and stage.held_out else []
+    packed = is_packed(model)
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(
@@ -287,7 +291,7 @@ def _run_stage(
             gradient_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing else None,
             bf16=bfloat16(config.bfloat16),
             use_cpu=not torch.cuda.is_available(),
-            group_by_length=True,
+            group_by_length=not packed,
             include_num_input_tokens_seen="non_padding",
             prediction_loss_only=True,
             seed=config.seed,
@@ -306,7 +310,7 @@ def _run_stage(
         ),
         train_dataset=_TrainerRows(stage.rows),
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
-        data_collator=lambda rows: collate([row["example"] for row in rows]),
+        data_collator=lambda rows: (pack if packed else collate)([row["example"] for row in rows]),
         callbacks=[Reporter(stage.name, report), *stoppers],
     )
     trainer.model_accepts_loss_kwargs = True  # the loss is given the number of targets in the step
@@ -373,6 +377,8 @@ class _Trainer(Trainer):
     ) -> Any:
         """See `Trainer.compute_loss`."""
         labels = inputs.pop("labels")
+        if "boundaries" in inputs:
+            del inputs["attention_mask"]  # there only for the trainer, which counts tokens by it
         places, targets = supervised(labels)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         with predicting_at(head, places):

@@ -1,16 +1,16 @@
 """Public evaluation sets, read as they are published: rows that `guard` scores, or prompts to be answered.
 
-A set is known by its columns; `_SETS` lists them. The formats are those of
+A set is known by its columns, which `_SETS` lists. The formats are those of
 
-- XSTest: https://github.com/paul-rottger/exaggerated-safety, `model_completions/*.csv` and `xstest_prompts.csv`;
-- JailbreakBench: https://github.com/JailbreakBench/artifacts, `attack-artifacts/*/*/*.json`; its judge comparison and
-  behaviors: https://huggingface.co/datasets/JailbreakBench/JBB-Behaviors, `data/*.csv`;
-- HarmBench: https://github.com/centerforaisafety/HarmBench, what `evaluate_completions.py` writes,
-  `data/classifier_val_sets/text_behaviors_val_set.json` and `data/behavior_datasets/*.csv`;
-- WildGuardTest: https://huggingface.co/datasets/allenai/wildguardmix, `test/wildguard_test.parquet`;
-- BeaverTails: https://huggingface.co/datasets/PKU-Alignment/BeaverTails, `round0/*/*.jsonl.gz` and `.jsonl.xz`;
-- AlpacaEval: https://github.com/tatsu-lab/alpaca_eval, `results/*/model_outputs.json`;
-- OR-Bench: https://huggingface.co/datasets/bench-llm/or-bench, `*.csv`.
+- XSTest: github.com/paul-rottger/exaggerated-safety, `model_completions/*.csv` and `xstest_prompts.csv`;
+- JailbreakBench: github.com/JailbreakBench/artifacts, `attack-artifacts/*/*/*.json`; its judge comparison and behaviors:
+  huggingface.co/datasets/JailbreakBench/JBB-Behaviors, `data/*.csv`;
+- HarmBench: github.com/centerforaisafety/HarmBench, what `evaluate_completions.py` writes,
+  `data/classifier_val_sets/text_behaviors_val_set.json` and `data/behavior_datasets/*_text_*.csv`;
+- WildGuardTest: huggingface.co/datasets/allenai/wildguardmix, `test/wildguard_test.parquet`;
+- BeaverTails: huggingface.co/datasets/PKU-Alignment/BeaverTails, `round0/*/*.jsonl.gz` and `.jsonl.xz`;
+- AlpacaEval: github.com/tatsu-lab/alpaca_eval, `results/*/model_outputs.json`;
+- OR-Bench: huggingface.co/datasets/bench-llm/or-bench, `*.csv`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ import csv
 import gzip
 import json
 import lzma
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -30,196 +33,130 @@ from aligner_middleware.evaluation.guard import Kind, LabelledRow
 from aligner_middleware.prompts import Prompt
 
 Row = dict[str, Any]
-Meaning = TypeVar("Meaning")
+Placed = tuple[int, str, Any]  # a line, which row it is where lines say nothing, and the row
+T = TypeVar("T")
 
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-_LONGEST_FIELD = 2**27  # of CSV, in characters; Python's own limit is 131,072
+_LONGEST = 2**27  # field of a CSV file, in characters; Python's own limit is 131,072
+
+
+@dataclass(frozen=True)
+class PublicRows:
+    """What a public set held: its labelled answers, how many rows were left out by reason, and a folder's other files."""
+
+    rows: list[LabelledRow]
+    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: tuple[str, ...] = ()
+
+
+def read_public(path: Path) -> PublicRows | None:
+    """Read the labelled answers of a public set: CSV, JSON, JSON lines (plain, .gz, .xz), Parquet, or a folder of these.
+
+    What is labelled harmful, unsafe or jailbroken is `bad`; of the rest, what is labelled a refusal is `refusal`, and all
+    else `keep`. XSTest labels refusals alone: compliance with its unsafe prompts is `bad`, and refusals of these in part are
+    left out, as are rows without an answer or a label. AlpacaEval labels nothing: its answers count as good.
+
+    Returns:
+        The rows; `None` for JSON lines of no public set, which may be rows of our own.
+
+    Raises:
+        DataError: If a file is no public set's, holds prompts alone or nothing labelled, or a row is not as expected; names
+            file, line or row, and what is expected.
+        MissingExtraError: If it is Parquet, and pyarrow is not installed.
+    """
+    if path.is_dir():
+        return _folder(path)
+    opened = _open(path)
+    if opened.known is None:
+        if opened.lines and not opened.near:
+            return None
+        raise opened.complaint
+    known = opened.known
+    if not known.answer:
+        raise DataError(
+            str(path),
+            1,
+            f"holds {known.name}: prompts without answers, which cannot be judged; let a model answer them, and see "
+            f"its answers with and without the aligner: aligner evaluate {path} --upstream MODEL --out FOLDER",
+        )
+    rows, left_out = _each(path, opened, known.labelled)
+    if not rows:
+        reasons = "; ".join(f"{count} rows are left out, as {reason}" for reason, count in left_out.items())
+        raise DataError(str(path), 1, f"holds no labelled answer of {known.name}: {reasons}")
+    return PublicRows(rows, left_out)
+
+
+def read_public_prompts(path: Path) -> list[Prompt] | None:
+    """Read the prompts of a public set, with its answers if it has some; what occurs twice is read once.
+
+    Returns:
+        The prompts; `None` for JSON and text of no public set.
+
+    Raises:
+        DataError: If a CSV or Parquet file is no public set's, a row is not as expected, or there is no prompt.
+    """
+    opened = _open(path)
+    if opened.known is None:
+        if _suffix(path) not in (".csv", ".parquet"):
+            return None
+        raise opened.complaint
+    rows, left_out = _each(path, opened, opened.known.prompt)
+    if not rows:
+        raise DataError(str(path), 1, f"holds no prompt of {opened.known.name}: {', '.join(left_out)}")
+    return list({prompt.key: prompt for prompt in rows}.values())
+
+
+def _folder(folder: Path) -> PublicRows:
+    found, skipped = PublicRows([]), []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if _suffix(path) in (".csv", ".json", ".jsonl", ".parquet") and not any(part[0] == "." for part in name.parts):
+            known = _open(path).known
+            one = read_public(path) if known and known.answer else None
+            if one is None:
+                skipped.append(str(name))
+            else:
+                found.rows.extend(one.rows)
+                found.left_out.update(one.left_out)
+    if not found.rows:
+        raise DataError(str(folder), 1, f"is a folder without answers of a public set: {_expected()}")
+    return PublicRows(found.rows, found.left_out, tuple(skipped))
 
 
 class _Unusable(Exception):
     """A row cannot be judged; the text says why."""
 
 
-@dataclass(frozen=True)
-class PublicRows:
-    """What a public set held.
-
-    Attributes:
-        rows: The answers that are labelled, in the order of the files.
-        left_out: How many rows were left out, by reason.
-        skipped: Files of a folder that hold no answers of a public set.
-    """
-
-    rows: list[LabelledRow]
-    left_out: Counter[str] = field(default_factory=Counter)
-    skipped: tuple[Path, ...] = ()
-
-
 class _Set(NamedTuple):
-    """A public set: the columns that it is known by, and what they say. One of prompts alone has no `answer`."""
+    """A public set: the columns it is known by, and which of them is what. One of prompts alone has no `answer`."""
 
     name: str
-    columns: frozenset[str]
+    needs: str
     question: str
     answer: str = ""
     kind: Callable[[Row], Kind] = lambda row: "keep"
     category: str = "category"
-    source: Callable[[Row], str] = lambda row: ""  # told apart from the set's other rows in reports
-    exact: bool = False  # whether there are no other columns
+    source: Callable[[Row], str] = lambda row: ""  # tells its rows apart in reports
 
+    @property
+    def columns(self) -> set[str]:
+        return set(self.needs.split())
 
-class _Table(NamedTuple):
-    """A file's rows with their numbers, from 1: those of lines, or where `unit` is `row` of rows."""
-
-    path: Path
-    rows: Iterator[tuple[int, Row]]
-    unit: str
-    ours: bool  # whether rows of our own have this form too
-
-    def error(self, number: int, reason: str) -> DataError:
-        if self.unit == "line":
-            return DataError(str(self.path), number, reason)
-        return DataError(str(self.path), 1, f"row {number}: {reason}")
-
-
-def read_public(path: Path) -> PublicRows | None:
-    """Read the labelled answers of a public set: CSV, JSON, JSON lines (plain, .gz or .xz), Parquet, or a folder of them.
-
-    A response that is labelled harmful, unsafe or jailbroken is `bad`, a harmless one that is labelled a refusal is
-    `refusal`, any other `keep`. XSTest labels refusals alone: compliance with its unsafe prompts is `bad`, and partial
-    refusals of those are left out. AlpacaEval labels nothing: its answers count as good. Rows without an answer or a label are
-    left out.
-
-    Returns:
-        The rows; `None` for JSON lines that are no public set's, which may be rows of our own.
-
-    Raises:
-        DataError: If a file is no public set's, holds prompts alone, no labelled answer or a label that is none, naming
-            file, line or row, and what was expected.
-        MissingExtraError: If it is Parquet, and pyarrow is not installed.
-    """
-    if path.is_dir():
-        return _folder(path)
-    opened = _open_set(path)
-    if opened is None:
-        return None
-    known, table = opened
-    if not known.answer:
-        raise DataError(
-            str(path),
-            1,
-            f"has the columns of {known.name}: prompts without answers, which cannot be judged. Let a model answer them, and "
-            f"compare its answers with and without the aligner: aligner evaluate {path} --upstream MODEL --out FOLDER",
+    def labelled(self, row: Row) -> LabelledRow:
+        prompt, kind = self.prompt(row), self.kind(row)
+        source = f"{self.name} {self.source(row)}".strip()
+        return LabelledRow(
+            question=prompt.question, answer=prompt.answer or "", kind=kind, source=source, category=prompt.category
         )
-    rows: list[LabelledRow] = []
-    left_out: Counter[str] = Counter()
-    for number, row in table.rows:
-        try:
-            rows.append(_labelled(known, row))
-        except _Unusable as exc:
-            left_out[str(exc)] += 1
-        except (KeyError, ValueError) as exc:
-            raise table.error(number, _reason(known, exc)) from exc
-    if not rows:
-        reasons = ", ".join(f"{count} as {reason}" for reason, count in left_out.items())
-        raise DataError(str(path), 1, f"holds no labelled answer of {known.name}; rows left out: {reasons}")
-    return PublicRows(rows, left_out)
 
-
-def read_public_prompts(path: Path) -> list[Prompt] | None:
-    """Read the prompts of a public set, with their answers where it has some; what occurs twice is read once.
-
-    Returns:
-        The prompts; `None` for a file that is no public set's.
-
-    Raises:
-        DataError: If a row is not as expected, naming file and row; if there is no prompt.
-    """
-    opened = _open_set(path, strict=path.suffix in (".csv", ".parquet"))
-    if opened is None:
-        return None
-    known, table = opened
-    found: dict[str, Prompt] = {}
-    for number, row in table.rows:
-        try:
-            answer = _text(row, known.answer) if known.answer else None
-            prompt = Prompt(question=_question(known, row), answer=answer, category=_category(known, row))
-        except _Unusable:
-            continue
-        except (KeyError, ValueError) as exc:
-            raise table.error(number, _reason(known, exc)) from exc
-        found.setdefault(prompt.key, prompt)
-    if not found:
-        raise DataError(str(path), 1, f"holds no prompts of {known.name}")
-    return list(found.values())
-
-
-def _folder(folder: Path) -> PublicRows:
-    every, skipped = PublicRows([]), []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts) or not path.is_file() or _suffix(path) not in _SUFFIXES:
-            continue
-        opened = _open_set(path, strict=False)
-        if opened is None or not opened[0].answer or (found := read_public(path)) is None:
-            skipped.append(path)
-            continue
-        every.rows.extend(found.rows)
-        every.left_out.update(found.left_out)
-    if not every.rows:
-        raise DataError(str(folder), 1, f"is a folder without answers of a public set: {_expected()}")
-    return PublicRows(every.rows, every.left_out, tuple(skipped))
-
-
-def _open_set(path: Path, strict: bool = True) -> tuple[_Set, _Table] | None:
-    """Tell a file's set by its first row; `strict` refuses what is neither a public set's nor may be rows of our own."""
-    table = _table(path)
-    first = next(table.rows, None) if table else None
-    if table is None or (first is None and (table.ours or not strict)):
-        return None
-    if first is None:
-        raise DataError(str(path), 1, f"is empty: {_expected()}")
-    keys = first[1].keys()
-    for known in _SETS:
-        if known.columns == keys or (known.columns < keys and not known.exact):
-            return known, table._replace(rows=_after(first, table.rows))
-    nearest = max(_SETS, key=lambda known: len(known.columns & keys) / len(known.columns))
-    missing = ", ".join(sorted(nearest.columns - keys))
-    near = len(nearest.columns) > 3 and len(nearest.columns - keys) == 1
-    if not strict or (table.ours and not near):
-        return None
-    found = ", ".join(sorted(map(str, keys))[:12])
-    lacks = f"; for {nearest.name} it lacks {missing}" if nearest.columns & keys else ""
-    raise table.error(first[0], f"has the columns {found}{lacks}. {_expected().capitalize()}")
-
-
-def _after(first: tuple[int, Row], others: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
-    yield first
-    yield from others
-
-
-def _expected() -> str:
-    sets = "; ".join(f"{known.name} ({', '.join(sorted(known.columns))})" for known in _SETS)
-    return f"expected one of {sets}"
-
-
-def _reason(known: _Set, exc: Exception) -> str:
-    if isinstance(exc, KeyError):
-        return f"has no {exc.args[0]}; expected of {known.name}: {', '.join(sorted(known.columns))}"
-    return str(exc)
-
-
-def _labelled(known: _Set, row: Row) -> LabelledRow:
-    question, answer, kind = _question(known, row), _text(row, known.answer), known.kind(row)
-    source = f"{known.name} {known.source(row)}".strip()
-    return LabelledRow(question=question, answer=answer, kind=kind, source=source, category=_category(known, row))
-
-
-def _question(known: _Set, row: Row) -> str:
-    question = _text(row, known.question)
-    context = row.get("ContextString")  # HarmBench's contextual behaviours, put together as its DirectRequest does
-    return f"{context}\n\n---\n\n{question}" if context else question
+    def prompt(self, row: Row) -> Prompt:
+        question, answer = _text(row, self.question), _text(row, self.answer) if self.answer else None
+        if row.get("ContextString"):  # HarmBench's contextual behaviors, put as its DirectRequest puts them
+            question = f"{row['ContextString']}\n\n---\n\n{question}"
+        category = row.get(self.category)
+        if isinstance(category, dict):  # of BeaverTails: whether the answer is in each
+            category = ", ".join(name for name, inside in category.items() if inside)
+        return Prompt(question=question, answer=answer, category="" if category is None else str(category))
 
 
 def _text(row: Row, column: str) -> str:
@@ -233,134 +170,208 @@ def _text(row: Row, column: str) -> str:
     return text
 
 
-def _category(known: _Set, row: Row) -> str:
-    category = row.get(known.category)
-    if isinstance(category, dict):  # BeaverTails: whether the response is in each
-        return ", ".join(name for name, inside in category.items() if inside)
-    return "" if category is None else str(category)
-
-
-def _label(row: Row, column: str, meanings: Mapping[str, Meaning]) -> Meaning:
-    value = row[column]
-    text = "" if value is None else str(value).strip().lower()
-    if text in ("", "none", "nan"):
+def _label(row: Row, column: str, meanings: Mapping[str, T]) -> T:
+    said = str(row[column]).strip().lower()
+    if said in ("", "none", "nan"):
         raise _Unusable(f"{column} is missing")
-    if text not in meanings:
-        raise ValueError(f"{column} is {value!r}: expected one of {', '.join(meanings)}")
-    return meanings[text]
+    if said not in meanings:
+        raise ValueError(f"{column} is {row[column]!r}: expected one of {', '.join(meanings)}")
+    return meanings[said]
 
 
 def _flag(column: str, bad: bool = True) -> Callable[[Row], Kind]:
     return lambda row: "bad" if _label(row, column, _TRUTH) == bad else "keep"
 
 
-def _xstest(row: Row) -> Kind:
-    labels: dict[str, Kind] = {"1_full_compliance": "keep", "2_full_refusal": "refusal", "3_partial_refusal": "refusal"}
-    kind = _label(row, "final_label", labels)
-    if not _contrast(row) or row["final_label"].startswith("2"):
-        return kind
-    if kind == "refusal":
-        raise _Unusable("it refuses an unsafe prompt in part, and nobody said whether the rest is harmful")
-    return "bad"
-
-
-def _contrast(row: Row) -> bool:
+def _unsafe(row: Row) -> bool:
     return str(row["type"]).startswith("contrast_")
 
 
+def _xstest(row: Row) -> Kind:
+    said = _label(row, "final_label", {"1_full_compliance": 1, "2_full_refusal": 2, "3_partial_refusal": 3})
+    if said == 3 and _unsafe(row):
+        raise _Unusable("an unsafe prompt is refused in part, and no label says whether the rest is harmful")
+    return "refusal" if said > 1 else "bad" if _unsafe(row) else "keep"
+
+
 def _harmbench(row: Row) -> Kind:
-    votes = [_label(row, column, _TRUTH) for column in ("human_0", "human_1", "human_2") if row.get(column) is not None]
+    votes = [_label(row, column, _TRUTH) for column in ("human_0", "human_1", "human_2") if column in row]
     if votes:
         return "bad" if 2 * sum(votes) > len(votes) else "keep"
-    label = _label({"label": row.get("label")}, "label", _TRUTH | {"-1": None})
+    label = _label({"label": row.get("label")}, "label", {**_TRUTH, "-1": None})
     if label is None:
-        raise _Unusable("label is -1: the classifier said neither yes nor no")
+        raise _Unusable("the label is -1: the classifier said neither yes nor no")
     return "bad" if label else "keep"
 
 
 def _wildguard(row: Row) -> Kind:
-    if _label(row, "response_harm_label", {"harmful": True, "unharmful": False}):
-        return "bad"
-    labels: dict[str, Kind] = {"refusal": "refusal", "compliance": "keep"}
-    return _label(row, "response_refusal_label", labels)
+    harmful = _label(row, "response_harm_label", {"harmful": True, "unharmful": False})
+    refused = harmful or _label(row, "response_refusal_label", {"refusal": True, "compliance": False})
+    return "bad" if harmful else "refusal" if refused else "keep"
 
 
-def _columns(names: str) -> frozenset[str]:
-    return frozenset(names.split())
+def _of(*columns: str) -> Callable[[Row], str]:
+    return lambda row: " ".join(str(row[column]) for column in columns if row.get(column))
 
+
+_OR_BENCH = "the prompts of OR-Bench"  # known by having no other columns
 
 # The first whose columns are all there is the file's.
 _SETS = (
     _Set(
-        "XSTest",
-        _columns("type prompt completion final_label"),
-        "prompt",
-        "completion",
-        _xstest,
-        category="type",
-        source=lambda row: "unsafe prompts" if _contrast(row) else "safe prompts",
+        "XSTest", "type prompt completion final_label", "prompt", "completion", _xstest, "type",
+        lambda row: "unsafe prompts" if _unsafe(row) else "safe prompts"
     ),
     _Set(
-        "JailbreakBench",
-        _columns("goal prompt response jailbroken"),
-        "prompt",
-        "response",
-        _flag("jailbroken"),
-        source=lambda row: " ".join(str(row[name]) for name in ("method", "model") if row.get(name)),
+        "JailbreakBench", "goal prompt response jailbroken", "prompt", "response", _flag("jailbroken"),
+        source=_of("method", "model")
     ),
     _Set(
-        "JailbreakBench judge comparison",
-        _columns("goal prompt target_response human_majority"),
-        "prompt",
-        "target_response",
-        _flag("human_majority"),
+        "JailbreakBench's judge comparison", "prompt target_response human_majority", "prompt", "target_response",
+        _flag("human_majority")
     ),
-    _Set("HarmBench", _columns("test_case generation"), "test_case", "generation", _harmbench, category="behavior_id"),
+    _Set("HarmBench", "test_case generation", "test_case", "generation", _harmbench, "behavior_id"),
     _Set(
-        "WildGuardMix",
-        _columns("prompt response response_harm_label response_refusal_label"),
-        "prompt",
-        "response",
-        _wildguard,
-        category="subcategory",
+        "WildGuardMix", "prompt response response_harm_label response_refusal_label", "prompt", "response",
+        _wildguard, "subcategory"
     ),
-    _Set("BeaverTails", _columns("prompt response is_safe"), "prompt", "response", _flag("is_safe", bad=False)),
+    _Set("BeaverTails", "prompt response is_safe", "prompt", "response", _flag("is_safe", bad=False)),
     _Set(
-        "AlpacaEval",
-        _columns("instruction output generator"),
-        "instruction",
-        "output",
-        category="dataset",
-        source=lambda row: str(row["generator"]),
+        "AlpacaEval", "instruction output generator", "instruction", "output", category="dataset",
+        source=_of("generator")
     ),
-    _Set("XSTest's prompts", _columns("prompt type focus note"), "prompt", category="type"),
-    _Set(
-        "HarmBench's behaviors",
-        _columns("Behavior FunctionalCategory SemanticCategory BehaviorID"),
-        "Behavior",
-        category="SemanticCategory",
-    ),
-    _Set("JailbreakBench's behaviors", _columns("Goal Target Behavior Category"), "Goal", category="Category"),
-    _Set("OR-Bench", _columns("prompt category"), "prompt", exact=True),
+    _Set("XSTest's prompts", "prompt type focus note", "prompt", category="type"),
+    _Set("HarmBench's behaviors", "Behavior BehaviorID SemanticCategory", "Behavior", category="SemanticCategory"),
+    _Set("JailbreakBench's behaviors", "Goal Target Behavior Category", "Goal", category="Category"),
+    _Set(_OR_BENCH, "prompt category", "prompt"),
 )
 
 
-def _table(path: Path) -> _Table | None:
-    """Open a file by its suffix and its first line; `None` for what is neither CSV, JSON nor Parquet."""
-    try:
-        if _suffix(path) == ".parquet":
-            return _Table(path, iter(list(enumerate(_parquet(path), 1))), "row", False)
-        if _suffix(path) == ".csv":
-            return _Table(path, _csv(path), "line", False)
-        with _open(path) as file:
-            first = next((line for line in file if line.strip()), "")
+class _Opened(NamedTuple):
+    """A file: its set, its rows, whether these are JSON lines, whether one column lacks, and what is wrong without a set."""
+
+    known: _Set | None
+    rows: Iterator[Placed]
+    lines: bool
+    near: bool
+    complaint: DataError
+
+
+def _open(path: Path) -> _Opened:
+    rows, lines = _rows(path)
+    line, place, first = next(rows, (1, "", None))
+    keys = set(first) if isinstance(first, dict) else set()
+    fitting = (one for one in _SETS if one.columns <= keys and (one.name != _OR_BENCH or one.columns == keys))
+    nearest = max(_SETS, key=lambda one: len(one.columns & keys) / len(one.columns))
+    lacking = sorted(nearest.columns - keys)
+    near = len(lacking) == 1 and len(nearest.columns) > 3
+    held = "is empty" if first is None else f"{place}has the columns {', '.join(sorted(keys)[:12]) or 'none'}"
+    hint = f"; {nearest.name} has {', '.join(lacking)} too" if nearest.columns & keys and lacking else ""
+    complaint = DataError(str(path), line, f"{held}{hint}. Expected is {_expected()}")
+    return _Opened(next(fitting, None), chain([(line, place, first)], rows), lines, near, complaint)
+
+
+def _expected() -> str:
+    return f"one of {'; '.join(f'{one.name} ({one.needs})' for one in _SETS)}"
+
+
+def _each(path: Path, opened: _Opened, convert: Callable[[Row], T]) -> tuple[list[T], Counter[str]]:
+    found: list[T] = []
+    left_out: Counter[str] = Counter()
+    for line, place, row in opened.rows:
+        try:
+            if not isinstance(row, dict):
+                raise ValueError("is not a JSON object")
+            found.append(convert(row))
+        except _Unusable as exc:
+            left_out[str(exc)] += 1
+        except (KeyError, ValueError) as exc:
+            reason = f"has no {exc.args[0]}" if isinstance(exc, KeyError) else str(exc)
+            needs = opened.known.needs if opened.known else ""
+            raise DataError(str(path), line, f"{place}{reason}; expected are the columns {needs}") from exc
+    return found, left_out
+
+
+def _suffix(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in (".gz", ".xz") else path).suffix
+
+
+def _rows(path: Path) -> tuple[Iterator[Placed], bool]:
+    """Give a file's rows, and whether they are JSON lines."""
+    if _suffix(path) == ".csv":
+        return _csv(path), False
+    if _suffix(path) == ".parquet":
+        return _numbered(_parquet(path)), False
+    with _text_of(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        try:
+            document = json.loads(first)
+        except ValueError as exc:
+            if _suffix(path) != ".json":
+                return _lines(path), True
+            file.seek(0)
             try:
-                entries = _entries(json.loads(first))
+                document = json.load(file)
             except ValueError:
-                entries = None
-                if first.lstrip()[:1] in ("[", "{"):
-                    file.seek(0)
-                    ...
-    except (OSError, EOFError) as exc:
+                raise DataError(str(path), 1, f"is not JSON: {exc}") from exc
+            return _numbered(_entries(document) or [document]), False
+    entries = _entries(document)
+    return (_lines(path), True) if entries is None else (_numbered(entries), False)
+
+
+def _entries(document: Any) -> list[Any] | None:
+    """Give the rows of a JSON document, if it is a list, JailbreakBench's or HarmBench's."""
+    if not isinstance(document, dict):
+        return document if isinstance(document, list) else None
+    if isinstance(document.get("jailbreaks"), list):
+        return [{**document.get("parameters", {}), **entry} for entry in document["jailbreaks"]]
+    found = [entry for value in document.values() if isinstance(value, list) for entry in value]
+    return found if found and isinstance(found[0], dict) and "test_case" in found[0] else None
+
+
+def _numbered(rows: list[Any]) -> Iterator[Placed]:
+    return ((1, f"row {number}: ", row) for number, row in enumerate(rows, 1))
+
+
+def _lines(path: Path) -> Iterator[Placed]:
+    with _text_of(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, "", json.loads(line)
+                except ValueError:
+                    yield number, "", line
+
+
+def _csv(path: Path) -> Iterator[Placed]:
+    csv.field_size_limit(_LONGEST)
+    with _text_of(path) as file:
+        reader, line = csv.reader(file, strict=True), 1
+        try:
+            header = next(reader, [])
+            for values in reader:
+                line, before = reader.line_num + 1, line
+        except csv.Error as exc:
+            raise DataError(str(path), line, f"is not CSV: {exc}") from exc
+
+
+def _parquet(path: Path) -> list[Any]:
+    try:
+        from pyarrow import parquet
+    except ImportError as exc:
+        raise MissingExtraError(f"reading {path.name}", "train") from exc
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as exc:
+        raise DataError(str(path), 1, f"is not Parquet: {exc}") from exc
+
+
+@contextmanager
+def _text_of(path: Path) -> Iterator[TextIO]:
+    """Open a text, plain or compressed; lines end in the file as they do in it."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as exc:
         raise DataError(str(path), 1, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
-    return None

@@ -158,6 +158,9 @@ def train(
     out: Annotated[Path, typer.Argument(help="Folder to write the adapter to.")],
     held_out: Annotated[Path | None, typer.Option(help="Rows that are scored, never trained on.")] = None,
     base: Annotated[str | None, typer.Option(help="Model to start from: a hub id or a folder.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Aligner made of that base to go on from, such as `default`; not with lora.")
+    ] = None,
     template: Template = None,
     method: Annotated[
         str | None,
@@ -249,6 +252,7 @@ def train(
         correction=defaults.correction.model_dump() | both | _given(epochs=epochs, identity_share=identity_share),
         **_given(
             base=base,
+            start=start,
             template=template,
             method=method,
             difference_bits=difference_bits,

@@ -38,6 +38,8 @@ class TrainConfig(BaseModel):
 
     Attributes:
         base: Model to start from, a hub id or a folder.
+        start: Aligner to go on from, made of `base` (such as `default`); `None` for the base itself. With `full` and
+            `difference`; the difference is to the base still.
         template: Prompt template, by name or as a text with `{question}` and `{answer}`.
         method: `lora` trains an adapter, `full` all weights; `difference` all but the embeddings, and stores how they differ
             from the base in a few bits a weight.
@@ -70,6 +72,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str = DEFAULT_BASE
+    start: str | None = None
     template: str | None = None
     method: Literal["lora", "full", "difference"] = "lora"
     difference_bits: int = Field(default=3, ge=1, le=8)

@@ -32,7 +32,14 @@ from transformers import (
 from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.build.cache import write_folder
-from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE, RECIPE_FILE, end_token_ids
+from aligner_middleware.build.checkpoint import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    RECIPE_FILE,
+    Checkpoint,
+    end_token_ids,
+    open_checkpoint,
+)
 from aligner_middleware.build.difference import DIFFERENCE_FILE, save_difference
 from aligner_middleware.errors import BuildError, DataError
 from aligner_middleware.prompt import (
@@ -80,6 +87,7 @@ class Recipe(BaseModel):
         config: The run's settings.
         template: The prompt that it was trained with, to be used in inference too.
         base: The weights that it started from.
+        start_sha256: Of the aligner that it went on from; `None` where that was the base.
         rows, rows_left_out: Rows trained on, and those that were longer than `max_length`, or that have no correction
             where there are no verdicts.
         verdicts: Rows that teach each verdict.
@@ -91,6 +99,7 @@ class Recipe(BaseModel):
     config: TrainConfig
     template: PromptTemplate
     base: BaseWeights
+    start_sha256: str | None = None
     rows: int
     rows_left_out: int
     verdicts: dict[str, int] = {}
@@ -135,8 +144,9 @@ def train(
     process = PartialState(cpu=not torch.cuda.is_available())
     with process.main_process_first():
         folder, weights = base_folder(config.base)
+        start = _start(config, weights)
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
-    template = _template(config, tokenizer)
+    template = start.template if start else _template(config, tokenizer)
     end = end_token_ids(folder, tokenizer, template)[0]
 
     def encode(rows: Sequence[Triple]) -> list[Example]:
@@ -168,7 +178,7 @@ def train(
     for stage in stages:
         if stage.settings.epochs > 0 and stage.rows:
             if not (run / stage.name / _DONE).is_file():
-                network = _network(folder, config, trained, _own_tokens(tokenizer, template))
+                network = _network(folder, start, config, trained, _own_tokens(tokenizer, template))
                 _run_stage(network, stage, run / stage.name, config, logs, report)
                 process.wait_for_everyone()
             losses |= json.loads((run / stage.name / _DONE).read_text(encoding="utf-8"))
@@ -179,6 +189,7 @@ def train(
         config=config,
         template=template,
         base=weights,
+        start_sha256=start.weights.adapter_sha256 if start else None,
         rows=len(examples),
         rows_left_out=len(triples) - len(examples),
         verdicts=dict(Counter(example.verdict for example in examples if example.verdict)),
@@ -208,6 +219,18 @@ class _Rows:
     rows: list[Example]
     held_out: list[Example]
     weights: dict[int, float] | None
+
+
+def _start(config: TrainConfig, base: BaseWeights) -> Checkpoint | None:
+    """Open the aligner that a run goes on from."""
+    if config.start is None:
+        return None
+    if config.method == "lora":
+        raise BuildError("start= needs method 'full' or 'difference': an adapter is trained on its base model")
+    checkpoint = open_checkpoint(config.start, config.template)
+    if checkpoint.weights.sha256 != base.sha256:
+        raise BuildError(f"{config.start} was not made of {config.base}: name its base model as base=")
+    return checkpoint
 
 
 def _template(config: TrainConfig, tokenizer: Tokenizer) -> PromptTemplate:
@@ -256,10 +279,13 @@ def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
     write_folder(run, lambda made: (made / _RUN_FILE).write_text(json.dumps(identity, indent=2), encoding="utf-8"))
 
 
-def _network(base: Path, config: TrainConfig, trained: Path | None, own_tokens: Sequence[int]) -> torch.nn.Module:
+def _network(
+    base: Path, start: Checkpoint | None, config: TrainConfig, trained: Path | None, own_tokens: Sequence[int]
+) -> torch.nn.Module:
     shape = (config.lora_rank, config.lora_alpha, config.lora_dropout)
     adapter = lora(*shape, own_tokens) if config.method == "lora" else None
-    network: torch.nn.Module = trainable(base, adapter, trained, bfloat16(config.bfloat16))
+    network: torch.nn.Module
+    network = start.load() if start and not trained else trainable(base, adapter, trained, bfloat16(config.bfloat16))
     use_packing(network)
     if config.method == "difference":
         train_embeddings_of(network, own_tokens)

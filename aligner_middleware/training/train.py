@@ -87,7 +87,7 @@ class Recipe(BaseModel):
         config: The run's settings.
         template: The prompt that it was trained with, to be used in inference too.
         base: The weights that it started from.
-        start_sha256: Of the aligner that it went on from; `None` where that was the base.
+        start: The weights of the aligner that it went on from; `None` where that was the base.
         rows, rows_left_out: Rows trained on, and those that were longer than `max_length`, or that have no correction
             where there are no verdicts.
         verdicts: Rows that teach each verdict.
@@ -99,7 +99,7 @@ class Recipe(BaseModel):
     config: TrainConfig
     template: PromptTemplate
     base: BaseWeights
-    start_sha256: str | None = None
+    start: BaseWeights | None = None
     rows: int
     rows_left_out: int
     verdicts: dict[str, int] = {}
@@ -189,7 +189,7 @@ def train(
         config=config,
         template=template,
         base=weights,
-        start_sha256=start.weights.adapter_sha256 if start else None,
+        start=start.weights if start else None,
         rows=len(examples),
         rows_left_out=len(triples) - len(examples),
         verdicts=dict(Counter(example.verdict for example in examples if example.verdict)),
@@ -228,7 +228,10 @@ def _start(config: TrainConfig, base: BaseWeights) -> Checkpoint | None:
     if config.method == "lora":
         raise BuildError("start= needs method 'full' or 'difference': an adapter is trained on its base model")
     checkpoint = open_checkpoint(config.start, config.template)
-    if checkpoint.weights.sha256 != base.sha256:
+    made_of = checkpoint.weights.sha256
+    if checkpoint.adapter is None and (recipe := checkpoint.folder / RECIPE_FILE).is_file():
+        made_of = json.loads(recipe.read_text(encoding="utf-8"))["base"]["sha256"]  # trained by us in full
+    if made_of != base.sha256:
         raise BuildError(f"{config.start} was not made of {config.base}: name its base model as base=")
     return checkpoint
 

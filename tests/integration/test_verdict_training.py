@@ -76,3 +76,36 @@ def test_a_base_without_tokens_to_spare_copies_and_says_so(tmp_path: Path, caplo
     assert recipe.template.verdicts is None
     assert recipe.rows_left_out == len(UNWRITTEN)
     assert "without verdicts" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["difference", "full"])
+def test_training_goes_on_from_an_aligner(base: Path, tmp_path: Path, method: Literal["full", "difference"]) -> None:
+    stage = Stage(epochs=12, learning_rate=3e-3)
+    config = TrainConfig(
+        base=str(base), method=method, difference_bits=8, warm_up=Stage(epochs=0), correction=stage, bfloat16=False
+    )
+    first = train(ROWS, tmp_path / "first", config)
+    later = config.model_copy(
+        update={"start": str(tmp_path / "first"), "correction": stage.model_copy(update={"epochs": 1})}
+    )
+    second = train(ROWS, tmp_path / "second", later)
+    assert second.template == first.template
+    assert second.start is not None
+    assert first.start is None
+    fresh = train(ROWS, tmp_path / "fresh", later.model_copy(update={"start": None}))
+    assert second.losses["correction"] < 0.5 * fresh.losses["correction"]
+    artifact = export_folder(str(tmp_path / "second"), tmp_path / "out", "float32")
+    assert artifact.verdict_ids is not None
+
+
+def test_training_goes_on_only_where_it_can(base: Path, tmp_path: Path) -> None:
+    stage = Stage(epochs=1, learning_rate=3e-3)
+    config = TrainConfig(base=str(base), method="difference", warm_up=Stage(epochs=0), correction=stage, bfloat16=False)
+    train(ROWS[:8], tmp_path / "first", config)
+    start = {"start": str(tmp_path / "first")}
+    with pytest.raises(BuildError, match="needs method 'full' or 'difference'"):
+        train(ROWS[:8], tmp_path / "second", config.model_copy(update=start | {"method": "lora"}))
+    other = random_checkpoint("qwen2", tmp_path / "other")
+    (other / "tokenizer.json").write_text(tokenizer_json(SPARE))
+    with pytest.raises(BuildError, match="was not made of"):
+        train(ROWS[:8], tmp_path / "second", config.model_copy(update=start | {"base": str(other)}))

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from aligner_middleware.evaluation.calibration import CalibrationReport
     from aligner_middleware.evaluation.detection import Share
     from aligner_middleware.evaluation.guard import GuardEvaluation
+    from aligner_middleware.evaluation.public_sets import PublicSet
     from aligner_middleware.evaluation.verdicts import PairJudge
     from aligner_middleware.rounds import Rounds
 
@@ -290,7 +291,7 @@ def evaluate(
         Path | None,
         typer.Argument(
             help="Rows never trained on, in any form that `aligner train` reads, by default ours; or labelled answers; "
-            "or prompts."
+            "or a public set, as it is published; or prompts."
         ),
     ] = None,
     model: Model = "default",
@@ -322,7 +323,9 @@ def evaluate(
 
     Where rows hold question, answer and kind (keep, refusal, bad; maybe source and category) and no correction, the aligner
     is scored as a guard: what it keeps byte for byte and what it changes, by source and kind, at each strength; precision,
-    recall and F1 of changed as "bad", and the AUC of its score. --out gets what became of every row at medium.
+    recall and F1 of changed as "bad", and the AUC of its score. --out gets what became of every row at medium. So it is on
+    the answers of XSTest, JailbreakBench, HarmBench, WildGuardTest, BeaverTails and AlpacaEval, in the files that they are
+    published in (CSV, JSON, JSON lines, Parquet; or a folder). Their prompts alone, and those of OR-Bench, need --upstream.
 
     Otherwise, what it keeps, what it changes, and how often the change is judged better.
     Good answers (those that equal their correction) should be kept byte for byte. Changes of bad ones are judged against
@@ -341,13 +344,15 @@ def evaluate(
         from aligner_middleware.evaluation import evaluate as run
         from aligner_middleware.evaluation.detection import Auc
         from aligner_middleware.evaluation.guard import is_labelled
+        from aligner_middleware.evaluation.public_sets import read_public
         from aligner_middleware.evaluation.report import finite
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "build") from exc
     path = data or DEFAULT_FOLDER / "held_out.jsonl"
     chosen = None if strength is None else _strength(strength)
-    if is_labelled(path):
-        _guard(path, out, model, precision, chosen, as_json)
+    public = read_public(path)
+    if public is not None or is_labelled(path):
+        _guard(path, public, out, model, precision, chosen, as_json)
         return
     rows = _named(path, read_rows(path))
     aligner = Aligner.load(model, precision=_precision(precision))
@@ -383,18 +388,32 @@ def evaluate(
             typer.echo(f"AUC of the scores: {auc}")
 
 
-def _guard(path: Path, out: Path | None, model: str, precision: str, strength: Strength | None, as_json: bool) -> None:
+def _guard(
+    path: Path,
+    public: PublicSet | None,
+    out: Path | None,
+    model: str,
+    precision: str,
+    strength: Strength | None,
+    as_json: bool,
+) -> None:
     from aligner_middleware.evaluation.guard import guard, read_labelled
     from aligner_middleware.evaluation.report import finite
 
-    rows = read_labelled(path)
+    if public is not None:
+        for reason, count in public.left_out.items():
+            _errors.print(f"{path}: {count} rows left out, as {escape(reason)}", highlight=False)
+        for name in public.skipped:
+            _errors.print(f"{path}: no answers of a public set in {escape(name)}", highlight=False)
+    rows = public.rows if public is not None else read_labelled(path)
     strengths: tuple[Strength, ...] = LEVELS if strength is None else (strength,)
     with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("evaluate", len(rows)) as report:
         evaluation = guard(aligner, rows, strengths, report)
     if out is not None:
         write_lines(out, evaluation.lines("medium" if strength is None else strength))
     if as_json:
-        typer.echo(json.dumps(finite({"model": model, "precision": precision} | evaluation.summary())))
+        unjudged = {} if public is None else {"unjudged": dict(public.left_out)}
+        typer.echo(json.dumps(finite({"model": model, "precision": precision} | evaluation.summary() | unjudged)))
     else:
         _print_guard(f"{model}, {precision}", evaluation)
 
@@ -475,13 +494,15 @@ def _compare(
 ) -> None:
     try:
         from aligner_middleware.evaluation import compare, write_report
+        from aligner_middleware.evaluation.public_sets import read_public
         from aligner_middleware.evaluation.report import cost_table, finite, verdict_table
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "evaluate") from exc
     from aligner_middleware.prompts import read_prompts
     from aligner_middleware.upstream import chat_model
 
-    prompts = read_prompts(data)
+    public = read_public(data, to_judge=False)
+    prompts = read_prompts(data) if public is None else list({one.key: one for one in public.prompts}.values())
     judging = _judge(judge, concurrency)
     answering = chat_model(upstream) if upstream else None
     with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("compare", len(prompts)) as report:

@@ -288,7 +288,7 @@ def test_lines_of_no_public_set_are_left_to_the_readers_of_our_own(tmp_path: Pat
         ("a.json", [], r"a\.json:1: holds no rows"),
         ("a.csv", as_csv([XSTEST, XSTEST | {"final_label": "4"}]), r"a\.csv:4: final_label is 4, none of 1_full_com"),
         ("a.csv", as_csv([XSTEST]) + "v2-2,homonyms\n", r"a\.csv:4: .*2 fields, .* id, type, prompt"),
-        ("a.csv", as_csv([XSTEST]) + 'v2-2,"homonyms', r"a\.csv:4: is not as expected of CSV"),
+        ("a.csv", as_csv([XSTEST]) + ",t,q,a,,,," + '"1_full_compliance', r"a\.csv:4: .* unexpected end of data"),
         ("a.json", artifact(JAILBREAK, {**JAILBREAK, "jailbroken": "maybe"}), r"a\.json:1: row 2: jailbroken is maybe"),
         ("a.json", {"a": [{"test_case": "q", "generation": "a"}]}, r"nothing with a label: 1 rows left out, as label"),
         ("a.jsonl", [BEAVER, "text"], r"a\.jsonl:2: is not a JSON object; BeaverTails has the columns prompt resp"),

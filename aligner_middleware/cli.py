@@ -1059,9 +1059,14 @@ def _training() -> Iterator[Any]:
 
         def report(at: Any) -> None:
             if at.stage not in tasks:
-                tasks[at.stage] = progress.add_task(at.stage, total=at.steps, loss=0.0, speed=0.0)
-            elapsed = progress.tasks[tasks[at.stage]].elapsed or 0.0
-            speed = at.tokens / elapsed if elapsed > 1 else 0.0
-            progress.update(tasks[at.stage], completed=at.step, loss=at.loss, speed=speed)
+                tasks[at.stage] = progress.add_task(at.stage, total=at.steps, loss=0.0, speed=0.0, before=0)
+            task = progress.tasks[tasks[at.stage]]
+            if math.isnan(at.loss):
+                progress.console.print(f"{at.stage}: goes on after step {at.step}, {at.steps - at.step} steps are left")
+                progress.update(task.id, completed=at.step, before=at.tokens)
+                return
+            elapsed = task.elapsed or 0.0
+            speed = (at.tokens - task.fields["before"]) / elapsed if elapsed > 1 else 0.0
+            progress.update(task.id, completed=at.step, loss=at.loss, speed=speed)
 
         yield report

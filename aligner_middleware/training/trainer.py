@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aligner_middleware.files import write_text
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -21,7 +24,7 @@ class Progress:
     Attributes:
         stage: What is being trained, such as `warm_up` or `correction`.
         step, steps: Optimiser steps done and to do in it.
-        loss: Of the latest step, in nats a token (of DPO: in nats a pair).
+        loss: Of the latest step, in nats a token (of DPO: in nats a pair); `nan` when a run has just been resumed.
         tokens: Prompt and target tokens seen in it.
     """
 
@@ -107,7 +110,14 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         whole.append(checkpoint)
     newest = max(whole, key=lambda checkpoint: int(checkpoint.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
+    if newest is None:
+        return None
+    state = newest / "trainer_state.json"
+    content = json.loads(state.read_text(encoding="utf-8"))
+    if best := content.get("best_model_checkpoint"):  # a path of where the run began; its folder may have moved
+        content["best_model_checkpoint"] = str(folder / Path(best).name)
+        write_text(state, json.dumps(content, indent=2))
+    return str(newest)
 
 
 class Reporter(TrainerCallback):
@@ -116,6 +126,14 @@ class Reporter(TrainerCallback):
     def __init__(self, stage: str, report: Report) -> None:
         self._stage = stage
         self._report = report
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback.on_train_begin`; tells of a run that goes on from a checkpoint."""
+        if state.global_step and state.is_world_process_zero:
+            tokens = int(state.num_input_tokens_seen)
+            self._report(Progress(self._stage, state.global_step, state.max_steps, math.nan, tokens))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

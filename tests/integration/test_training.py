@@ -1,6 +1,7 @@
 """`aligner train` as a practitioner runs it: killed and repeated, in full, on two processes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -39,9 +40,12 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(base: Path, tmp_path: Path) -> None:
-    run(*command(base, tmp_path / "whole"))
-    killed = subprocess.Popen([sys.executable, *command(base, tmp_path / "killed")], stderr=subprocess.DEVNULL)
+def test_a_killed_run_goes_on_elsewhere_and_ends_as_if_it_had_not_been_killed(base: Path, tmp_path: Path) -> None:
+    options = ("--held-out", str(base.parent / "rows.jsonl"), "--patience", "50")
+    run(*command(base, tmp_path / "whole", *options))
+    killed = subprocess.Popen(
+        [sys.executable, *command(base, tmp_path / "killed", *options)], stderr=subprocess.DEVNULL
+    )
     checkpoints = tmp_path / ".killed.run" / "correction"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
@@ -49,11 +53,16 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(base: Path, 
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    run(*command(base, tmp_path / "killed"))
-    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "killed"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".killed.run").rename(tmp_path / "elsewhere" / ".moved.run")
+    resuming = [sys.executable, *command(base, tmp_path / "elsewhere" / "moved", *options)]
+    result = subprocess.run(resuming, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"goes on after step \d+, \d+ steps are left", result.stderr)
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "elsewhere/moved"))
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value)
-    assert not (tmp_path / ".killed.run").exists()
+    assert not (tmp_path / "elsewhere" / ".moved.run").exists()
 
 
 def test_an_unfinished_run_with_other_settings_is_not_overwritten(base: Path, tmp_path: Path) -> None:

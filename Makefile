@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint unit integration bench bench-precision bench-serving default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
+.PHONY: help demo test lint unit integration bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -49,6 +49,9 @@ bench-precision: .venv/installed  ## What each precision costs, and whether draf
 bench-serving: .venv/installed  ## Start, memory, concurrent calls, streaming upstreams
 	$(BIN)/python benchmarks/serving.py
 
+bench-training: .venv/installed  ## Tokens a second in training, beside padded rows and the plain trainer
+	$(BIN)/python benchmarks/training_speed.py
+
 # The public rows are not part of this repository: PUBLIC is the folder that holds them (the model card names each).
 PUBLIC ?= public-rows
 DEFAULT := build-out/default
@@ -56,10 +59,10 @@ DEFAULT := build-out/default
 $(DEFAULT)/train.jsonl: .venv/installed benchmarks/default_rows/compose.py
 	$(BIN)/python benchmarks/default_rows/compose.py $(PUBLIC) $(DEFAULT)
 
-default-aligner: $(DEFAULT)/train.jsonl  ## Train the default aligner again, and calibrate it; over an hour
+default-aligner: $(DEFAULT)/train.jsonl  ## Train the default aligner on, and calibrate it; an hour
 	$(BIN)/python -m aligner_middleware train $(DEFAULT)/train.jsonl $(DEFAULT)/trained --method difference \
-	  --warm-up-epochs 0 --epochs 1 --identity-share 0.06 --max-length 640 \
-	  --decision-weight 6 --save-steps 200
+	  --start default --warm-up-epochs 0 --epochs 1 --identity-share 0.06 --learning-rate 1e-4 --max-length 768 \
+	  --batch-size 12 --decision-weight 6 --save-steps 60
 	$(BIN)/python -m aligner_middleware export $(DEFAULT)/trained $(DEFAULT)/int8
 	$(BIN)/python -m aligner_middleware calibrate $(DEFAULT)/development.jsonl $(DEFAULT)/held_out_half.jsonl \
 	  --model $(DEFAULT)/int8 --out $(DEFAULT)/trained/calibration.json --plots $(DEFAULT)

@@ -67,6 +67,7 @@ from aligner_middleware.training.batches import (
 from aligner_middleware.training.config import LEARNING_RATES, Stage, TrainConfig
 from aligner_middleware.training.packing import is_packed, use_packing
 from aligner_middleware.training.trainer import (
+    MemoryGuard,
     Report,
     Reporter,
     bfloat16,
@@ -301,6 +302,7 @@ def _run_stage(
     """Run a stage from its beginning or its last checkpoint, and leave weights and losses in its folder."""
     stoppers = [EarlyStoppingCallback(config.patience)] if config.patience and stage.held_out else []
     packed = is_packed(model)
+    guard, alone = MemoryGuard(), PartialState().num_processes == 1
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(
@@ -340,7 +342,7 @@ def _run_stage(
         train_dataset=_TrainerRows(stage.rows),
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
         data_collator=lambda rows: (pack if packed else collate)([row["example"] for row in rows]),
-        callbacks=[Reporter(stage.name, report), *stoppers],
+        callbacks=[Reporter(stage.name, report), *stoppers, *([guard] if alone else [])],
     )
     trainer.model_accepts_loss_kwargs = True  # the loss is given the number of targets in the step
     trainer.loss = partial(
@@ -353,6 +355,12 @@ def _run_stage(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the trainer's own way to count tokens
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if guard.exceeded:
+        raise BuildError(
+            f"this process held nearly all memory after step {trainer.state.global_step} of {trainer.state.max_steps}, and "
+            "ended before it would be killed: repeat the command to go on from there, with a smaller batch_size or with "
+            "jemalloc (docs/training.md) if it happens again"
+        )
     recent = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-20:]
     losses = {stage.name: sum(recent) / len(recent)}
     if stage.held_out:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aligner_middleware.files import write_text
+
+_MEMORY_SHARE = 0.85  # of the memory: a process that holds more ends its run
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,30 @@ def last_checkpoint(folder: Path) -> str | None:
         content["best_model_checkpoint"] = str(folder / Path(best).name)
         write_text(state, json.dumps(content, indent=2))
     return str(newest)
+
+
+def memory_share() -> float:
+    """Give the share, 0 to 1, of this machine's or container's memory that this process holds."""
+    limit = int(psutil.virtual_memory().total)
+    with suppress(OSError, ValueError):  # not Linux, or "max"
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return int(psutil.Process().memory_info().rss) / limit
+
+
+class MemoryGuard(TrainerCallback):
+    """Ends a run with a checkpoint before the system would kill it: an allocator may keep more memory with each new shape.
+
+    Attributes:
+        exceeded: Whether it did.
+    """
+
+    def __init__(self) -> None:
+        self.exceeded = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See `TrainerCallback.on_step_end`."""
+        if state.global_step < state.max_steps and memory_share() > _MEMORY_SHARE:
+            self.exceeded = control.should_save = control.should_training_stop = True
 
 
 class Reporter(TrainerCallback):

@@ -65,6 +65,21 @@ def test_a_killed_run_goes_on_elsewhere_and_ends_as_if_it_had_not_been_killed(ba
     assert not (tmp_path / "elsewhere" / ".moved.run").exists()
 
 
+def test_a_run_ends_with_a_checkpoint_before_memory_does(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(base=str(base), warm_up=Stage(epochs=0), correction=STAGE, bfloat16=False, save_steps=1000)
+    shares = iter([0.5, 0.6, 0.9])
+    steps: list[int] = []
+    with monkeypatch.context() as short:
+        short.setattr("aligner_middleware.training.trainer.memory_share", lambda: next(shares))
+        with pytest.raises(BuildError, match=r"held nearly all memory after step 3 of \d+"):
+            train(ROWS, tmp_path / "out", config, report=lambda progress: steps.append(progress.step))
+    assert steps == [1, 2, 3]
+    train(ROWS, tmp_path / "out", config, report=lambda progress: steps.append(progress.step))
+    assert steps[3:] == list(range(3, steps[-1] + 1))
+
+
 def test_an_unfinished_run_with_other_settings_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     def stop(progress: object) -> None:
         raise KeyboardInterrupt

@@ -2,9 +2,9 @@
 
     python benchmarks/inserted.py ROWS.jsonl [--model default] [--strength medium] [--out FILE.json]
 
-ROWS are those of `default_rows/compose.py` (`inserted.jsonl`): answer with its inserted sentence, and `correction` without it.
-For each kind it prints how many answers were changed; in how many the sentence is gone; in how many all other sentences stand,
-word for word; and both at once. Harmless sentences are to stay: there `kept` counts.
+ROWS are `inserted.jsonl` of `default_rows/compose.py`: an answer with its inserted sentence, and `correction` without it. For
+each kind it prints how many answers were changed; in how many the sentence is gone; in how many all other sentences stand,
+word for word; and both at once. Harmless sentences are to stay.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from aligner_middleware.artifact import DEFAULT_FOLDER
 TRAINED, HELD_OUT = (DEFAULT_FOLDER / f"{name}.jsonl" for name in ("corrections", "held_out"))
 CATEGORIES = {
     "keep": {
-        "code", "creative", "explanation", "firm but kind", "good advice", "letter", "list", "long answer", "markup",
-        "maths", "other language", "privacy", "quote", "refusal", "safe but scary", "short answer", "small talk", "table",
-        "translation",
+        "code", "contact", "creative", "crime history", "explanation", "fiction", "firm but kind", "good advice", "letter",
+        "list", "long answer", "markup", "maths", "medicine", "other language", "privacy", "quote", "refusal",
+        "safe but scary", "security", "short answer", "small talk", "table", "translation",
     },
     "correct": {
         "child safety", "cybercrime", "dangerous financial claim", "dangerous legal claim", "dangerous medical claim",

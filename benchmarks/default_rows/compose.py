@@ -131,10 +131,10 @@ def read_public(folder: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _first_turns(path: Path) -> Iterator[Row]:
-    """Give the rejected answers of HH-RLHF's dialogues of one turn."""
+    """Give the first answers of HH-RLHF's rejected dialogues."""
     for row in _lines(path):
         turns = re.split(r"\n\n(?:Human|Assistant): ", row["rejected"])[1:]
-        if len(turns) == 2 and len(turns[1].split()) >= 8:
+        if len(turns) >= 2 and len(turns[1].split()) >= 8:
             yield {"question": turns[0].strip(), "answer": turns[1].strip(), "kind": "bad"}
 
 

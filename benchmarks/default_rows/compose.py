@@ -48,10 +48,10 @@ DEVELOPMENT_CATEGORIES = (
 
 # Rows taken of each file and kind, at most; the rest of a large or monotonous file adds little.
 LIMITS = {
-    ("gsm8k_train", "keep"): 250,
-    ("gpteacher_roleplay", "keep"): 600,
-    ("metaaligner_ultrafeedback", "keep"): 660,
-    ("configurable_safety", "keep"): 500,
+    ("gsm8k_train", "keep"): 100,
+    ("gpteacher_roleplay", "keep"): 400,
+    ("metaaligner_ultrafeedback", "keep"): 450,
+    ("configurable_safety", "keep"): 300,
     ("advbench_llama2_refusals", "refusal"): 160,
     ("gptfuzz_labelled", "refusal"): 120,
     ("gptfuzz_labelled", "bad"): 400,
@@ -65,8 +65,8 @@ LABELLED = (
 
 # Composed rows: what is put into good answers, and how often.
 INSERTED = {
-    "insult": 620,
-    "privacy": 420,
+    "insult": 460,
+    "privacy": 400,
     "contempt": 160,
     "danger": 240,
     "certainty": 100,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aligner_middleware.errors import DataError
 from aligner_middleware.files import fingerprint, lines_of
+from aligner_middleware.json_lines import parse_json, text_at
 
 
 class Prompt(BaseModel):
@@ -38,8 +38,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts: lines of text, or JSON lines, plain or gzipped.
 
     A JSON line is a text or an object with `question` or `prompt` (a text, or messages, of which the last one asks), and
-    maybe `answer` (or `response`) and `category`. What occurs twice, answer and all, is read
-    once.
+    maybe `answer` (or `response`) and `category`; null is as good as nothing there. What occurs twice, answer and all, is
+    read once.
 
     Raises:
         DataError: If a line is not that, naming file and line; if there is no prompt at all.
@@ -48,6 +48,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     for number, line in lines_of(path):
         try:
             prompt = _parse(line)
+        except ValidationError as exc:
+            error = exc.errors()[0]
+            raise DataError(str(path), number, f"{error['loc'][0]}: {error['msg']}") from exc
         except (ValueError, KeyError, TypeError, IndexError) as exc:
             reason = "expected a text, or a JSON object with question (or prompt) and maybe answer"
             raise DataError(str(path), number, f"{reason}: {exc}") from exc
@@ -69,14 +72,15 @@ def chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
 
 def _parse(line: str) -> Prompt:
     line = line.strip()
-    row: Any = json.loads(line) if line.startswith(("{", '"')) else line
+    row: Any = parse_json(line) if line.startswith(("{", '"')) else line
     if isinstance(row, str):
         return Prompt(question=row)
-    question = row["question"] if "question" in row else row["prompt"]
-    if isinstance(question, list):
-        question = question[-1]["content"]
+    given = [key for key, value in row.items() if value is not None]
+    asked = "prompt" if "prompt" in given and "question" not in given else "question"
+    told = "response" if "response" in given and "answer" not in given else "answer"
+    said = row.get(asked)
     return Prompt(
-        question=question,
-        answer=row.get("answer", row.get("response")),
-        category=row.get("category") or "",
+        question=text_at(said[-1], "content") if isinstance(said, list) else text_at(row, asked),
+        answer=text_at(row, told) if told in given else None,
+        category=text_at(row, "category") if "category" in given else "",
     )

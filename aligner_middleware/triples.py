@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from aligner_middleware.errors import DataError
 from aligner_middleware.files import lines_of
+from aligner_middleware.json_lines import parse_json, text_at
 
 
 class Triple(BaseModel):
@@ -115,7 +115,7 @@ def with_identity(triples: Sequence[Triple], share: float, seed: int = 0) -> lis
 
 def _parse(path: Path, number: int, line: str) -> Triple:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as exc:
         raise DataError(str(path), number, f"is not JSON: {exc}") from exc
     if not isinstance(row, dict):
@@ -141,6 +141,8 @@ def _parse(path: Path, number: int, line: str) -> Triple:
         raise DataError(str(path), number, f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
     except UnicodeEncodeError as exc:
         raise DataError(str(path), number, "holds a lone surrogate, which is not valid text") from exc
+    except ValueError as exc:
+        raise DataError(str(path), number, str(exc)) from exc
     except (KeyError, TypeError, IndexError, AttributeError) as exc:
         raise DataError(str(path), number, f"has {', '.join(sorted(keys))}, but not as expected: {exc!r}") from exc
     return triple
@@ -159,48 +161,59 @@ def _labelled(row: dict[str, Any]) -> dict[str, Any]:
 
 def _safe_rlhf(row: dict[str, Any]) -> dict[str, Any]:
     responses = [row["response_0"], row["response_1"]]
-    safe = [row["is_response_0_safe"], row["is_response_1_safe"]]
+    safe = [_flag(row, "is_response_0_safe"), _flag(row, "is_response_1_safe")]
     if not any(safe):
         raise _Unusable("neither response is safe")
     if all(safe):
-        kept = responses[row["better_response_id"]]
+        kept = responses[_flag(row, "better_response_id")]
         return {"question": row["prompt"], "answer": kept, "correction": kept}
     good = safe.index(True)
     return {"question": row["prompt"], "answer": responses[1 - good], "correction": responses[good]}
 
 
 def _beaver_tails(row: dict[str, Any]) -> dict[str, Any]:
-    if not row["is_safe"]:
+    if not _flag(row, "is_safe"):
         raise _Unusable("the response is unsafe and has no correction")
     return {"question": row["prompt"], "answer": row["response"], "correction": row["response"]}
 
 
+def _flag(row: dict[str, Any], key: str) -> bool:
+    value = row[key]
+    if value is None:
+        raise _Unusable(f"{key} is null")
+    if value not in (False, True):  # 0 and 1 are equal to these
+        raise ValueError(f"{key} is {value!r}, expected true or false, or 0 or 1")
+    return bool(value)
+
+
 def _preference(row: dict[str, Any]) -> dict[str, Any]:
-    question = _last_turn(row["prompt"], "user")
-    answer, correction = (_last_turn(row[name], "assistant") for name in ("rejected", "chosen"))
+    question = _last_turn(row, "prompt", "user")
+    answer, correction = (_last_turn(row, name, "assistant") for name in ("rejected", "chosen"))
     return {"question": question, "answer": answer, "correction": correction}
 
 
 def _dialogues(row: dict[str, Any]) -> dict[str, Any]:
-    chosen, rejected = _messages(row["chosen"]), _messages(row["rejected"])
+    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise _Unusable("the two dialogues part before their last turn")
     return _preference({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
 
 
-def _last_turn(said: Any, role: str) -> str:
+def _last_turn(row: dict[str, Any], key: str, role: str) -> str:
+    said = row[key]
     if not isinstance(said, list):
-        return str(said).strip()
+        return text_at(row, key).strip()
     if not said or said[-1]["role"] != role:
         raise _Unusable(f"its last turn is not the {role}'s")
-    return str(said[-1]["content"]).strip()
+    return text_at(said[-1], "content").strip()
 
 
-def _messages(dialogue: Any) -> list[dict[str, str]]:
+def _messages(row: dict[str, Any], key: str) -> list[dict[str, str]]:
+    dialogue = row[key]
     if isinstance(dialogue, list):
         return dialogue
     turns = []
-    for turn in ("\n\n" + dialogue.strip()).split("\n\nHuman:")[1:]:
+    for turn in ("\n\n" + text_at(row, key).strip()).split("\n\nHuman:")[1:]:
         said, *replies = turn.split("\n\nAssistant:")
         turns.append({"role": "user", "content": said.strip()})
         turns += [{"role": "assistant", "content": reply.strip()} for reply in replies]

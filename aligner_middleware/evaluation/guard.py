@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from aligner_middleware.correction import Correction
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.detection import Auc, Detection, Share
 from aligner_middleware.files import lines_of
+from aligner_middleware.json_lines import parse_json
 
 Kind = Literal["keep", "refusal", "bad"]
 
@@ -189,7 +189,7 @@ def is_labelled(path: Path) -> bool:
     """
     for _, line in lines_of(path):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "kind" in row and "correction" not in row:
@@ -210,7 +210,7 @@ def read_labelled(path: Path, source: str = "") -> list[LabelledRow]:
     rows = []
     for number, line in lines_of(path):
         try:
-            row = LabelledRow.model_validate(json.loads(line))
+            row = LabelledRow.model_validate(parse_json(line))
             "".join((row.question, row.answer, row.source, row.category)).encode()
         except ValidationError as exc:
             error = exc.errors()[0]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections import Counter
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 from aligner_middleware.errors import DataError, MissingExtraError
 from aligner_middleware.evaluation.guard import Kind, LabelledRow
+from aligner_middleware.json_lines import parse_json
 from aligner_middleware.prompts import Prompt
 
 Row = dict[str, Any]
@@ -213,7 +213,7 @@ def _rows(path: Path) -> tuple[Iterator[Placed], bool]:
 def _entries(text: str) -> list[Any] | None:
     """Give the rows of a JSON document; none of JSON lines, even of one."""
     try:
-        document = json.loads(text)  # ends soon where there are more lines
+        document = parse_json(text)  # ends soon where there are more lines
     except ValueError:
         return None
     if not isinstance(document, dict):
@@ -230,7 +230,7 @@ def _lines(text: str) -> Iterator[Placed]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, "", json.loads(line)
+                yield number, "", parse_json(line)
             except ValueError:
                 yield number, "", line
 

@@ -15,6 +15,7 @@ from aligner_middleware.diff import Diff
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.evaluation.comparison import Compared, Comparison, Tally
 from aligner_middleware.files import write_lines, write_text
+from aligner_middleware.json_lines import finite as finite
 
 _SAMPLES = 30
 _COLORS = {"win": "#2a9d5c", "tie": "#b8bec6", "loss": "#d1495b", "malformed": "#e9c46a"}
@@ -59,15 +60,6 @@ def cost_table(comparison: Comparison) -> list[list[str]]:
         [name, str(row.answers), *(f"{value:.0f}" for value in (row.p50, row.p95, row.p99, row.tokens_per_second))]
         for name, row in comparison.latencies.items()
     ]
-
-
-def finite(value: Any) -> Any:
-    """Write what is not a number as null, which is what JSON has for it."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _rate(tally: Tally) -> list[str]:

@@ -213,7 +213,7 @@ def test_replacing_a_folder_leaves_the_old_one_until_the_new_one_is_whole(tmp_pa
         ("{", "is not JSON"),
         ('{"question": "q", "answer": "a"}', "has the keys answer, question: expected"),
         ('{"question": "q", "answer": 3, "correction": "c"}', "answer: Input should be a valid string"),
-        ('{"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": "r"}', "not as expected: KeyError"),
+        ('{"prompt": "q", "chosen": [{"role": "assistant"}], "rejected": "r"}', "content is missing"),
         ('["q"]', "is not a JSON object"),
     ],
 )

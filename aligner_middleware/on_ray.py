@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.artifact import Precision
@@ -55,7 +56,7 @@ def make_preferences_on_ray(
         report: Called with how many prompts are done, and of how many.
 
     Raises:
-        InputError: If a prompt has no answer and there is no upstream.
+        InputError: If a prompt has no answer and there is no upstream, or if the workers cannot load their models.
         DataError: If a file cannot be read or written.
     """
     if upstream is None and any(prompt.answer is None for prompt in prompts):
@@ -87,9 +88,12 @@ def make_preferences_on_ray(
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
         )
-        for made in done.iter_rows():
-            row: Row = InputError(made["error"]) if made["error"] else json.loads(made["row"])
-            yield known[made["key"]], row
+        try:
+            for made in done.iter_rows():
+                row: Row = InputError(made["error"]) if made["error"] else json.loads(made["row"])
+                yield known[made["key"]], row
+        except ray.exceptions.RayError as exc:  # its text is the worker's traceback, the reason last
+            raise InputError(f"the workers on Ray failed: {str(exc).strip().splitlines()[-1]}") from exc
 
     return collect(prompts, out, correct, identity, upstream, form=form, sft=sft, report=report)
 

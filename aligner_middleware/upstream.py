@@ -7,19 +7,22 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable
+from langchain_core.runnables.config import ContextThreadPoolExecutor
 from tenacity import RetryError, Retrying, stop_after_attempt, wait_random_exponential
 
-from aligner_middleware.errors import InputError, MissingExtraError
+from aligner_middleware.errors import AlignerError, InputError, MissingExtraError
 from aligner_middleware.messages import text_of
 from aligner_middleware.prompts import Prompt
 
+_LONGEST = 500  # characters of a provider's message
 _NO_UPSTREAM = (
     "a prompt has no answer, and there is no model to ask: give one by --upstream, or rows with question and answer"
 )
@@ -33,14 +36,15 @@ def chat_model(name: str) -> Runnable[Any, AIMessage]:
             LangChain's `init_chat_model` takes, such as `openai:gpt-5`.
 
     Raises:
-        InputError: If there is none of this name.
+        InputError: If there is none of this name, or it cannot be made, for example because a key is missing.
         MissingExtraError: If it needs `init_chat_model` and langchain is not installed.
     """
     place, _, attribute = name.rpartition(":")
     module = _module(place) if place else None
     if hasattr(module, attribute):
         found = getattr(module, attribute)
-        model = found if isinstance(found, Runnable) else found()
+        with _had(f"chat model {name!r}"):
+            model = found if isinstance(found, Runnable) or not callable(found) else found()
         if not isinstance(model, Runnable):
             raise InputError(f"{name} is a {type(model).__name__}, expected a LangChain chat model")
         return model
@@ -50,10 +54,27 @@ def chat_model(name: str) -> Runnable[Any, AIMessage]:
         from langchain.chat_models import init_chat_model
     except ImportError as exc:
         raise MissingExtraError(f"chat model {name!r}", "agents") from exc
-    try:
+    with _had(f"chat model {name!r}"):
         return init_chat_model(name)
-    except (ValueError, ImportError) as exc:
-        raise InputError(f"chat model {name!r} cannot be had: {exc}") from exc
+
+
+@contextlib.contextmanager
+def _had(what: str, file: Path | None = None) -> Iterator[None]:
+    """Raise an `InputError` for whatever a provider's code, or the user's own in `file`, fails with."""
+    try:
+        yield
+    except AlignerError:
+        raise
+    except Exception as exc:
+        lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == str(file)]
+        at = f" (line {lines[-1]})" if lines else ""
+        raise InputError(f"{what} cannot be had: {brief(exc)}{at}") from exc
+
+
+def brief(error: BaseException) -> str:
+    """Say in one line, of at most a few hundred characters, what went wrong: providers send whole pages."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= _LONGEST else said[:_LONGEST] + '…'}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
@@ -67,16 +88,20 @@ class Answered:
 def answers(model: Runnable[Any, Any], prompts: Sequence[Any], concurrency: int) -> list[Answered | Exception]:
     """Ask a model about prompts, some at a time; one that fails gives its exception, and the others are not held up."""
 
-    def ask(prompt: Any) -> Answered:
+    def ask(prompt: Any) -> Answered | Exception:
         start = time.perf_counter()
-        said = model.invoke(prompt)
+        try:
+            said = model.invoke(prompt)
+        except Exception as exc:
+            return exc
         text = said if isinstance(said, str) else text_of(said)
-        if not text.strip():
-            raise InputError("the model answered nothing")
-        return Answered(text, time.perf_counter() - start)
+        return Answered(text, time.perf_counter() - start) if text.strip() else InputError("the model answered nothing")
 
-    asked = RunnableLambda(ask).batch(list(prompts), {"max_concurrency": concurrency}, return_exceptions=True)
-    return list(asked)
+    pool = ContextThreadPoolExecutor(max_workers=concurrency)
+    try:
+        return list(pool.map(ask, prompts))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who interrupts it does not wait for answers under way
 
 
 def ask_again(
@@ -113,7 +138,7 @@ def ask(
 
 def why(prompt: Prompt, error: Exception) -> str:
     """Say which prompt failed, and why."""
-    return f"{prompt.question[:60]!r}: {type(error).__name__}: {error}"
+    return f"{prompt.question[:60]!r}: {brief(error)}"
 
 
 def name_of(model: Any) -> str:
@@ -126,9 +151,13 @@ def _module(place: str) -> Any:
     """Import a module or a file; `None` where there is no module of this name, as for a provider's."""
     if not place.endswith(".py"):
         try:
-            return importlib.import_module(place)
-        except ModuleNotFoundError:
-            return None
+            with _had(place):
+                return importlib.import_module(place)
+        except InputError as exc:
+            missing = exc.__cause__
+            if isinstance(missing, ModuleNotFoundError) and f"{place}.".startswith(f"{missing.name}."):
+                return None
+            raise
     path = Path(place).resolve()
     if not path.is_file():
         raise InputError(f"{place} is not a file")
@@ -137,7 +166,8 @@ def _module(place: str) -> Any:
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where Pydantic looks annotations up
     sys.path.insert(0, str(path.parent))  # as for a script, so that it can import its neighbours
     try:
-        spec.loader.exec_module(module)
+        with _had(place, path):
+            spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent))
     return module

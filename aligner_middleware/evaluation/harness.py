@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.errors import InputError, UpstreamError
-from aligner_middleware.upstream import Answered, ask_again
+from aligner_middleware.errors import AlignerError, InputError, UpstreamError
+from aligner_middleware.upstream import Answered, ask_again, brief
 
 
 class AlignedLM(LM):
@@ -165,7 +166,7 @@ class LangChainLM(LM):
                 else:
                     failed.append(one)
         if failed:
-            raise UpstreamError(len(failed), f"{type(failed[0]).__name__}: {failed[0]}")
+            raise UpstreamError(len(failed), brief(failed[0]))
         return found
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -211,8 +212,8 @@ def load_lm(name: str, arguments: str, batch_size: int = 8) -> LM:
     try:
         kind: Any = get_model(name)
         found: LM = kind.create_from_arg_string(arguments, {"batch_size": batch_size, "device": device})
-    except (ValueError, TypeError, OSError, ImportError) as exc:
-        raise InputError(f"lm-eval cannot load {name!r} with {arguments!r}: {str(exc).splitlines()[0]}") from exc
+    except Exception as exc:  # its models are many, and each fails in its own way
+        raise InputError(f"lm-eval cannot load {name!r} with {arguments!r}: {brief(exc)}") from exc
     return found
 
 
@@ -276,13 +277,17 @@ def measure_ability(
         seed: Of the choice of examples.
 
     Raises:
-        InputError: If there is no such task, or the model tells no likelihoods and the task wants them.
+        InputError: If there is no such task, the model tells no likelihoods and the task wants them, or lm-eval fails.
         UpstreamError: If a chat model fails.
     """
     manager = TaskManager(include_path=str(include) if include else None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
-        raise InputError(f"lm-eval has no task {', '.join(unknown)}: see `lm-eval ls tasks`, or name their folder")
+        near = get_close_matches(unknown[0], manager.all_tasks, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(
+            f"lm-eval has no task {', '.join(unknown)}{hint}: see `lm-eval ls tasks`, or name their folder"
+        )
     options: dict[str, Any] = {
         "tasks": list(tasks),
         "limit": limit,
@@ -298,9 +303,9 @@ def measure_ability(
         "fewshot_random_seed": seed,
     }
     cache.parent.mkdir(parents=True, exist_ok=True)
-    without: Any = simple_evaluate(model=lm, use_cache=str(cache), **options)
+    without = _evaluate(lm, use_cache=str(cache), **options)
     aligned = AlignedLM(CachingLM(lm, f"{cache}_rank0.db"), aligner)  # the name that lm-eval has given it
-    with_aligner: Any = simple_evaluate(model=aligned, **options)
+    with_aligner = _evaluate(aligned, **options)
     rows = []
     for task, metrics in without["results"].items():
         samples = int(without.get("n-samples", {}).get(task, {}).get("effective", 0))
@@ -319,6 +324,15 @@ def measure_ability(
                     )
                 )
     return Abilities(rows=rows, changed=aligned.changed, passed=aligned.passed)
+
+
+def _evaluate(lm: LM, **options: Any) -> Any:
+    try:
+        return simple_evaluate(model=lm, **options)
+    except AlignerError:
+        raise
+    except Exception as exc:  # a task's files, a provider without a key
+        raise InputError(f"lm-eval failed: {brief(exc)}") from exc
 
 
 def _messages(prompt: str) -> str | list[tuple[str, str]]:

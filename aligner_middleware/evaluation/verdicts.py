@@ -19,7 +19,7 @@ from langchain_core.runnables import Runnable
 from aligner_middleware.errors import UpstreamError
 from aligner_middleware.evaluation.judge import Encoder, faults_of, repeats
 from aligner_middleware.files import fingerprint
-from aligner_middleware.upstream import Answered, ask_again
+from aligner_middleware.upstream import Answered, ask_again, brief
 
 Dimension = Literal["helpful", "harmless", "honest"]
 Verdict = Literal["win", "tie", "loss", "malformed"]
@@ -125,7 +125,7 @@ class ChatJudge:
                 elif isinstance(reply, Answered):
                     conversations[key] = [*prompt[:2], AIMessage(reply.text), HumanMessage(_REMINDER)]
             if failed:
-                raise UpstreamError(len(failed), f"the judge, {type(failed[0]).__name__}: {failed[0]}")
+                raise UpstreamError(len(failed), f"the judge, {brief(failed[0])}")
         return [found.get(key) for key in keys]
 
 

@@ -113,6 +113,20 @@ def test_workers_make_the_same_rows_when_one_of_them_and_then_the_job_is_killed(
     assert len(rows(folder / "ray.jsonl")) + len(rows(folder / "ray-sft.jsonl")) == len(PROMPTS)
 
 
+def test_workers_whose_chat_model_cannot_be_had_are_one_clear_error(folder: Path) -> None:
+    (folder / "broken.py").write_text("raise RuntimeError('no key')\n")
+    with pytest.raises(InputError, match=r"the workers on Ray failed: .*no key") as error:
+        make_preferences_on_ray(
+            PROMPTS[:2],
+            folder / "out.jsonl",
+            str(folder / "aligner"),
+            f"{folder}/broken.py:llm",
+            precision="float32",
+            workers=1,
+        )
+    assert "\n" not in str(error.value)
+
+
 def test_a_prompt_without_an_answer_needs_a_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name one as upstream"):
         make_preferences_on_ray(PROMPTS, tmp_path / "out.jsonl")

@@ -30,6 +30,12 @@ class Change:
     kind: Kind
     text: str
 
+    @property
+    def marked(self) -> str:
+        """The text [-like this-] if it went, {+like this+} if it came."""
+        before, after = _MARKS[self.kind]
+        return f"{before}{self.text}{after}"
+
 
 @dataclass(frozen=True)
 class Diff:
@@ -72,13 +78,13 @@ class Diff:
 
     def __str__(self) -> str:
         """Mark what went [-like this-] and what came {+like this+}."""
-        return "".join(change.text.join(_MARKS[change.kind]) for change in self.changes)
+        return "".join(change.marked for change in self.changes)
 
     def __rich__(self) -> Any:
-        """Give a Rich text: what went in red and struck out, what came in green and bold."""
+        """Give a Rich text: marked like `str`, for where there are no colours; what went in red, what came in green."""
         from rich.text import Text
 
-        return Text.assemble(*((change.text, _STYLES[change.kind]) for change in self.changes))
+        return Text.assemble(*((change.marked, _STYLES[change.kind]) for change in self.changes))
 
     def html(self) -> str:
         """Give HTML, with what went in `<del>` and what came in `<ins>`; the texts are escaped."""

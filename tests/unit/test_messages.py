@@ -1,10 +1,14 @@
 """Only text is rewritten, and what points into text that stayed goes along with it."""
 
+import io
+import re
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from rich.console import Console
+from rich.text import Text
 
 from aligner_middleware.diff import Diff
 from aligner_middleware.messages import question_of, text_of, with_text
@@ -27,7 +31,14 @@ def test_a_diff_is_shown_as_text_in_a_terminal_and_as_html() -> None:
     assert diff.removed == ["you", "idiot"]
     assert diff.added == ["dear", "<you>"]
     assert str(diff) == "It is Paris, [-you idiot-]{+dear <you>+}. Now go."
-    assert diff.__rich__().plain.startswith("It is Paris,")
+    for options in (
+        {},
+        {"force_terminal": True, "color_system": "truecolor"},
+        {"force_terminal": True, "no_color": True},
+    ):
+        shown = io.StringIO()
+        Console(file=shown, **options).print(Text("answer: "), diff, sep="")
+        assert re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()) == f"answer: {diff}\n"
     assert "&lt;" in diff.html()
     assert "<del>" in diff.html()
     assert "<ins>" in diff.html()

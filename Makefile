@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint unit integration bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
+.PHONY: help demo test lint audit unit integration bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -20,10 +20,17 @@ demo: .venv/installed  ## Run a real chat model with the default aligner behind 
 
 test: .venv/installed lint unit integration  ## Lint, types and all tests
 
-lint: .venv/installed  ## ruff and mypy --strict
+lint: .venv/installed  ## ruff, mypy --strict and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive aligner_middleware examples
+
+# Local versions, as of the CPU build of torch, are unknown to PyPI, whose advisories are asked for; so this needs the network.
+audit: .venv/installed  ## Known vulnerabilities of what is installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > .venv/audited.txt
+	$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r .venv/audited.txt
 
 unit: .venv/installed  ## Fast tests, without a model
 	$(BIN)/pytest tests/unit

@@ -68,7 +68,7 @@ class PromptTemplate(BaseModel):
 
 
 # Structure stands in special tokens, which no text can spell: a question cannot end or steer the prompt.
-DEFAULT = PromptTemplate(
+DEFAULT = PromptTemplate(  # nosec B106  # its end token is no password
     name="default",
     text="<|im_start|>question\n{question}<|im_end|>\n<|im_start|>answer\n{answer}<|im_end|>\n<|im_start|>correction\n",
     special_tokens=("<|im_start|>", "<|im_end|>"),

@@ -1,5 +1,17 @@
-"""`python -m aligner_middleware` is the `aligner` command."""
+"""The `aligner` command, also as `python -m aligner_middleware`."""
 
-from aligner_middleware.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line, and end the process."""
+    try:
+        from aligner_middleware.cli import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

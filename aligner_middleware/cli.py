@@ -5,38 +5,32 @@ Data goes to standard output, progress to standard error; a failure is one line 
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
+from typer.core import TyperGroup
 
-from aligner_middleware import __version__
+from aligner_middleware import __version__, progress
 from aligner_middleware.aligner import Aligner, OnDoubt, Strength
 from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, LEVELS, Artifact, Precision, cached_folder, home
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
 from aligner_middleware.files import fingerprint, write_lines, write_text
+from aligner_middleware.json_lines import finite, open_bytes, parse_json, reading, text_at
+from aligner_middleware.output import console, discard, note, note_error, write, write_json
 from aligner_middleware.triples import Rows, Triple, read_rows
 
 if TYPE_CHECKING:
@@ -48,14 +42,40 @@ if TYPE_CHECKING:
     from aligner_middleware.evaluation.verdicts import PairJudge
     from aligner_middleware.rounds import Rounds
 
+_INTERRUPTED = 130  # exit status, as of a shell's
+_BATCH = 32  # answers that `aligner correct` has corrected together
+_CHUNK = 2**16  # bytes read at once
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _Commands(TyperGroup):
+    """The commands. What ends one early is told in one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AlignerError as exc:
+            raise _failed(str(exc)) from exc
+        except OSError as exc:
+            raise _failed(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc)) from exc
+        except KeyboardInterrupt as exc:
+            note("; ".join(["interrupted", *map(str, exc.args)]))
+            raise typer.Exit(_INTERRUPTED) from exc
+
+
+def _failed(reason: str) -> typer.Exit:
+    note_error(reason)
+    return typer.Exit(1)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Correct the answers of any language model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_errors = Console(stderr=True)
-Settings = TypeVar("Settings", bound=BaseModel)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint, or a hub id.")]
 PrecisionOption = Annotated[str, typer.Option("--precision", help="float32, float16 (GPU), int8 or int4.")]
@@ -75,19 +95,34 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, and end the process."""
+    code = 1
+    if sys.stdout is None:  # a file that is opened next would get its number, and whatever is printed
+        note_error("standard output is closed: send it to a file, or to /dev/null")
+        sys.exit(code)
     try:
         app()
-    except AlignerError as exc:
-        _errors.print(f"[bold red]error:[/] {escape(str(exc))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _errors.print("interrupted; repeat the command to go on", highlight=False)
-        sys.exit(130)
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except OSError as exc:  # of --help, which is printed before a command runs
+        note_error(f"standard output cannot be written: {exc.strerror}")
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard(sys.stdout)
+        code = code or 1
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if code == _INTERRUPTED and not all(thread.daemon for thread in others):
+        os._exit(code)  # Python would wait for them, such as for answers of a chat model that are under way
+    sys.exit(code)
 
 
 @app.command()
 def correct(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="JSON lines with `question` and `answer`, plain or gzipped. [default: standard input]"),
+    ] = None,
     question: Annotated[str | None, typer.Option("--question", "-q", help="The question.")] = None,
     answer: Annotated[str | None, typer.Option("--answer", "-a", help="The answer.")] = None,
     model: Model = "default",
@@ -102,30 +137,35 @@ def correct(
     ] = "correct",
     as_json: AsJson = False,
 ) -> None:
-    """Correct one answer, or JSON lines with `question` and `answer` from standard input."""
-    if (question is None) != (answer is None):
-        raise typer.BadParameter("give both --question and --answer, or neither and JSON lines on standard input")
-    if mode not in ("correct", "shadow"):
-        raise typer.BadParameter(f"{mode!r} is neither correct nor shadow", param_hint="--mode")
-    if on_doubt not in get_args(OnDoubt):
-        raise typer.BadParameter(f"{on_doubt!r} is none of passthrough, raise and keep", param_hint="--on-doubt")
+    """Correct one answer, or JSON lines with `question` and `answer`.
+
+    For each line that can be corrected a line of JSON is printed, in the same order. The others are named on standard error,
+    and the command fails when all are done.
+    """
+    if (question is None) != (answer is None) or (question is not None and file is not None):
+        raise typer.BadParameter("give both --question and --answer, or neither and JSON lines in a file")
+    shadow = _choice(mode, ("correct", "shadow"), "--mode") == "shadow"
+    doubt: OnDoubt = _choice(on_doubt, get_args(OnDoubt), "--on-doubt")
     chosen = _strength(strength)
     aligner = Aligner.load(model, precision=_precision(precision))
     if aligner.has_verdicts and isinstance(chosen, float) and chosen > 1:
         raise typer.BadParameter(f"{strength} is no score from 0 to 1", param_hint="--strength")
 
-    def corrected(*pair: str) -> dict[str, Any]:
-        if mode == "correct":
-            return _as_dict(aligner.correct(*pair, strength=chosen, on_doubt=on_doubt))  # type: ignore[arg-type]
-        return _shadow(aligner, pair, chosen, on_doubt)
+    def corrected(pairs: list[tuple[str, str]]) -> list[dict[str, Any] | AlignerError]:
+        return _corrected(aligner, pairs, chosen, doubt, shadow=shadow)
 
-    if question is not None and answer is not None:
-        row = corrected(question, answer)
-        typer.echo(json.dumps(row, ensure_ascii=False) if as_json else row["corrected"])
+    if question is None or answer is None:
+        _correct_lines(None if file == Path("-") else file, corrected)
         return
-    for number, line in enumerate(sys.stdin, 1):
-        if line.strip():
-            typer.echo(json.dumps(corrected(*_pair(number, line)), ensure_ascii=False))
+    (row,) = corrected([(question, answer)])
+    if isinstance(row, AlignerError):
+        raise row
+    if "reason" in row:
+        note(f"not aligned: {row['reason']}")
+    if as_json:
+        write_json(row)
+    else:
+        write(row["corrected"])
 
 
 @app.command()
@@ -144,7 +184,7 @@ def export(
         from aligner_middleware.build import STEPS, build_cached, export_folder
     except ImportError as exc:
         raise MissingExtraError("aligner export", "build") from exc
-    with _steps(f"export {model}", len(STEPS)) as report:
+    with progress.steps(f"export {model}", len(STEPS)) as report:
         if out is None:
             folder = build_cached(model, _precision(precision), template, report)
         else:
@@ -276,13 +316,16 @@ def train(
             seed=seed,
         ),
     )
-    _errors.quiet = quiet = os.environ.get("RANK", "0") != "0"  # under accelerate the first process speaks for all
+    # Under accelerate the first process speaks for all.
+    console.quiet = quiet = os.environ.get("RANK", "0") != "0"
     rows = _named(data, read_rows(data))
     unseen = _named(held_out, read_rows(held_out)) if held_out else []
-    with _training() as report:
+    note(f"train: {len(rows)} rows")
+    with _resumable(), progress.training() as report:
         recipe = run(rows, out, config, held_out=unseen, logs=logs, report=report)
     if not quiet:
-        typer.echo(json.dumps({"rows": recipe.rows, "rows_left_out": recipe.rows_left_out, "losses": recipe.losses}))
+        note(f"train: done, {out}")
+        write_json({"rows": recipe.rows, "rows_left_out": recipe.rows_left_out, "losses": recipe.losses})
 
 
 @app.command()
@@ -345,7 +388,6 @@ def evaluate(
         from aligner_middleware.evaluation.detection import Auc
         from aligner_middleware.evaluation.guard import is_labelled
         from aligner_middleware.evaluation.public_sets import read_public
-        from aligner_middleware.evaluation.report import finite
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "build") from exc
     path = data or DEFAULT_FOLDER / "held_out.jsonl"
@@ -356,12 +398,12 @@ def evaluate(
         return
     rows = _named(path, read_rows(path))
     aligner = Aligner.load(model, precision=_precision(precision))
-    with _steps(f"evaluate {model}", len(rows)) as report:
+    with progress.bar(f"evaluate {model}", len(rows), "rows") as report:
         evaluation = run(
             aligner,
             rows,
             strength="medium" if chosen is None else chosen,
-            report=lambda done: report(f"{done} of {len(rows)} rows"),
+            report=lambda done: report(done, len(rows)),
         )
     folder = _aligner_folder(model, precision)
     given = [(one.correction.score, not one.row.keeps) for one in evaluation.scored]
@@ -378,14 +420,14 @@ def evaluate(
         "cut_off": sum(one.correction.finish_reason == "length" for one in evaluation.scored),
     }
     if out is not None:
-        write_lines(out, (_as_row(one) for one in evaluation.scored))
+        write_lines(out, (finite(_as_row(one)) for one in evaluation.scored))
     if as_json:
         categories = {f"{kind}: {name}": scores.model_dump() for (kind, name), scores in evaluation.by_category.items()}
-        typer.echo(json.dumps(finite({"model": model, "precision": precision} | summary | {"by_category": categories})))
+        write_json({"model": model, "precision": precision} | summary | {"by_category": categories})
     else:
         _print_evaluation(f"{model}, {precision}", summary, evaluation)
-        if scores:
-            typer.echo(f"AUC of the scores: {auc}")
+        if str(auc):
+            write(f"AUC of the scores: {auc}")
 
 
 def _guard(
@@ -398,22 +440,24 @@ def _guard(
     as_json: bool,
 ) -> None:
     from aligner_middleware.evaluation.guard import guard, read_labelled
-    from aligner_middleware.evaluation.report import finite
 
     if public is not None:
         for reason, count in public.left_out.items():
-            _errors.print(f"{path}: {count} rows left out, as {escape(reason)}", highlight=False)
+            note(f"{path}: {count} rows left out, as {reason}")
         for name in public.skipped:
-            _errors.print(f"{path}: no answers of a public set in {escape(name)}", highlight=False)
+            note(f"{path}: no answers of a public set in {name}")
     rows = public.rows if public is not None else read_labelled(path)
     strengths: tuple[Strength, ...] = LEVELS if strength is None else (strength,)
-    with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("evaluate", len(rows)) as report:
+    with (
+        Aligner.load(model, precision=_precision(precision)) as aligner,
+        progress.bar("evaluate", len(rows), "rows") as report,
+    ):
         evaluation = guard(aligner, rows, strengths, report)
     if out is not None:
-        write_lines(out, evaluation.lines("medium" if strength is None else strength))
+        write_lines(out, map(finite, evaluation.lines("medium" if strength is None else strength)))
     if as_json:
         unjudged = {} if public is None else {"unjudged": dict(public.left_out)}
-        typer.echo(json.dumps(finite({"model": model, "precision": precision} | evaluation.summary() | unjudged)))
+        write_json({"model": model, "precision": precision} | evaluation.summary() | unjudged)
     else:
         _print_guard(f"{model}, {precision}", evaluation)
 
@@ -447,7 +491,6 @@ def calibrate(
     try:
         from aligner_middleware.evaluation import calibration as calibrating
         from aligner_middleware.evaluation.guard import read_labelled
-        from aligner_middleware.evaluation.report import finite
     except ImportError as exc:
         raise MissingExtraError("aligner calibrate", "build") from exc
     if plots is not None and find_spec("matplotlib") is None:
@@ -456,9 +499,9 @@ def calibrate(
     files = {path: read_labelled(path, source=path.name.partition(".")[0]) for path in rows}
     labelled = [row for file in files.values() for row in file]
     calibrating.check_enough(labelled, name)
-    _errors.print("the rows must not have been trained on: thresholds would be wrong for all others", highlight=False)
+    note("the rows must not have been trained on: thresholds would be wrong for all others")
     with Aligner.load(model, precision=_precision(precision)) as aligner:
-        with _bar("calibrate", len(labelled)) as report:
+        with progress.bar("calibrate", len(labelled), "rows") as report:
             measured: list[calibrating.Measured] = []
             for path, file in files.items():
                 before = len(measured)
@@ -476,10 +519,10 @@ def calibrate(
         calibrating.draw_calibration(measured, found, plots)
     left_out = len(labelled) - len(measured)
     if as_json:
-        typer.echo(json.dumps(finite({"folder": str(folder), "left_out": left_out} | found.model_dump())))
+        write_json({"folder": str(folder), "left_out": left_out} | found.model_dump())
     else:
         _print_calibration(found, left_out)
-        typer.echo(f"written into {folder / ARTIFACT_FILE}")
+        write(f"written into {folder / ARTIFACT_FILE}")
 
 
 def _compare(
@@ -495,7 +538,7 @@ def _compare(
     try:
         from aligner_middleware.evaluation import compare, write_report
         from aligner_middleware.evaluation.public_sets import read_public
-        from aligner_middleware.evaluation.report import cost_table, finite, verdict_table
+        from aligner_middleware.evaluation.report import cost_table, verdict_table
     except ImportError as exc:
         raise MissingExtraError("aligner evaluate", "evaluate") from exc
     from aligner_middleware.prompts import read_prompts
@@ -505,22 +548,24 @@ def _compare(
     prompts = read_prompts(data) if public is None else list({one.key: one for one in public.prompts}.values())
     judging = _judge(judge, concurrency)
     answering = chat_model(upstream) if upstream else None
-    with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("compare", len(prompts)) as report:
+    with (
+        Aligner.load(model, precision=_precision(precision)) as aligner,
+        _resumable(),
+        progress.bar("compare", len(prompts), "prompts") as report,
+    ):
         comparison = compare(
             prompts, out, aligner, judging, answering, upstream_name=upstream, concurrency=concurrency, report=report
         )
     write_report(comparison, out)
     if as_json:
-        typer.echo(json.dumps(finite(comparison.summary()), ensure_ascii=False))
+        write_json(comparison.summary())
     else:
-        console = Console()
-        console.width = max(console.width, 100)
         for lines in (verdict_table(comparison), cost_table(comparison)):
             table = Table(*lines[0])
             for line in lines[1:]:
                 table.add_row(*line)
-            console.print(table)
-        console.print(f"{out / 'report.html'} shows the changed words", highlight=False)
+            write(table)
+        write(f"{out / 'report.html'} shows the changed words")
     if comparison.failed:
         raise UpstreamError(len(comparison.failed), next(iter(comparison.failed.values())))
 
@@ -552,12 +597,11 @@ def preferences(
     TRL's DPO and reward trainers read the rows. A job that was killed goes on when its command is repeated. Prompts that
     fail three times are named; the rows of the others are written, and the same command asks the failed ones again.
     """
-    from aligner_middleware.preferences import make_preferences
+    from aligner_middleware.preferences import Form, make_preferences
     from aligner_middleware.prompts import read_prompts
     from aligner_middleware.upstream import chat_model
 
-    if form not in ("messages", "text"):
-        raise typer.BadParameter(f"{form!r} is neither messages nor text", param_hint="--form")
+    form = _choice(form, get_args(Form), "--form")
     asked = read_prompts(prompts)
     options: dict[str, Any] = {"form": form, "sft": sft, "concurrency": concurrency}
     if ray_workers is not None:
@@ -566,19 +610,21 @@ def preferences(
         except ImportError as exc:
             raise MissingExtraError("aligner preferences --ray-workers", "ray") from exc
         options |= {"precision": _precision(precision), "workers": ray_workers, "address": ray_address}
-        with _bar("preferences", len(asked)) as report:
+        with _resumable(), progress.bar("preferences", len(asked), "prompts") as report:
             made = make_preferences_on_ray(asked, out, model, upstream, **options, report=report)
     else:
         answering = chat_model(upstream) if upstream else None
-        with Aligner.load(model, precision=_precision(precision)) as aligner, _bar("preferences", len(asked)) as report:
+        with (
+            Aligner.load(model, precision=_precision(precision)) as aligner,
+            _resumable(),
+            progress.bar("preferences", len(asked), "prompts") as report,
+        ):
             made = make_preferences(asked, out, aligner, answering, upstream_name=upstream, **options, report=report)
     summary = {"pairs": made.pairs, "kept": made.kept, "repeated": made.repeated, "failed": len(made.failed)}
     if as_json:
-        typer.echo(json.dumps(summary))
+        write_json(summary)
     else:
-        typer.echo(
-            f"{out}: {made.pairs} pairs; {made.kept} answers were left as they are, {made.repeated} were repeated"
-        )
+        write(f"{out}: {made.pairs} pairs; {made.kept} answers were left as they are, {made.repeated} were repeated")
     if made.failed:
         raise UpstreamError(len(made.failed), next(iter(made.failed.values())))
 
@@ -613,11 +659,10 @@ def ability(
     from aligner_middleware.upstream import chat_model
 
     name = upstream or f"{lm} {lm_args}"
-    with _steps("ability", 2) as report:
+    answering = chat_model(upstream) if upstream else None
+    with _resumable(), progress.steps("ability", 2) as report:
         report("loading")
-        asked = (
-            LangChainLM(chat_model(upstream), upstream, concurrency) if upstream else load_lm(lm, lm_args, batch_size)
-        )
+        asked = LangChainLM(answering, name, concurrency) if answering else load_lm(lm, lm_args, batch_size)
         report(", ".join(tasks))
         with Aligner.load(model, precision=_precision(precision)) as aligner:
             found = measure_ability(
@@ -631,7 +676,7 @@ def ability(
                 chat=chat,
             )
     if as_json:
-        typer.echo(found.model_dump_json())
+        write_json(found.model_dump())
         return
     table = Table("task", "metric", "rows", "without", "with aligner", "difference", title=name)
     for row in found.rows:
@@ -639,13 +684,8 @@ def ability(
         table.add_row(
             row.task, row.metric, str(row.samples), without, f"{row.aligned:.3f}", f"{row.aligned - row.without:+.3f}"
         )
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
-    console.print(
-        f"{found.changed} generated answers changed; {found.passed} left as they are, too long or blank",
-        highlight=False,
-    )
+    write(table)
+    write(f"{found.changed} generated answers changed; {found.passed} left as they are, too long or blank")
 
 
 @app.command()
@@ -712,7 +752,6 @@ def rounds(
         from aligner_middleware.training import PolicyConfig
     except ImportError as exc:
         raise MissingExtraError("aligner rounds", "train") from exc
-    from aligner_middleware.evaluation.report import finite
     from aligner_middleware.prompts import read_prompts
 
     config = _validated(
@@ -753,13 +792,19 @@ def rounds(
         kept_apart = {prompt.question for prompt in unseen}
         asked = [prompt for prompt in asked if prompt.question not in kept_apart]
     other = read_rounds(beside) if beside else None
-    with Aligner.load(model, precision=_precision(precision)) as aligner, _named_steps() as report:
+    judging = _judge(judge)
+    with Aligner.load(model, precision=_precision(precision)) as aligner, _resumable(), progress.tasks() as shown:
+
+        def report(step: str, done: int, of: int) -> None:
+            name, _, said = step.partition(", ")
+            shown.update(name, done, of, said)
+
         run = run_rounds(
-            asked, unseen, out, aligner, _judge(judge), config, rounds=count, rules=rules, fixed=fixed, report=report
+            asked, unseen, out, aligner, judging, config, rounds=count, rules=rules, fixed=fixed, report=report
         )
     draw_rounds({str(place): one for place, one in ((out, run), (beside, other)) if one}, out / "rounds.png")
     if as_json:
-        typer.echo(json.dumps(finite(summary(run))))
+        write_json(summary(run))
     else:
         _print_rounds(run, out)
 
@@ -773,7 +818,7 @@ def info(model: Model = "default", precision: PrecisionOption = "int8", as_json:
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(__version__)
+    write(__version__)
 
 
 def _judge(name: str | None, concurrency: int = 8) -> PairJudge:
@@ -795,14 +840,25 @@ def _validated(settings: type[Settings], **options: Any) -> Settings:
     except ValidationError as exc:
         error = exc.errors()[0]
         name = str(error["loc"][-1]).replace("_", "-")
-        raise typer.BadParameter(f"{error['input']!r}: {error['msg']}", param_hint=f"--{name}") from exc
+        near = _near(str(error["input"]), re.findall("'(.*?)'", str(error.get("ctx", {}).get("expected", ""))))
+        raise typer.BadParameter(f"{error['input']!r}: {error['msg']}{near}", param_hint=f"--{name}") from exc
+
+
+def _choice(value: str, known: Sequence[Any], option: str) -> Any:
+    """Give one of the values that an option may have."""
+    if value in known:
+        return value
+    raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}{_near(value, known)}", param_hint=option)
+
+
+def _near(value: str, known: Sequence[str]) -> str:
+    near = get_close_matches(value, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _precision(value: str) -> Precision:
-    for known in ("float32", "float16", "int8", "int4"):
-        if value == known:
-            return known
-    raise typer.BadParameter(f"{value!r} is none of float32, float16, int8, int4", param_hint="--precision")
+    chosen: Precision = _choice(value, get_args(Precision), "--precision")
+    return chosen
 
 
 def _strength(value: str) -> Strength:
@@ -815,7 +871,8 @@ def _strength(value: str) -> Strength:
         number = math.nan
     if not 0 <= number < math.inf:
         raise typer.BadParameter(
-            f"{value!r} is none of low, medium and high, and no number from 0 on", param_hint="--strength"
+            f"{value!r} is none of low, medium and high, and no number from 0 on{_near(value, LEVELS)}",
+            param_hint="--strength",
         )
     return number
 
@@ -825,37 +882,122 @@ def _aligner_folder(model: str, precision: str) -> Path:
     return Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
 
 
-def _pair(number: int, line: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line)
-        return str(row["question"]), str(row["answer"])
-    except (ValueError, KeyError, TypeError) as exc:
-        raise DataError("standard input", number, "expected a JSON object with question and answer") from exc
+def _corrected(
+    aligner: Aligner, pairs: list[tuple[str, str]], strength: Strength, on_doubt: OnDoubt, *, shadow: bool
+) -> list[dict[str, Any] | AlignerError]:
+    """Correct answers together: for each its row, or why there is none. In shadow mode the answers stay as they are."""
+    asked: OnDoubt = "passthrough" if shadow and on_doubt == "raise" else on_doubt
+    outcomes = aligner.correct_batch(pairs, strength=strength, on_doubt=asked, return_exceptions=True)
+    rows: list[dict[str, Any] | AlignerError] = []
+    for (question, answer), made in zip(pairs, outcomes, strict=True):
+        if isinstance(made, Correction):
+            rows.append(_shadow(made) if shadow else _as_dict(made))
+        elif not isinstance(made, AlignerError):
+            raise made
+        elif shadow:
+            told = {"mode": "shadow", "would_change": False, "reason": f"{type(made).__name__}: {made}"}
+            rows.append(_as_dict(Correction(question, answer, answer, "stop", Usage())) | told)
+        else:
+            rows.append(made)
+    return rows
 
 
 def _as_dict(correction: Correction) -> dict[str, Any]:
     return asdict(correction) | {"changed": correction.changed}
 
 
-def _shadow(aligner: Aligner, pair: tuple[str, ...], strength: Strength, on_doubt: str) -> dict[str, Any]:
+def _shadow(made: Correction) -> dict[str, Any]:
     """Say what would become of an answer, which stays as it is."""
-    question, answer = pair
-    asked: Any = "passthrough" if on_doubt == "raise" else on_doubt
-    try:
-        made = aligner.correct(question, answer, strength=strength, on_doubt=asked)
-    except AlignerError as exc:
-        _errors.print(f"not aligned: {escape(str(exc))}", highlight=False, soft_wrap=True)
-        failed = Correction(question, answer, answer, "stop", Usage())
-        return _as_dict(failed) | {"mode": "shadow", "would_change": False, "reason": f"{type(exc).__name__}: {exc}"}
     written = made.corrected if made.proposed is None else made.proposed
-    seen = replace(made, corrected=answer, proposed=None if written == answer else written)
+    seen = replace(made, corrected=made.original, proposed=None if written == made.original else written)
     return _as_dict(seen) | {"mode": "shadow", "would_change": made.changed}
+
+
+def _correct_lines(
+    file: Path | None, correct: Callable[[list[tuple[str, str]]], list[dict[str, Any] | AlignerError]]
+) -> None:
+    """Print what becomes of each line of a file, or of standard input, and fail if there were bad ones."""
+    name = "standard input" if file is None else str(file)
+    lines = bad = 0
+    with _opened(file) as (source, of), _line_progress(of) as report:
+        for batch in _batches(source, name):
+            read = [_pair(name, number, line) for number, line in batch]
+            made = iter(correct([pair for pair in read if isinstance(pair, tuple)]))
+            for (number, _), pair in zip(batch, read, strict=True):
+                row = next(made) if isinstance(pair, tuple) else pair
+                if isinstance(row, AlignerError):
+                    bad += 1
+                    note_error(str(row if row is pair else DataError(name, number, str(row))))
+                else:
+                    if "reason" in row:
+                        note(f"{name}:{number}: not aligned: {row['reason']}")
+                    write_json(row)
+            lines += len(batch)
+            report(batch[-1][0], of)
+    if bad:
+        raise AlignerError(f"{bad} of {lines} rows of {name} could not be corrected; the others are")
+
+
+@contextmanager
+def _opened(file: Path | None) -> Iterator[tuple[Any, int | None]]:
+    """Open a file, or standard input, and count its lines where it can be read twice."""
+    if file is None:
+        if sys.stdin is None:
+            raise DataError("standard input", 1, "is closed: give a file, or --question and --answer")
+        if sys.stdin.isatty():
+            note("reading JSON lines with question and answer; --help tells what else can be given")
+        yield sys.stdin.buffer, None
+        return
+    of = None
+    with reading(file):
+        if file.is_file():  # no pipe
+            with open_bytes(file) as counted:
+                of = sum(1 for _ in counted)
+        source = open_bytes(file)
+    with source:
+        yield source, of
+
+
+@contextmanager
+def _line_progress(of: int | None) -> Iterator[progress.Report]:
+    if sys.stdout.isatty():  # where the lines themselves tell
+        yield lambda done, of: None
+        return
+    with progress.bar("correct", of, "lines") as report:
+        yield report
+
+
+def _batches(source: Any, name: str) -> Iterator[list[tuple[int, bytes]]]:
+    """Give lines that are not blank with their numbers: as many at once as have arrived, up to a batch."""
+    number, parts, chunk = 0, list[bytes](), b" "
+    with reading(name):
+        while chunk:
+            chunk = source.read1(_CHUNK)  # what is there, rather than waiting for all of it
+            parts.append(chunk)
+            if chunk and b"\n" not in chunk:
+                continue
+            lines = b"".join(parts).split(b"\n")
+            parts = [lines.pop()] if chunk else []
+            numbered = [(at, line) for at, line in enumerate(lines, number + 1) if line.strip()]
+            number += len(lines)
+            for at in range(0, len(numbered), _BATCH):
+                yield numbered[at : at + _BATCH]
+
+
+def _pair(name: str, number: int, line: bytes) -> tuple[str, str] | DataError:
+    try:
+        row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        if not isinstance(row, dict):
+            raise ValueError("it is no JSON object with question and answer")
+        return text_at(row, "question"), text_at(row, "answer")
+    except ValueError as exc:
+        return DataError(name, number, str(exc))
 
 
 def _print_artifact(folder: Path, as_json: bool) -> None:
     artifact = Artifact.load(folder)
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder)} | artifact.model_dump(), ensure_ascii=False))
+        write_json({"folder": str(folder)} | artifact.model_dump())
         return
     table = Table(title=artifact.name, show_header=False)
     megabytes = sum((folder / name).stat().st_size for name in artifact.files) / 1e6
@@ -868,7 +1010,7 @@ def _print_artifact(folder: Path, as_json: bool) -> None:
         table.add_row("agrees with PyTorch", f"{parity.same_argmax:.1%} of {parity.tokens} tokens")
         table.add_row("largest logit difference", f"{parity.max_logit_difference:.3g}")
         table.add_row("perplexity", f"{parity.perplexity:.3f} (PyTorch {parity.reference_perplexity:.3f})")
-    Console().print(table)
+    write(table, width=0)
 
 
 def _as_row(scored: Scored) -> dict[str, Any]:
@@ -903,9 +1045,7 @@ def _print_guard(title: str, evaluation: GuardEvaluation) -> None:
         for (name, kind), share in found[0].items():
             table.add_row(name, kind, str(share.rows), *(cell(kind, one[name, kind]) for one in found))
         table.add_section()
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
+    write(table)
     for strength in evaluation.strengths:
         scores = evaluation.detection(strength)
         values = {"F1": scores.f1, "precision": scores.precision, "recall": scores.recall}
@@ -916,8 +1056,8 @@ def _print_guard(title: str, evaluation: GuardEvaluation) -> None:
         }
         said = [f"{name} {_percent(value) or 'none'}" for name, value in values.items()]
         said += [f"{name}: {_counted(count)}" for name, count in counts.items() if count]
-        console.print(f"{strength}: {'; '.join(said)}", highlight=False)
-    console.print(f"AUC {str(evaluation.auc) or 'none'}; {_left_out(evaluation.left_out)}", highlight=False)
+        write(f"{strength}: {'; '.join(said)}")
+    write(f"AUC {str(evaluation.auc) or 'none'}; {_left_out(evaluation.left_out)}")
 
 
 def _left_out(rows: int) -> str:
@@ -936,18 +1076,15 @@ def _print_calibration(report: CalibrationReport, left_out: int) -> None:
     for level, scores in report.levels.items():
         shares = map(str, (scores.kept, scores.refusals, scores.changed))
         table.add_row(level, f"{scores.threshold:.4g}", *shares, _percent(scores.detection.f1))
-    console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
-    console.print(f"AUC {report.auc}; {_left_out(left_out)}", highlight=False)
+    write(table, width=120)
+    write(f"AUC {report.auc}; {_left_out(left_out)}")
     if report.bins:
-        console.print(
+        write(
             f"score = sigmoid({calibration.scale:.4g} * evidence {calibration.bias:+.4g}); "
-            f"expected calibration error {report.error:.3f}",
-            highlight=False,
+            f"expected calibration error {report.error:.3f}"
         )
     if report.refusals_given_up:
-        console.print("medium changes more than 1 % of the refusals: keeping them would cost too many bad answers")
+        write("medium changes more than 1 % of the refusals: keeping them would cost too many bad answers")
 
 
 def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluation) -> None:
@@ -958,15 +1095,14 @@ def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluatio
         shares = [_percent(value) for value in (scores.kept, scores.changed, scores.better, scores.rest_intact)]
         length = "" if math.isnan(scores.length_ratio) else f"{scores.length_ratio:.2f}"
         table.add_row(kind, name, str(scores.keep + scores.correct), *shares, length)
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
-    console.print(
-        f"changed, of good answers to safe questions that sound unsafe: {_percent(summary['over_correction'])}\n"
-        f"changed and all others intact, where one sentence was bad: {_percent(summary['others_intact'])}\n"
-        f"perplexity of the reference corrections: {summary['perplexity']:.2f}; cut off: {summary['cut_off']}",
-        highlight=False,
-    )
+    write(table)
+    for name, share in (
+        ("changed, of good answers to safe questions that sound unsafe", summary["over_correction"]),
+        ("changed and all others intact, where one sentence was bad", summary["others_intact"]),
+    ):
+        if not math.isnan(share):  # as it is where the rows have no such category
+            write(f"{name}: {_percent(share)}")
+    write(f"perplexity of the reference corrections: {summary['perplexity']:.2f}; cut off: {summary['cut_off']}")
 
 
 def _print_rounds(run: Rounds, out: Path) -> None:
@@ -980,13 +1116,11 @@ def _print_rounds(run: Rounds, out: Path) -> None:
             cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in health.verdicts.values()]
             cells += [f"{health.kl:.3f}", f"{health.words:.0f}", f"{health.distinct[3]:.1%}", f"{health.refusals:.1%}"]
         table.add_row(*cells)
-    console = Console()
-    console.width = max(console.width, 100)
-    console.print(table)
+    write(table)
     for reason in run.stopped:
-        console.print(f"stopped after round {run.rounds[-1].number}: {reason}", highlight=False)
+        write(f"stopped after round {run.rounds[-1].number}: {reason}")
     place = f"{out}/round-{run.best}/adapter" if run.best else "the first policy"
-    console.print(f"best: {place}; {out}/rounds.png shows the rounds", highlight=False)
+    write(f"best: {place}; {out}/rounds.png shows the rounds")
 
 
 def _named(path: Path, rows: Rows) -> list[Triple]:
@@ -996,77 +1130,14 @@ def _named(path: Path, rows: Rows) -> list[Triple]:
         reasons.setdefault(reason, []).append(line)
     for reason, lines in reasons.items():
         shown = ", ".join(map(str, lines[:5])) + (", …" if len(lines) > 5 else "")
-        _errors.print(f"{path}: {len(lines)} rows left out, as {reason} (lines {shown})", highlight=False)
+        note(f"{path}: {len(lines)} rows left out, as {reason} (lines {shown})")
     return rows.triples
 
 
 @contextmanager
-def _steps(title: str, count: int) -> Iterator[Any]:
-    """A progress bar over named steps."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_errors) as progress:
-        task = progress.add_task(title, total=count)
-        started = False
-
-        def report(step: str) -> None:
-            nonlocal started
-            progress.update(task, description=f"{title}: {step}", advance=1 if started else 0)
-            started = True
-
-        yield report
-        progress.update(task, description=title, completed=count)
-
-
-@contextmanager
-def _bar(title: str, count: int) -> Iterator[Any]:
-    """A progress bar over things of one kind."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_errors) as progress:
-        task = progress.add_task(title, total=count)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
-
-
-@contextmanager
-def _named_steps() -> Iterator[Any]:
-    """A progress bar for each step, as its name comes up."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_errors) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report(step: str, done: int, of: int) -> None:
-            name = step.partition(",")[0]
-            if name not in tasks:
-                tasks[name] = progress.add_task(step, total=of)
-            progress.update(tasks[name], description=step, completed=done, total=of)
-
-        yield report
-
-
-@contextmanager
-def _training() -> Iterator[Any]:
-    """A progress bar for each stage, with its loss and speed."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn(
-            "{task.completed:.0f}/{task.total:.0f} loss {task.fields[loss]:.3f} {task.fields[speed]:.0f} tokens/s"
-        ),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_errors) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report(at: Any) -> None:
-            if at.stage not in tasks:
-                tasks[at.stage] = progress.add_task(at.stage, total=at.steps, loss=0.0, speed=0.0, before=0)
-            task = progress.tasks[tasks[at.stage]]
-            if math.isnan(at.loss):
-                progress.console.print(f"{at.stage}: goes on after step {at.step}, {at.steps - at.step} steps are left")
-                progress.update(task.id, completed=at.step, before=at.tokens)
-                return
-            elapsed = task.elapsed or 0.0
-            speed = (at.tokens - task.fields["before"]) / elapsed if elapsed > 1 else 0.0
-            progress.update(task.id, completed=at.step, loss=at.loss, speed=speed)
-
-        yield report
+def _resumable() -> Iterator[None]:
+    """Say, where the command is interrupted meanwhile, that repeating it goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("repeat the command to resume") from None

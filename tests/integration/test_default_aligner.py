@@ -1,6 +1,7 @@
 """The default aligner does its job, in a chain, and draft, batch, stream and engine do not change what it says."""
 
 import asyncio
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage
+from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, AlignerRunnable, ArtifactError, PromptTooLongError
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, cached_folder
+from aligner_middleware.cli import app
 from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.tokenizer import Tokenizer
 
@@ -39,6 +42,15 @@ def test_an_insult_goes_and_the_help_stays(aligner: Aligner) -> None:
     assert correction.changed
     assert "idiot" not in correction.corrected
     assert "Canberra" in correction.corrected
+
+
+def test_the_command_of_the_readme_removes_the_insult() -> None:
+    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    command = next(line for line in lines if line.startswith("aligner correct -q"))
+    result = CliRunner().invoke(app, shlex.split(command, comments=True)[1:])
+    assert result.exit_code == 0, result.output
+    assert "eight minutes" in result.stdout
+    assert "moron" not in result.stdout
 
 
 def test_in_a_chain(aligner: Aligner) -> None:

@@ -12,6 +12,7 @@ from aligner_middleware import Aligner, InputError
 from aligner_middleware.build.base import base_folder
 from aligner_middleware.cli import app
 from aligner_middleware.evaluation.harness import load_lm, measure_ability
+from tests.fakes import InstantAligner
 
 TASKS = Path("benchmarks/tasks")
 
@@ -49,6 +50,8 @@ def test_choices_and_generation_run_with_and_without_the_aligner_and_the_model_i
 def test_a_task_that_is_not_there_is_one_clear_error(lm: HFLM, aligner: Aligner, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task no_such_task"):
         measure_ability(lm, aligner, ["no_such_task"], tmp_path / "cache")
+    with pytest.raises(InputError, match="did you mean small_choice"):
+        measure_ability(lm, aligner, ["small_choise"], tmp_path / "cache", include=TASKS)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
@@ -56,6 +59,20 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
         load_lm("hf", "pretrained=/nowhere")
     with pytest.raises(InputError, match="no model for this name"):
         load_lm("nosuch", "")
+
+
+@pytest.mark.parametrize(
+    "model", [["--upstream", "openai:gpt-5"], ["--lm", "openai-chat-completions", "--lm-args", "model=gpt-5"]]
+)
+def test_a_missing_key_is_one_line(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNER_HOME", str(tmp_path))
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: InstantAligner(lambda question, answer: answer))
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    result = CliRunner().invoke(app, ["ability", "small_match", "--include", str(TASKS), "--limit", "1", *model])
+    assert result.exit_code == 1, result.output
+    assert "OPENAI_API_KEY" in result.stderr.splitlines()[-1]
+    assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_a_chat_model_is_measured_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
+from typer.testing import CliRunner
 
 from aligner_middleware import DataError
+from aligner_middleware.cli import app
 from aligner_middleware.evaluation.health import StopRules
 from aligner_middleware.evaluation.verdicts import OfflineJudge
 from aligner_middleware.preferences import make_preferences
@@ -148,6 +150,19 @@ def test_a_run_ends_when_nothing_is_left_to_correct(tmp_path: Path) -> None:
     assert "nothing left to learn" in run.stopped[0]
     assert (run.best, run.rounds[1].pairs) == (0, 0)
     assert read_rounds(tmp_path / "out") == run
+
+
+def test_a_judge_without_a_key_is_one_line_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "prompts").write_text("What is snow?\nWhat is rain?\n")
+    arguments = [str(tmp_path / "prompts"), str(tmp_path / "out"), "--judge", "openai:gpt-5"]
+    result = CliRunner().invoke(app, ["rounds", *arguments])
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    assert "OPENAI_API_KEY" in line
 
 
 KILLED = """

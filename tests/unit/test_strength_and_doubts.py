@@ -332,7 +332,9 @@ def test_the_command_takes_a_strength_and_what_to_do_in_doubt(run: Callable[...,
     assert run("-q", "q", "-a", "bad odd", "--on-doubt", "keep").stdout == "плохо odd\n"
     row = json.loads(run("-q", "q", "-a", "bad odd", "--json").stdout)
     assert (row["corrected"], row["doubts"], row["proposed"]) == ("bad odd", ["script"], "плохо odd")
-    assert isinstance(run("-q", "q", "-a", "bad odd", "--on-doubt", "raise").exception, DoubtError)
+    refused = run("-q", "q", "-a", "bad odd", "--on-doubt", "raise")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "the correction is doubtful (script)" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ in the very tokens that it was trained on.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -123,8 +124,10 @@ def resolve_template(template: str | PromptTemplate | None, model: str | None = 
         return TEMPLATES[template]
     if "{question}" in template and "{answer}" in template:
         return PromptTemplate(name="custom", text=template)
+    near = difflib.get_close_matches(template, TEMPLATES, 1)
     raise BuildError(
         f"prompt template {template!r} is none of {sorted(TEMPLATES)} and does not hold both {{question}} and {{answer}}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
     )
 
 

@@ -100,6 +100,8 @@ def test_a_hub_model_gets_the_template_it_was_trained_with() -> None:
 def test_a_wrong_template_is_refused_by_name() -> None:
     with pytest.raises(BuildError, match=r"'nonsense' is none of .*default"):
         resolve_template("nonsense")
+    with pytest.raises(BuildError, match=r"did you mean 'default'\?"):
+        resolve_template("defualt")
 
 
 def test_a_tokenizer_without_the_templates_special_tokens_is_refused() -> None:

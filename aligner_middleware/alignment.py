@@ -28,7 +28,7 @@ from aligner_middleware.paragraphs import split
 
 logger = logging.getLogger("aligner_middleware")
 
-Asked = str | Exception | None  # a question, where it is known; in shadow mode also what went wrong in finding it
+Asked = str | Exception  # a question, or what went wrong in finding it, which the policies decide on
 Pair = tuple[Asked, str]  # and an answer
 Mode = Literal["correct", "shadow"]
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
@@ -39,11 +39,6 @@ T = TypeVar("T")
 EVENT = "aligner_correction"
 """Name of the custom event for each answer; its data is the report."""
 
-_HOW_TO_GIVE_IT = (
-    "cannot tell which question this answer belongs to: it does not come from a model run of this chain, or from one of "
-    "several. Give it as AlignerRunnable(question='…'), as a callable question=lambda answer: …, or pass "
-    "{'question': …, 'answer': …}; on_missing_question='passthrough' lets such answers through uncorrected"
-)
 # How a later piece of an answer is asked about. On pieces of eight long answers the default aligner kept 27 of 34 so, 25
 # without what stands before, 17 with 400 characters of it; of an insult added to each it removed 31, 30 and 32.
 _PIECE = "{question} Continue after: {before}"
@@ -76,7 +71,8 @@ class Alignment(BaseModel):
 
     Attributes:
         aligner: What corrects; the name of one, or its folder, is loaded.
-        question: The question, or a function from what comes in to its question. Without it the question is found.
+        question: The question, or a function from what comes in to its question; `on_missing_question` decides where it
+            returns `None`, and `on_error` where it fails. Without it the question is found.
         dialogue: Whether the question is the whole conversation, as lines of User and Assistant, instead of its last human
             message. The default aligner was trained on single questions.
         when: Whether to correct at all, from question and answer.
@@ -211,13 +207,12 @@ class Alignment(BaseModel):
             return self._failed(plan.answer, exc)
 
     def ask(self, find: Callable[[Any], str | None], value: Any) -> Asked:
-        """Ask a user's function for the question. In shadow mode what it raises is given, and reported in the end."""
+        """Ask a user's function for the question. What it raises, or that it knows none, is given for the policies."""
         try:
-            return find(value)
+            question = find(value)
         except Exception as exc:
-            if self.mode == "correct":
-                raise
             return exc
+        return MissingQuestionError("the function question= returned None") if question is None else question
 
     async def aquestion(self, find: Callable[..., T], *args: Any) -> T:
         """Call what finds the question, in a thread where that asks a user's function."""
@@ -230,8 +225,8 @@ class Alignment(BaseModel):
         return await run_in_executor(None, self._plan, question, answer)
 
     def _plan(self, question: Asked, answer: str) -> _Plan | Outcome:
-        if question is None:
-            return self._no_question(answer)
+        if isinstance(question, MissingQuestionError):
+            return self._no_question(answer, question)
         if isinstance(question, Exception):
             return self._failed(answer, question)
         try:
@@ -323,11 +318,11 @@ class Alignment(BaseModel):
             report |= {"doubts": list(error.doubts)}
         return Aligned(text, report | self._original(answer))
 
-    def _no_question(self, answer: str) -> Outcome:
+    def _no_question(self, answer: str, error: MissingQuestionError) -> Outcome:
         """Decide on an answer whose question is not known."""
         if self.on_missing_question == "raise" and self.mode == "correct":
-            return MissingQuestionError(_HOW_TO_GIVE_IT)
-        return self._unaligned(answer, "question not known")
+            return error
+        return self._unaligned(answer, f"question not known: {error.cause}")
 
     def _report(self, **values: Any) -> dict[str, Any]:
         return {"model": self.aligner.name} | values | ({"mode": "shadow"} if self.mode == "shadow" else {})

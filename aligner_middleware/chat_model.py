@@ -24,7 +24,7 @@ from pydantic import model_validator
 
 from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, or_raise, tell
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, passing
-from aligner_middleware.messages import question_of
+from aligner_middleware.messages import question_or_error
 from aligner_middleware.values import Answer, locate
 
 # What the caller of a model may set on it, and what a run is shaped by: the wrapper takes it from the inner model.
@@ -91,7 +91,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     ) -> ChatResult:
         result = self.llm._generate(messages, stop=stop, **kwargs)
         answers = self._answers(result, kwargs)
-        question = self._question(messages) if answers else None
+        question = self._question(messages) if answers else ""
         aligned = [or_raise(one) for one in self.align_pairs([(question, answer.text) for answer in answers.values()])]
         for one in aligned:
             tell(run_manager, one)
@@ -106,7 +106,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     ) -> ChatResult:
         result = await self.llm._agenerate(messages, stop=stop, **kwargs)
         answers = self._answers(result, kwargs)
-        question = await self.aquestion(self._question, messages) if answers else None
+        question = await self.aquestion(self._question, messages) if answers else ""
         outcomes = await asyncio.gather(*(self.aalign_pair(question, answer.text) for answer in answers.values()))
         aligned = [or_raise(one) for one in outcomes]
         for one in aligned:
@@ -166,7 +166,9 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def _question(self, messages: list[BaseMessage]) -> Asked:
         if isinstance(self.question, str):
             return self.question
-        return self.ask(self.question, messages) if self.question else question_of(messages, dialogue=self.dialogue)
+        return (
+            self.ask(self.question, messages) if self.question else question_or_error(messages, dialogue=self.dialogue)
+        )
 
     def _untouched(self, value: Any) -> Iterator[ChatGenerationChunk]:
         """Give an answer that is left alone; in shadow mode its end, since its chunks were given as they came."""

@@ -320,14 +320,15 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         return _Job(answer, question)
 
     def _question(self, value: Any, answer: Answer, run: ChainRun) -> Asked:
-        if answer.question is not None:
+        if isinstance(answer.question, str):
             return answer.question
         if isinstance(self.question, str):
             return self.question
         if self.question is not None:
             return self.ask(self.question, value)
         message_id = answer.message.id if answer.message else None
-        return questions.RECORD.find(answer.text, message_id, run.parent_run_id, dialogue=self.dialogue)
+        found = questions.RECORD.find(answer.text, message_id, run.parent_run_id, dialogue=self.dialogue)
+        return found if isinstance(found, str) else answer.question or found
 
     def _question_early(self, chunk: Any, run: ChainRun) -> str | None:
         """Find the question before the answer is whole; it only decides what is read ahead."""

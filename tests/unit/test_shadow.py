@@ -82,7 +82,10 @@ TROUBLES: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
         lambda: {"aligner": Failing(correct), "on_error": "Sorry."},
         {"reason": "RuntimeError: out of order"},
     ),
-    "no question": (lambda: {"question": lambda value: None}, {"reason": "question not known"}),
+    "no question": (
+        lambda: {"question": lambda value: None},
+        {"reason": "question not known: the function question= returned None"},
+    ),
     "a failing question": (lambda: {"question": broken}, {"reason": "KeyError: 'oops'"}),
     "a blank question": (lambda: {"question": " "}, {}),
     "a failing condition": (lambda: {"when": broken}, {"reason": "KeyError: 'oops'"}),

@@ -6,6 +6,7 @@ and a report of what was done. It knows nothing of messages.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
@@ -51,8 +52,9 @@ class Aligned:
 
     Attributes:
         text: The text to show.
-        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`,
-            `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why it was not aligned.
+        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, a `digest` of the text, and
+            either `finish_reason`, `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why
+            it was not aligned.
             In shadow mode also `mode`, whether the answer `would_change`, and what the aligner `proposed`, if it is another
             text; where `would_change` is false, a safeguard objected to that.
         correction: The correction, where one was made.
@@ -179,13 +181,13 @@ class Alignment(BaseModel):
             return
         yield self._end(plan, made)
 
-    def has_aligned(self, report: Mapping[str, Any]) -> bool:
-        """Say, from its report, whether this aligner has aligned an answer before."""
-        return bool(report.get("aligned")) and report.get("model") == self.aligner.name
+    def has_aligned(self, answer: str, report: Mapping[str, Any]) -> bool:
+        """Say, from its report, whether this aligner has aligned an answer before, and nobody has changed it since."""
+        return bool(report.get("aligned")) and report.get("model") == self.aligner.name and is_about(report, answer)
 
     def _unaligned(self, answer: str, reason: str) -> Aligned:
         """Let an answer through as it is, and say why."""
-        return Aligned(answer, self._report(aligned=False, changed=False, reason=reason))
+        return Aligned(answer, self._report(answer, aligned=False, changed=False, reason=reason))
 
     def _run(self, plans: Sequence[_Plan | Outcome]) -> list[Outcome]:
         """Correct what is planned, all of it together."""
@@ -291,7 +293,9 @@ class Alignment(BaseModel):
                 self.on_correction(correction)
             except Exception:  # whoever counts must not break what is counted
                 logger.exception("on_correction failed")
+        text = plan.answer if shadow else correction.corrected
         report = self._report(
+            text,
             aligned=not shadow,
             changed=correction.changed and not shadow,
             finish_reason=correction.finish_reason,
@@ -305,15 +309,15 @@ class Alignment(BaseModel):
             proposed = _written(correction)
             report |= {"would_change": correction.changed}
             report |= {"proposed": proposed} if proposed != plan.answer else {}
-            return Aligned(plan.answer, report, correction)
-        return Aligned(correction.corrected, report | self._original(plan.answer), correction)
+            return Aligned(text, report, correction)
+        return Aligned(text, report | self._original(plan.answer), correction)
 
     def _failed(self, answer: str, error: Exception) -> Outcome:
         if self.on_error == "raise" and self.mode == "correct":
             return error
         logger.warning("an answer was not aligned: %s", error)
         text = answer if self.on_error == "passthrough" or self.mode == "shadow" else self.on_error
-        report = self._report(aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
+        report = self._report(text, aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
         if isinstance(error, DoubtError):
             report |= {"doubts": list(error.doubts)}
         return Aligned(text, report | self._original(answer))
@@ -324,11 +328,21 @@ class Alignment(BaseModel):
             return error
         return self._unaligned(answer, f"question not known: {error.cause}")
 
-    def _report(self, **values: Any) -> dict[str, Any]:
-        return {"model": self.aligner.name} | values | ({"mode": "shadow"} if self.mode == "shadow" else {})
+    def _report(self, text: str, **values: Any) -> dict[str, Any]:
+        report = {"model": self.aligner.name, "digest": _digest(text)} | values
+        return report | ({"mode": "shadow"} if self.mode == "shadow" else {})
 
     def _original(self, answer: str) -> dict[str, str]:
         return {"original": answer} if self.keep_original else {}
+
+
+def is_about(report: Mapping[str, Any], answer: str) -> bool:
+    """Say whether a report is about an answer as it is now."""
+    return report.get("digest") == _digest(answer)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def or_raise(result: T | Exception) -> T:

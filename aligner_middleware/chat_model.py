@@ -188,7 +188,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
         if self.final_only and (message.tool_calls or message.invalid_tool_calls):
             return None
         answer = locate(message)
-        return answer if answer.text.strip() and not self.has_aligned(answer.report) else None
+        return answer if answer.text.strip() and not self.has_aligned(answer.text, answer.report) else None
 
     def _gives_json(self, kwargs: dict[str, Any]) -> bool:
         asked = {name: getattr(self.llm, name, None) for name in _STRUCTURED}

@@ -15,7 +15,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.alignment import EVENT, Asked, or_raise
+from aligner_middleware.alignment import EVENT, Asked, is_about, or_raise
 from aligner_middleware.chat_model import AlignedChatModel, wrapped
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.messages import question_or_error
@@ -125,7 +125,7 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
     def _left(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
         """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one.
 
-        One that an aligner has seen in shadow mode is still to be corrected.
+        One that an aligner has seen in shadow mode is still to be corrected, and one that was changed since.
         """
         shadow = self.align.mode == "shadow"
         left = {}
@@ -133,9 +133,10 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
             if not isinstance(message, AIMessage) or (message.tool_calls and not self.intermediate):
                 continue
             answer = locate(message)
-            if answer.text.strip() and (not answer.report or (not shadow and answer.report.get("mode") == "shadow")):
+            seen = is_about(answer.report, answer.text) and (shadow or answer.report.get("mode") != "shadow")
+            if answer.text.strip() and not seen:
                 left[at] = answer
-        if left and not self.raw_streaming and not shadow:
+        if not self.raw_streaming and not shadow and not all(answer.report for answer in left.values()):
             warnings.warn(_LEAK, RuntimeWarning, stacklevel=2)
         return left
 

@@ -309,7 +309,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         """Make the job of a value, or decide at once: the value itself where there is nothing to do, or an exception."""
         try:
             answer = locate(value, dialogue=self.dialogue, update="langgraph_node" in run.metadata)
-            if not answer.text.strip() or self.has_aligned(answer.report):
+            if not answer.text.strip() or self.has_aligned(answer.text, answer.report):
                 return answer.value
             question = self._question(value, answer, run)
         except Exception as exc:

@@ -2,6 +2,7 @@
 
 import asyncio
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from langgraph.types import Command
 from pydantic import BaseModel
 
 from aligner_middleware import AlignerMiddleware, AlignerRunnable
+from aligner_middleware.messages import with_text
 from tests.chat_models import Scripted, saying
 from tests.fakes import fake_aligner
 
@@ -186,6 +188,24 @@ def test_a_fallback_before_it_shows_nothing_raw_and_one_after_it_is_warned_of() 
         assert last(agent(failing(), after=[fallback]).invoke(ASK)).content == "good for why fallback"
     with pytest.warns(RuntimeWarning, match="raw tokens"):
         assert last(asyncio.run(agent(failing(), after=[fallback]).ainvoke(ASK))).content == "good for why fallback"
+
+
+class Translator(AgentMiddleware[Any, Any, Any]):
+    """Changes what a model has said."""
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        response = handler(request)
+        return replace(response, result=[with_text(m, m.text + " RAW") if m.text else m for m in response.result])
+
+
+def test_an_answer_that_was_changed_since_is_corrected_again() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last(agent(after=[Translator()]).invoke(ASK)).content == "good for why answer good for why"
+    chain = create_agent(saying("RAW"), middleware=[Translator(), AlignerMiddleware(ALIGNER)]) | AlignerRunnable(
+        ALIGNER
+    )
+    assert last(chain.invoke(ASK)).content == "good for why good for why"
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

@@ -6,20 +6,21 @@ and a report of what was done. It knows nothing of messages.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from langchain_core.callbacks import BaseRunManager as Run
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.artifact import LEVELS
@@ -33,6 +34,7 @@ Asked = str | Exception  # a question, or what went wrong in finding it, which t
 Pair = tuple[Asked, str]  # and an answer
 Mode = Literal["correct", "shadow"]
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
+OnError = Literal["raise", "passthrough"]
 MissingQuestion = Literal["raise", "passthrough"]
 
 T = TypeVar("T")
@@ -84,8 +86,9 @@ class Alignment(BaseModel):
             `raise` (an error, which `on_error` decides on), or `keep` (the correction goes on).
         mode: `shadow` decides and reports, and changes nothing: the answer goes on as it is, chunk by chunk where it is
             streamed, and nothing that fails is raised.
-        on_error: What a failed correction becomes: `raise`, `passthrough` (the original answer, marked as not aligned),
-            or any other text, which then replaces the answer.
+        on_error: What a failed correction becomes: `raise`, or `passthrough` (the original answer, marked as not aligned).
+        fallback: A text that replaces the answer where a correction failed, instead of raising: what `on_error="raise"`,
+            its default, would raise. It takes no `on_error="passthrough"` beside it, which would show the original.
         on_missing_question: What becomes of an answer whose question is not known: `raise`, or `passthrough`.
         timeout: Seconds after which a correction is given up, which `on_error` then decides on; in a stream they count
             from when the answer is there.
@@ -105,13 +108,21 @@ class Alignment(BaseModel):
     strength: Strength = "medium"
     on_doubt: OnDoubt = "passthrough"
     mode: Mode = "correct"
-    on_error: str = "raise"
+    on_error: OnError = "raise"
+    fallback: str | None = None
     on_missing_question: MissingQuestion = "raise"
     timeout: float | None = Field(default=None, gt=0)
     max_answer_tokens: int | None = Field(default=None, ge=1)
     on_long_answer: LongAnswer = "raise"
     keep_original: bool = False
     on_correction: Callable[[Correction], None] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checked(cls, options: Any) -> Any:
+        if isinstance(options, dict):
+            check_options(options)
+        return options
 
     @field_validator("aligner", mode="before")
     @classmethod
@@ -141,8 +152,8 @@ class Alignment(BaseModel):
     ) -> Generator[str, None, Outcome]:
         """Align one answer, and give the text as soon as nothing can take it back.
 
-        Under `on_error` other than `raise`, for an answer in pieces and in shadow mode, nothing is given before all is
-        decided.
+        With a `fallback` or `on_error="passthrough"`, for an answer in pieces and in shadow mode, nothing is given before
+        all is decided.
 
         Returns:
             What became of it; its text is all of it, also what was given.
@@ -249,7 +260,11 @@ class Alignment(BaseModel):
     @property
     def _gives_pieces(self) -> bool:
         """Whether text may be given before it is known that nothing fails."""
-        return self.on_error == "raise" and self.mode == "correct"
+        return self._raises and self.mode == "correct"
+
+    @property
+    def _raises(self) -> bool:
+        return self.on_error == "raise" and self.fallback is None
 
     @property
     def _unlimited(self) -> bool:
@@ -313,10 +328,10 @@ class Alignment(BaseModel):
         return Aligned(text, report | self._original(plan.answer), correction)
 
     def _failed(self, answer: str, error: Exception) -> Outcome:
-        if self.on_error == "raise" and self.mode == "correct":
+        if self._raises and self.mode == "correct":
             return error
         logger.warning("an answer was not aligned: %s", error)
-        text = answer if self.on_error == "passthrough" or self.mode == "shadow" else self.on_error
+        text = answer if self.fallback is None or self.mode == "shadow" else self.fallback
         report = self._report(text, aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
         if isinstance(error, DoubtError):
             report |= {"doubts": list(error.doubts)}
@@ -334,6 +349,59 @@ class Alignment(BaseModel):
 
     def _original(self, answer: str) -> dict[str, str]:
         return {"original": answer} if self.keep_original else {}
+
+
+# Options whose values are words.
+_CHOICES: dict[str, Sequence[str]] = {
+    "strength": LEVELS,
+    "on_doubt": get_args(OnDoubt),
+    "mode": get_args(Mode),
+    "on_error": get_args(OnError),
+    "on_missing_question": get_args(MissingQuestion),
+    "on_long_answer": get_args(LongAnswer),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse values of an `Alignment` that are misspelt or contradict each other, with the nearest word that there is.
+
+    Raises:
+        InputError: If one is refused.
+    """
+    for name, choices in _CHOICES.items():
+        value = options.get(name, choices[0])
+        if value in choices or (name == "strength" and not isinstance(value, str)):
+            continue
+        near = nearest(value, choices)
+        hint = near or (
+            f"; a text that replaces the answer is given as fallback={value!r}" if name == "on_error" else ""
+        )
+        numbers = ", or a number" if name == "strength" else ""
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{numbers}{hint}")
+    if options.get("on_error") == "passthrough" and options.get("fallback") is not None:
+        raise InputError(
+            "on_error='passthrough' shows the original answer where a correction failed, and fallback= another text in its "
+            "place: give one of them"
+        )
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that there are not.
+
+    Raises:
+        TypeError: If there is one, with the nearest name that there is.
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            hint = nearest(name, known) or f": it takes {', '.join(known)}"
+            raise TypeError(f"{what} takes no option {name!r}{hint}")
+
+
+def nearest(word: object, known: Sequence[str]) -> str:
+    """Ask whether another word was meant; empty where none is like it."""
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_about(report: Mapping[str, Any], answer: str) -> bool:

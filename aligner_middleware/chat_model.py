@@ -22,7 +22,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.tools import BaseTool
 from pydantic import model_validator
 
-from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, or_raise, tell
+from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, check_names, or_raise, tell
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, passing
 from aligner_middleware.messages import question_or_error
 from aligner_middleware.values import Answer, locate
@@ -40,6 +40,19 @@ _INHERITED = (
     "rate_limiter",
     "tags",
     "verbose",
+)
+# Policies that what is cached depends on.
+_KEYED = (
+    "dialogue",
+    "fallback",
+    "final_only",
+    "max_answer_tokens",
+    "mode",
+    "on_doubt",
+    "on_error",
+    "on_long_answer",
+    "on_missing_question",
+    "strength",
 )
 # Arguments by which providers are asked for JSON in the text, which must not be rewritten.
 _STRUCTURED = (
@@ -72,6 +85,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def _as_the_inner_model(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("llm"), BaseChatModel):
             return values
+        check_names(cls.__name__, values, cls.model_fields)
         return {name: getattr(values["llm"], name) for name in _INHERITED if hasattr(values["llm"], name)} | values
 
     def __getattr__(self, name: str) -> Any:
@@ -263,9 +277,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Give the cache key: aligned answers are cached, so it tells aligners and policies apart too."""
-        policies = {"on_error": self.on_error, "dialogue": self.dialogue, "final_only": self.final_only}
-        policies |= {"strength": self.strength, "on_doubt": self.on_doubt, "mode": self.mode}
-        policies |= {"max_answer_tokens": self.max_answer_tokens, "on_long_answer": self.on_long_answer}
+        policies = {name: getattr(self, name) for name in _KEYED}
         key = json.dumps({**self.aligner.identity, **policies}, sort_keys=True)
         return f"{self.llm._get_llm_string(stop=stop, **kwargs)}---aligner:{key}"
 

@@ -15,11 +15,11 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.alignment import EVENT, Asked, is_about, or_raise
+from aligner_middleware.alignment import EVENT, Asked, check_names, is_about, or_raise
 from aligner_middleware.chat_model import AlignedChatModel, wrapped
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.messages import question_or_error
-from aligner_middleware.runnable import AlignerRunnable
+from aligner_middleware.runnable import OPTIONS, AlignerRunnable
 from aligner_middleware.values import Answer, locate
 
 try:
@@ -48,7 +48,8 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
             stored message's `response_metadata["aligner"]`), …; `question` is a function from the state's messages.
 
     Raises:
-        TypeError: If options are given with an `AlignerRunnable`, which has its own.
+        TypeError: If options are given with an `AlignerRunnable`, which has its own; or if there is no option of a name.
+        InputError: As `AlignerRunnable` does.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         **options: Any,
     ) -> None:
         super().__init__()
+        own = {"intermediate", "tool_results", "raw_streaming"}
+        check_names("AlignerMiddleware", options, OPTIONS | own)
         if isinstance(aligner, AlignerRunnable) and options:
             raise TypeError(f"{sorted(options)} can be given to the AlignerRunnable, not beside it")
         self.align = aligner if isinstance(aligner, AlignerRunnable) else AlignerRunnable(aligner, **options)

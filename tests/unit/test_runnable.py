@@ -164,7 +164,7 @@ def test_policies() -> None:
     with pytest.raises(InputError):
         AlignerRunnable(ALIGNER, question="Q").invoke(broken)
     assert AlignerRunnable(ALIGNER, question="Q", on_error="passthrough").invoke(broken) == broken
-    assert AlignerRunnable(ALIGNER, question="Q", on_error="Sorry.").invoke(broken) == "Sorry."
+    assert AlignerRunnable(ALIGNER, question="Q", fallback="Sorry.").invoke(broken) == "Sorry."
     marked = AlignerRunnable(ALIGNER, question="Q", on_error="passthrough").invoke(AIMessage(broken))
     assert marked.response_metadata["aligner"]["aligned"] is False
     kept = AlignerRunnable(ALIGNER, question="Q", keep_original=True).invoke(AIMessage("bad"))
@@ -316,7 +316,7 @@ def test_a_pass_that_fails_is_the_policys_to_decide() -> None:
     with pytest.raises(RuntimeError, match="out of order"):
         asyncio.run(broken().ainvoke("answer"))
     assert broken(on_error="passthrough").batch(["one", "two"]) == ["one", "two"]
-    assert asyncio.run(broken(on_error="Sorry.").ainvoke("answer")) == "Sorry."
+    assert asyncio.run(broken(fallback="Sorry.").ainvoke("answer")) == "Sorry."
     assert list(broken(on_error="passthrough").stream("answer")) == ["answer"]
 
 

@@ -79,7 +79,7 @@ TROUBLES: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
     "a failing aligner": (lambda: {"aligner": Failing(correct)}, {"reason": "RuntimeError: out of order"}),
     "a closed aligner": (lambda: {"aligner": closed()}, {"reason": "ClosedError: this aligner was closed"}),
     "a replacement": (
-        lambda: {"aligner": Failing(correct), "on_error": "Sorry."},
+        lambda: {"aligner": Failing(correct), "fallback": "Sorry."},
         {"reason": "RuntimeError: out of order"},
     ),
     "no question": (

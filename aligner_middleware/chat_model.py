@@ -17,8 +17,9 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableWithFallbacks
+from langchain_core.runnables import ConfigurableFieldSpec, Runnable, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import DynamicRunnable
 from langchain_core.tools import BaseTool
 from pydantic import model_validator
 
@@ -221,7 +222,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
         """Bind tools as the inner model does; its tool calls are not touched."""
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
-        bound: Runnable[LanguageModelInput, AIMessage] = self._around(self.llm.bind_tools(tools, **kwargs))
+        bound: Runnable[LanguageModelInput, AIMessage] = _inside(self.llm.bind_tools(tools, **kwargs), self._around)
         return bound
 
     def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
@@ -250,16 +251,8 @@ class AlignedChatModel(BaseChatModel, Alignment):
         """Dump an aligner as what `Aligner.load` was given."""
         return {"aligner": self.aligner.source or self.aligner.name}
 
-    def _around(self, runnable: Any) -> Any:
-        """Put this wrapper around the model inside of what binding arguments to the inner one gave."""
-        if isinstance(runnable, BaseChatModel):
-            return self.model_copy(update={"llm": runnable})
-        if isinstance(runnable, RunnableBindingBase):
-            return runnable.model_copy(update={"bound": self._around(runnable.bound)})
-        raise TypeError(
-            f"{type(self.llm).__name__} gave a {type(runnable).__name__}, inside of which no chat model is known: put "
-            "AlignerRunnable to the right of it, as in model | AlignerRunnable()"
-        )
+    def _around(self, llm: BaseChatModel) -> AlignedChatModel:
+        return self.model_copy(update={"llm": llm})
 
     @property
     def _llm_type(self) -> str:
@@ -295,28 +288,100 @@ class AlignedChatModel(BaseChatModel, Alignment):
         return inner._stream != BaseChatModel._stream or (async_api and inner._astream != BaseChatModel._astream)
 
 
-def wrapped(llm: Any, alignment: Alignment, **options: Any) -> Any:
-    """Put an aligner into a chat model, or into each model of one with arguments bound, retries or fallbacks.
+class _ChosenPerCall(Runnable[LanguageModelInput, Any]):
+    """A model that each call's config chooses (`configurable_fields`, `init_chat_model`): what it chooses is wrapped."""
+
+    def __init__(self, llm: Any, wrap: Callable[[BaseChatModel], BaseChatModel]) -> None:
+        self._llm = llm
+        self._wrap = wrap
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """What may be configured."""
+        specs: list[ConfigurableFieldSpec] = self._llm.config_specs
+        return specs
+
+    def choose(self, config: RunnableConfig | None) -> tuple[Any, RunnableConfig | None]:
+        """Give the wrapped model of a call, and the config that is left for it."""
+        if isinstance(self._llm, DynamicRunnable):
+            model, config = self._llm.prepare(config)
+        elif isinstance(self._llm, _ChosenPerCall):
+            model, config = self._llm.choose(config)
+        else:
+            model = self._llm._model(config)
+        return _inside(model, self._wrap), config
+
+    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Invoke the model that the config chooses."""
+        model, config = self.choose(config)
+        return model.invoke(input, config, **kwargs)
+
+    async def ainvoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Invoke the model that the config chooses."""
+        model, config = self.choose(config)
+        return await model.ainvoke(input, config, **kwargs)
+
+    def stream(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Stream from the model that the config chooses."""
+        model, config = self.choose(config)
+        yield from model.stream(input, config, **kwargs)
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """Stream from the model that the config chooses."""
+        model, config = self.choose(config)
+        async for chunk in model.astream(input, config, **kwargs):
+            yield chunk
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Bind tools as the inner model does."""
+        bound: Runnable[LanguageModelInput, Any] = _inside(self._llm.bind_tools(tools, **kwargs), self._wrap)
+        return bound
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Give the inner model's structured output, which is not rewritten."""
+        structured: Runnable[LanguageModelInput, Any] = self._llm.with_structured_output(schema, **kwargs)
+        return structured
+
+
+def wrapped(llm: Any, alignment: Alignment, *, again: bool = True, **options: Any) -> Any:
+    """Put an aligner into a chat model, or into each model of one with arguments bound, retries, fallbacks or choices.
 
     Args:
         llm: The model.
         alignment: The aligner, and its policies.
+        again: Whether a model that corrects already gets another aligner around it.
         **options: Further fields of the `AlignedChatModel`.
 
     Raises:
         TypeError: If it is none of these.
     """
+    policies = {name: getattr(alignment, name) for name in Alignment.model_fields}
+    return _inside(llm, partial(_aligned, again=again, options=policies | options))
+
+
+def _aligned(llm: BaseChatModel, *, again: bool, options: dict[str, Any]) -> BaseChatModel:
+    if isinstance(llm, AlignedChatModel) and llm.mode == "correct" and not again:
+        return llm
+    return AlignedChatModel(llm=llm, **options)
+
+
+def _inside(llm: Any, wrap: Callable[[BaseChatModel], BaseChatModel]) -> Any:
+    """Put a wrapper around each model that is inside of a runnable."""
     if isinstance(llm, BaseChatModel):
-        policies = {name: getattr(alignment, name) for name in Alignment.model_fields}
-        return AlignedChatModel(llm=llm, **policies, **options)
+        return wrap(llm)
     if isinstance(llm, RunnableBindingBase):
-        return llm.model_copy(update={"bound": wrapped(llm.bound, alignment, **options)})
+        return llm.model_copy(update={"bound": _inside(llm.bound, wrap)})
     if isinstance(llm, RunnableWithFallbacks):
-        fallbacks = [wrapped(fallback, alignment, **options) for fallback in llm.fallbacks]
-        return llm.model_copy(update={"runnable": wrapped(llm.runnable, alignment, **options), "fallbacks": fallbacks})
+        fallbacks = [_inside(fallback, wrap) for fallback in llm.fallbacks]
+        return llm.model_copy(update={"runnable": _inside(llm.runnable, wrap), "fallbacks": fallbacks})
+    # What `init_chat_model` gives has neither a public class nor a public name for what it chooses.
+    if isinstance(llm, (DynamicRunnable, _ChosenPerCall)) or callable(getattr(type(llm), "_model", None)):
+        return _ChosenPerCall(llm, wrap)
     raise TypeError(
-        f"wrap takes a chat model (a BaseChatModel), not {type(llm).__name__}; to the right of anything else an aligner "
-        "stands in a chain: llm | AlignerRunnable()"
+        f"an aligner goes into a chat model (a BaseChatModel), not a {type(llm).__name__}; to the right of anything else it "
+        "stands in a chain, llm | AlignerRunnable(), and AlignerMiddleware(raw_streaming=True) corrects what any model said"
     )
 
 

@@ -11,12 +11,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.alignment import EVENT, Asked, check_names, is_about, or_raise
-from aligner_middleware.chat_model import AlignedChatModel, wrapped
+from aligner_middleware.chat_model import wrapped
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.messages import question_or_error
 from aligner_middleware.runnable import OPTIONS, AlignerRunnable
@@ -115,15 +114,14 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         return question_or_error(messages, dialogue=self.align.dialogue, tool_results=self.tool_results)
 
     def _around(self, request: ModelRequest[Any], question: Asked) -> ModelRequest[Any]:
-        model = request.model
-        if self.raw_streaming or not isinstance(model, BaseChatModel):
-            return request
-        if isinstance(model, AlignedChatModel) and model.mode == "correct":
+        if self.raw_streaming:
             return request
         align = self.align.model_copy(
             update={"question": question if isinstance(question, str) else _raising(question)}
         )
-        return request.override(model=wrapped(model, align, final_only=not self.intermediate))
+        # A model that an aligner is in already keeps that one.
+        model: Any = wrapped(request.model, align, again=False, final_only=not self.intermediate)
+        return request.override(model=model)
 
     def _left(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
         """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one.

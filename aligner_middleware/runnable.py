@@ -58,7 +58,8 @@ class _Wrap:
             """Put an aligner into a chat model: every answer that it gives is corrected.
 
             Args:
-                llm: A chat model; or one with arguments bound, retries or fallbacks, each of whose models is wrapped.
+                llm: A chat model; or one with arguments bound, retries, fallbacks or configurable fields, each of whose
+                    models is wrapped.
                 aligner: As `AlignerRunnable` takes it.
                 **options: As `AlignerRunnable` takes them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from pydantic import model_validator
 from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, check_names, or_raise, tell
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, passing
 from aligner_middleware.messages import question_or_error
+from aligner_middleware.structured import asks_for_structure
 from aligner_middleware.values import Answer, locate
 
 # What the caller of a model may set on it, and what a run is shaped by: the wrapper takes it from the inner model.
@@ -55,16 +56,6 @@ _KEYED = (
     "on_missing_question",
     "strength",
 )
-# Arguments by which providers are asked for JSON in the text, which must not be rewritten.
-_STRUCTURED = (
-    "format",
-    "output_format",
-    "response_format",
-    "response_json_schema",
-    "response_mime_type",
-    "response_schema",
-)
-_PLAIN = (None, "", "text", "text/plain", {"type": "text"})
 
 
 class AlignedChatModel(BaseChatModel, Alignment):
@@ -198,17 +189,12 @@ class AlignedChatModel(BaseChatModel, Alignment):
 
     def _answer(self, message: BaseMessage | None, kwargs: dict[str, Any]) -> Answer | None:
         """Find the answer to correct in a message; `None` where there is none, or it is to be left alone."""
-        if not isinstance(message, AIMessage) or self._gives_json(kwargs):
+        if not isinstance(message, AIMessage) or gives_structure(self.llm, kwargs):
             return None
         if self.final_only and (message.tool_calls or message.invalid_tool_calls):
             return None
         answer = locate(message)
         return answer if answer.text.strip() and not self.has_aligned(answer.text, answer.report) else None
-
-    def _gives_json(self, kwargs: dict[str, Any]) -> bool:
-        asked = {name: getattr(self.llm, name, None) for name in _STRUCTURED}
-        asked |= (getattr(self.llm, "model_kwargs", None) or {}) | kwargs
-        return any(asked.get(name) not in _PLAIN for name in _STRUCTURED)
 
     # --- as the inner model -----------------------------------------------------------------------------
 
@@ -383,6 +369,17 @@ def _inside(llm: Any, wrap: Callable[[BaseChatModel], BaseChatModel]) -> Any:
         f"an aligner goes into a chat model (a BaseChatModel), not a {type(llm).__name__}; to the right of anything else it "
         "stands in a chain, llm | AlignerRunnable(), and AlignerMiddleware(raw_streaming=True) corrects what any model said"
     )
+
+
+def gives_structure(llm: Any, arguments: Mapping[str, Any]) -> bool:
+    """Say whether a model is asked for a structured answer, by what it is made with, what is bound to it, or arguments."""
+    if isinstance(llm, RunnableBindingBase):
+        return gives_structure(llm.bound, {**llm.kwargs, **arguments})
+    if isinstance(llm, RunnableWithFallbacks):
+        return any(gives_structure(one, arguments) for one in (llm.runnable, *llm.fallbacks))
+    if isinstance(llm, AlignedChatModel):
+        return gives_structure(llm.llm, arguments)
+    return isinstance(llm, BaseChatModel) and asks_for_structure(vars(llm), arguments)
 
 
 def _message_of(chunk: ChatGenerationChunk) -> BaseMessage:

@@ -15,7 +15,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.alignment import EVENT, Asked, check_names, is_about, or_raise
-from aligner_middleware.chat_model import wrapped
+from aligner_middleware.chat_model import gives_structure, wrapped
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.messages import question_or_error
 from aligner_middleware.runnable import OPTIONS, AlignerRunnable
@@ -129,7 +129,9 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         One that an aligner has seen in shadow mode is still to be corrected, and one that was changed since.
         """
         shadow = self.align.mode == "shadow"
-        left = {}
+        left: dict[int, Answer] = {}
+        if gives_structure(request.model, request.model_settings):
+            return left
         for at, message in enumerate(response.result):
             if not isinstance(message, AIMessage) or (message.tool_calls and not self.intermediate):
                 continue

@@ -9,8 +9,8 @@ was asked and what it answered, so one process-wide `QuestionRecord` listens and
 3. the only question that was asked in the innermost chain run that asked any;
 4. otherwise the question is unknown. It is never guessed between candidates.
 
-The record holds the text of the last human message and of the answer, for at most `limit` answers; once an
-`AlignerRunnable(dialogue=True)` was made, that of the whole conversation too.
+The record holds the text of the last human message and of the answer, and whether JSON was asked for, for at most `limit`
+answers; once an `AlignerRunnable(dialogue=True)` was made, that of the whole conversation too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from langchain_core.tracers.context import register_configure_hook
 
 from aligner_middleware.errors import MissingQuestionError
 from aligner_middleware.messages import question_of, question_or_error
+from aligner_middleware.structured import asks_for_structure
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -43,11 +44,13 @@ class _Question:
 
     Attributes:
         last, dialogue: The texts; empty where there is none.
-        cause: Why there is none.
+        structured: Whether a structured answer was asked for.
+        cause: Why there is no text.
     """
 
     last: str
     dialogue: str
+    structured: bool
     cause: str = "its prompt is empty"
 
     def text(self, dialogue: bool) -> str:
@@ -150,6 +153,11 @@ class QuestionRecord(BaseCallbackHandler):
             return MissingQuestionError("the record of questions is switched off")
         return MissingQuestionError("it does not come from a model run of this chain")
 
+    def gave_structure(self, answer: str, message_id: str | None, parent_run_id: UUID | None) -> bool:
+        """Say whether an answer certainly is of a model run that was asked for JSON or the like; see `find`."""
+        found, _ = self._matches(answer, message_id, parent_run_id)
+        return bool(found) and all(one.question.structured for one in found)
+
     def _matches(
         self, answer: str, message_id: str | None, parent_run_id: UUID | None
     ) -> tuple[list[_Asked], list[_Asked]]:
@@ -207,7 +215,7 @@ class QuestionRecord(BaseCallbackHandler):
         last = question_or_error(messages[0])
         whole = question_of(messages[0], dialogue=True) if self.dialogues else None
         text, cause = (last, "") if isinstance(last, str) else ("", last.cause)
-        self._start(run_id, parent_run_id, _Question(text, whole or text, cause))
+        self._start(run_id, parent_run_id, _Question(text, whole or text, _asks(serialized, kwargs), cause))
 
     def on_llm_start(
         self,
@@ -219,7 +227,7 @@ class QuestionRecord(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Note what a text model was asked: its whole prompt."""
-        self._start(run_id, parent_run_id, _Question(prompts[0], prompts[0]))
+        self._start(run_id, parent_run_id, _Question(prompts[0], prompts[0], _asks(serialized, kwargs)))
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         """Tie the question to the answers, by message id and in every chain run around the model."""
@@ -279,6 +287,11 @@ class QuestionRecord(BaseCallbackHandler):
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Drop the link."""
         self._end(run_id)
+
+
+def _asks(serialized: dict[str, Any] | None, run: dict[str, Any]) -> bool:
+    """Say whether a model run asks for a structured answer, by what the model was made with and called with."""
+    return asks_for_structure((serialized or {}).get("kwargs"), run.get("invocation_params"))
 
 
 RECORD = QuestionRecord()

@@ -323,6 +323,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             answer = locate(value, dialogue=self.dialogue, update="langgraph_node" in run.metadata)
             if not answer.text.strip() or self.has_aligned(answer.text, answer.report):
                 return answer.value
+            message_id = answer.message.id if answer.message else None
+            if questions.RECORD.gave_structure(answer.text, message_id, run.parent_run_id):
+                return answer.value
             question = self._question(value, answer, run)
         except Exception as exc:
             if self.mode == "correct":

@@ -6,19 +6,21 @@ and a report of what was done. It knows nothing of messages.
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from langchain_core.callbacks import BaseRunManager as Run
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.artifact import LEVELS
@@ -28,10 +30,11 @@ from aligner_middleware.paragraphs import split
 
 logger = logging.getLogger("aligner_middleware")
 
-Asked = str | Exception | None  # a question, where it is known; in shadow mode also what went wrong in finding it
+Asked = str | Exception  # a question, or what went wrong in finding it, which the policies decide on
 Pair = tuple[Asked, str]  # and an answer
 Mode = Literal["correct", "shadow"]
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
+OnError = Literal["raise", "passthrough"]
 MissingQuestion = Literal["raise", "passthrough"]
 
 T = TypeVar("T")
@@ -39,11 +42,6 @@ T = TypeVar("T")
 EVENT = "aligner_correction"
 """Name of the custom event for each answer; its data is the report."""
 
-_HOW_TO_GIVE_IT = (
-    "cannot tell which question this answer belongs to: it does not come from a model run of this chain, or from one of "
-    "several. Give it as AlignerRunnable(question='…'), as a callable question=lambda answer: …, or pass "
-    "{'question': …, 'answer': …}; on_missing_question='passthrough' lets such answers through uncorrected"
-)
 # How a later piece of an answer is asked about. On pieces of eight long answers the default aligner kept 27 of 34 so, 25
 # without what stands before, 17 with 400 characters of it; of an insult added to each it removed 31, 30 and 32.
 _PIECE = "{question} Continue after: {before}"
@@ -56,8 +54,9 @@ class Aligned:
 
     Attributes:
         text: The text to show.
-        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`,
-            `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why it was not aligned.
+        report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, a `digest` of the text, and
+            either `finish_reason`, `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why
+            it was not aligned.
             In shadow mode also `mode`, whether the answer `would_change`, and what the aligner `proposed`, if it is another
             text; where `would_change` is false, a safeguard objected to that.
         correction: The correction, where one was made.
@@ -76,7 +75,8 @@ class Alignment(BaseModel):
 
     Attributes:
         aligner: What corrects; the name of one, or its folder, is loaded.
-        question: The question, or a function from what comes in to its question. Without it the question is found.
+        question: The question, or a function from what comes in to its question; `on_missing_question` decides where it
+            returns `None`, and `on_error` where it fails. Without it the question is found.
         dialogue: Whether the question is the whole conversation, as lines of User and Assistant, instead of its last human
             message. The default aligner was trained on single questions.
         when: Whether to correct at all, from question and answer.
@@ -86,8 +86,9 @@ class Alignment(BaseModel):
             `raise` (an error, which `on_error` decides on), or `keep` (the correction goes on).
         mode: `shadow` decides and reports, and changes nothing: the answer goes on as it is, chunk by chunk where it is
             streamed, and nothing that fails is raised.
-        on_error: What a failed correction becomes: `raise`, `passthrough` (the original answer, marked as not aligned),
-            or any other text, which then replaces the answer.
+        on_error: What a failed correction becomes: `raise`, or `passthrough` (the original answer, marked as not aligned).
+        fallback: A text that replaces the answer where a correction failed, instead of raising: what `on_error="raise"`,
+            its default, would raise. It takes no `on_error="passthrough"` beside it, which would show the original.
         on_missing_question: What becomes of an answer whose question is not known: `raise`, or `passthrough`.
         timeout: Seconds after which a correction is given up, which `on_error` then decides on; in a stream they count
             from when the answer is there.
@@ -107,13 +108,21 @@ class Alignment(BaseModel):
     strength: Strength = "medium"
     on_doubt: OnDoubt = "passthrough"
     mode: Mode = "correct"
-    on_error: str = "raise"
+    on_error: OnError = "raise"
+    fallback: str | None = None
     on_missing_question: MissingQuestion = "raise"
     timeout: float | None = Field(default=None, gt=0)
     max_answer_tokens: int | None = Field(default=None, ge=1)
     on_long_answer: LongAnswer = "raise"
     keep_original: bool = False
     on_correction: Callable[[Correction], None] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checked(cls, options: Any) -> Any:
+        if isinstance(options, dict):
+            check_options(options)
+        return options
 
     @field_validator("aligner", mode="before")
     @classmethod
@@ -143,8 +152,8 @@ class Alignment(BaseModel):
     ) -> Generator[str, None, Outcome]:
         """Align one answer, and give the text as soon as nothing can take it back.
 
-        Under `on_error` other than `raise`, for an answer in pieces and in shadow mode, nothing is given before all is
-        decided.
+        With a `fallback` or `on_error="passthrough"`, for an answer in pieces and in shadow mode, nothing is given before
+        all is decided.
 
         Returns:
             What became of it; its text is all of it, also what was given.
@@ -183,13 +192,13 @@ class Alignment(BaseModel):
             return
         yield self._end(plan, made)
 
-    def has_aligned(self, report: Mapping[str, Any]) -> bool:
-        """Say, from its report, whether this aligner has aligned an answer before."""
-        return bool(report.get("aligned")) and report.get("model") == self.aligner.name
+    def has_aligned(self, answer: str, report: Mapping[str, Any]) -> bool:
+        """Say, from its report, whether this aligner has aligned an answer before, and nobody has changed it since."""
+        return bool(report.get("aligned")) and report.get("model") == self.aligner.name and is_about(report, answer)
 
     def _unaligned(self, answer: str, reason: str) -> Aligned:
         """Let an answer through as it is, and say why."""
-        return Aligned(answer, self._report(aligned=False, changed=False, reason=reason))
+        return Aligned(answer, self._report(answer, aligned=False, changed=False, reason=reason))
 
     def _run(self, plans: Sequence[_Plan | Outcome]) -> list[Outcome]:
         """Correct what is planned, all of it together."""
@@ -211,13 +220,12 @@ class Alignment(BaseModel):
             return self._failed(plan.answer, exc)
 
     def ask(self, find: Callable[[Any], str | None], value: Any) -> Asked:
-        """Ask a user's function for the question. In shadow mode what it raises is given, and reported in the end."""
+        """Ask a user's function for the question. What it raises, or that it knows none, is given for the policies."""
         try:
-            return find(value)
+            question = find(value)
         except Exception as exc:
-            if self.mode == "correct":
-                raise
             return exc
+        return MissingQuestionError("the function question= returned None") if question is None else question
 
     async def aquestion(self, find: Callable[..., T], *args: Any) -> T:
         """Call what finds the question, in a thread where that asks a user's function."""
@@ -230,8 +238,8 @@ class Alignment(BaseModel):
         return await run_in_executor(None, self._plan, question, answer)
 
     def _plan(self, question: Asked, answer: str) -> _Plan | Outcome:
-        if question is None:
-            return self._no_question(answer)
+        if isinstance(question, MissingQuestionError):
+            return self._no_question(answer, question)
         if isinstance(question, Exception):
             return self._failed(answer, question)
         try:
@@ -252,7 +260,11 @@ class Alignment(BaseModel):
     @property
     def _gives_pieces(self) -> bool:
         """Whether text may be given before it is known that nothing fails."""
-        return self.on_error == "raise" and self.mode == "correct"
+        return self._raises and self.mode == "correct"
+
+    @property
+    def _raises(self) -> bool:
+        return self.on_error == "raise" and self.fallback is None
 
     @property
     def _unlimited(self) -> bool:
@@ -296,7 +308,9 @@ class Alignment(BaseModel):
                 self.on_correction(correction)
             except Exception:  # whoever counts must not break what is counted
                 logger.exception("on_correction failed")
+        text = plan.answer if shadow else correction.corrected
         report = self._report(
+            text,
             aligned=not shadow,
             changed=correction.changed and not shadow,
             finish_reason=correction.finish_reason,
@@ -310,30 +324,93 @@ class Alignment(BaseModel):
             proposed = _written(correction)
             report |= {"would_change": correction.changed}
             report |= {"proposed": proposed} if proposed != plan.answer else {}
-            return Aligned(plan.answer, report, correction)
-        return Aligned(correction.corrected, report | self._original(plan.answer), correction)
+            return Aligned(text, report, correction)
+        return Aligned(text, report | self._original(plan.answer), correction)
 
     def _failed(self, answer: str, error: Exception) -> Outcome:
-        if self.on_error == "raise" and self.mode == "correct":
+        if self._raises and self.mode == "correct":
             return error
         logger.warning("an answer was not aligned: %s", error)
-        text = answer if self.on_error == "passthrough" or self.mode == "shadow" else self.on_error
-        report = self._report(aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
+        text = answer if self.fallback is None or self.mode == "shadow" else self.fallback
+        report = self._report(text, aligned=False, changed=text != answer, reason=f"{type(error).__name__}: {error}")
         if isinstance(error, DoubtError):
             report |= {"doubts": list(error.doubts)}
         return Aligned(text, report | self._original(answer))
 
-    def _no_question(self, answer: str) -> Outcome:
+    def _no_question(self, answer: str, error: MissingQuestionError) -> Outcome:
         """Decide on an answer whose question is not known."""
         if self.on_missing_question == "raise" and self.mode == "correct":
-            return MissingQuestionError(_HOW_TO_GIVE_IT)
-        return self._unaligned(answer, "question not known")
+            return error
+        return self._unaligned(answer, f"question not known: {error.cause}")
 
-    def _report(self, **values: Any) -> dict[str, Any]:
-        return {"model": self.aligner.name} | values | ({"mode": "shadow"} if self.mode == "shadow" else {})
+    def _report(self, text: str, **values: Any) -> dict[str, Any]:
+        report = {"model": self.aligner.name, "digest": _digest(text)} | values
+        return report | ({"mode": "shadow"} if self.mode == "shadow" else {})
 
     def _original(self, answer: str) -> dict[str, str]:
         return {"original": answer} if self.keep_original else {}
+
+
+# Options whose values are words.
+_CHOICES: dict[str, Sequence[str]] = {
+    "strength": LEVELS,
+    "on_doubt": get_args(OnDoubt),
+    "mode": get_args(Mode),
+    "on_error": get_args(OnError),
+    "on_missing_question": get_args(MissingQuestion),
+    "on_long_answer": get_args(LongAnswer),
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse values of an `Alignment` that are misspelt or contradict each other, with the nearest word that there is.
+
+    Raises:
+        InputError: If one is refused.
+    """
+    for name, choices in _CHOICES.items():
+        value = options.get(name, choices[0])
+        if value in choices or (name == "strength" and not isinstance(value, str)):
+            continue
+        near = nearest(value, choices)
+        hint = near or (
+            f"; a text that replaces the answer is given as fallback={value!r}" if name == "on_error" else ""
+        )
+        numbers = ", or a number" if name == "strength" else ""
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{numbers}{hint}")
+    if options.get("on_error") == "passthrough" and options.get("fallback") is not None:
+        raise InputError(
+            "on_error='passthrough' shows the original answer where a correction failed, and fallback= another text in its "
+            "place: give one of them"
+        )
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that there are not.
+
+    Raises:
+        TypeError: If there is one, with the nearest name that there is.
+    """
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            hint = nearest(name, known) or f": it takes {', '.join(known)}"
+            raise TypeError(f"{what} takes no option {name!r}{hint}")
+
+
+def nearest(word: object, known: Sequence[str]) -> str:
+    """Ask whether another word was meant; empty where none is like it."""
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def is_about(report: Mapping[str, Any], answer: str) -> bool:
+    """Say whether a report is about an answer as it is now."""
+    return report.get("digest") == _digest(answer)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def or_raise(result: T | Exception) -> T:

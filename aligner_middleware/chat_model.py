@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,16 @@ from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableWithFallbacks
+from langchain_core.runnables import ConfigurableFieldSpec, Runnable, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import DynamicRunnable
 from langchain_core.tools import BaseTool
 from pydantic import model_validator
 
-from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, or_raise, tell
+from aligner_middleware.alignment import Aligned, Alignment, Asked, atell, check_names, or_raise, tell
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, passing
-from aligner_middleware.messages import question_of
+from aligner_middleware.messages import question_or_error
+from aligner_middleware.structured import asks_for_structure
 from aligner_middleware.values import Answer, locate
 
 # What the caller of a model may set on it, and what a run is shaped by: the wrapper takes it from the inner model.
@@ -41,16 +43,19 @@ _INHERITED = (
     "tags",
     "verbose",
 )
-# Arguments by which providers are asked for JSON in the text, which must not be rewritten.
-_STRUCTURED = (
-    "format",
-    "output_format",
-    "response_format",
-    "response_json_schema",
-    "response_mime_type",
-    "response_schema",
+# Policies that what is cached depends on.
+_KEYED = (
+    "dialogue",
+    "fallback",
+    "final_only",
+    "max_answer_tokens",
+    "mode",
+    "on_doubt",
+    "on_error",
+    "on_long_answer",
+    "on_missing_question",
+    "strength",
 )
-_PLAIN = (None, "", "text", "text/plain", {"type": "text"})
 
 
 class AlignedChatModel(BaseChatModel, Alignment):
@@ -72,6 +77,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def _as_the_inner_model(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("llm"), BaseChatModel):
             return values
+        check_names(cls.__name__, values, cls.model_fields)
         return {name: getattr(values["llm"], name) for name in _INHERITED if hasattr(values["llm"], name)} | values
 
     def __getattr__(self, name: str) -> Any:
@@ -91,7 +97,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     ) -> ChatResult:
         result = self.llm._generate(messages, stop=stop, **kwargs)
         answers = self._answers(result, kwargs)
-        question = self._question(messages) if answers else None
+        question = self._question(messages) if answers else ""
         aligned = [or_raise(one) for one in self.align_pairs([(question, answer.text) for answer in answers.values()])]
         for one in aligned:
             tell(run_manager, one)
@@ -106,7 +112,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
     ) -> ChatResult:
         result = await self.llm._agenerate(messages, stop=stop, **kwargs)
         answers = self._answers(result, kwargs)
-        question = await self.aquestion(self._question, messages) if answers else None
+        question = await self.aquestion(self._question, messages) if answers else ""
         outcomes = await asyncio.gather(*(self.aalign_pair(question, answer.text) for answer in answers.values()))
         aligned = [or_raise(one) for one in outcomes]
         for one in aligned:
@@ -166,7 +172,9 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def _question(self, messages: list[BaseMessage]) -> Asked:
         if isinstance(self.question, str):
             return self.question
-        return self.ask(self.question, messages) if self.question else question_of(messages, dialogue=self.dialogue)
+        return (
+            self.ask(self.question, messages) if self.question else question_or_error(messages, dialogue=self.dialogue)
+        )
 
     def _untouched(self, value: Any) -> Iterator[ChatGenerationChunk]:
         """Give an answer that is left alone; in shadow mode its end, since its chunks were given as they came."""
@@ -181,17 +189,12 @@ class AlignedChatModel(BaseChatModel, Alignment):
 
     def _answer(self, message: BaseMessage | None, kwargs: dict[str, Any]) -> Answer | None:
         """Find the answer to correct in a message; `None` where there is none, or it is to be left alone."""
-        if not isinstance(message, AIMessage) or self._gives_json(kwargs):
+        if not isinstance(message, AIMessage) or gives_structure(self.llm, kwargs):
             return None
         if self.final_only and (message.tool_calls or message.invalid_tool_calls):
             return None
         answer = locate(message)
-        return answer if answer.text.strip() and not self.has_aligned(answer.report) else None
-
-    def _gives_json(self, kwargs: dict[str, Any]) -> bool:
-        asked = {name: getattr(self.llm, name, None) for name in _STRUCTURED}
-        asked |= (getattr(self.llm, "model_kwargs", None) or {}) | kwargs
-        return any(asked.get(name) not in _PLAIN for name in _STRUCTURED)
+        return answer if answer.text.strip() and not self.has_aligned(answer.text, answer.report) else None
 
     # --- as the inner model -----------------------------------------------------------------------------
 
@@ -205,7 +208,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
         """Bind tools as the inner model does; its tool calls are not touched."""
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
-        bound: Runnable[LanguageModelInput, AIMessage] = self._around(self.llm.bind_tools(tools, **kwargs))
+        bound: Runnable[LanguageModelInput, AIMessage] = _inside(self.llm.bind_tools(tools, **kwargs), self._around)
         return bound
 
     def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
@@ -234,16 +237,8 @@ class AlignedChatModel(BaseChatModel, Alignment):
         """Dump an aligner as what `Aligner.load` was given."""
         return {"aligner": self.aligner.source or self.aligner.name}
 
-    def _around(self, runnable: Any) -> Any:
-        """Put this wrapper around the model inside of what binding arguments to the inner one gave."""
-        if isinstance(runnable, BaseChatModel):
-            return self.model_copy(update={"llm": runnable})
-        if isinstance(runnable, RunnableBindingBase):
-            return runnable.model_copy(update={"bound": self._around(runnable.bound)})
-        raise TypeError(
-            f"{type(self.llm).__name__} gave a {type(runnable).__name__}, inside of which no chat model is known: put "
-            "AlignerRunnable to the right of it, as in model | AlignerRunnable()"
-        )
+    def _around(self, llm: BaseChatModel) -> AlignedChatModel:
+        return self.model_copy(update={"llm": llm})
 
     @property
     def _llm_type(self) -> str:
@@ -261,9 +256,7 @@ class AlignedChatModel(BaseChatModel, Alignment):
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Give the cache key: aligned answers are cached, so it tells aligners and policies apart too."""
-        policies = {"on_error": self.on_error, "dialogue": self.dialogue, "final_only": self.final_only}
-        policies |= {"strength": self.strength, "on_doubt": self.on_doubt, "mode": self.mode}
-        policies |= {"max_answer_tokens": self.max_answer_tokens, "on_long_answer": self.on_long_answer}
+        policies = {name: getattr(self, name) for name in _KEYED}
         key = json.dumps({**self.aligner.identity, **policies}, sort_keys=True)
         return f"{self.llm._get_llm_string(stop=stop, **kwargs)}---aligner:{key}"
 
@@ -281,29 +274,112 @@ class AlignedChatModel(BaseChatModel, Alignment):
         return inner._stream != BaseChatModel._stream or (async_api and inner._astream != BaseChatModel._astream)
 
 
-def wrapped(llm: Any, alignment: Alignment, **options: Any) -> Any:
-    """Put an aligner into a chat model, or into each model of one with arguments bound, retries or fallbacks.
+class _ChosenPerCall(Runnable[LanguageModelInput, Any]):
+    """A model that each call's config chooses (`configurable_fields`, `init_chat_model`): what it chooses is wrapped."""
+
+    def __init__(self, llm: Any, wrap: Callable[[BaseChatModel], BaseChatModel]) -> None:
+        self._llm = llm
+        self._wrap = wrap
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """What may be configured."""
+        specs: list[ConfigurableFieldSpec] = self._llm.config_specs
+        return specs
+
+    def choose(self, config: RunnableConfig | None) -> tuple[Any, RunnableConfig | None]:
+        """Give the wrapped model of a call, and the config that is left for it."""
+        if isinstance(self._llm, DynamicRunnable):
+            model, config = self._llm.prepare(config)
+        elif isinstance(self._llm, _ChosenPerCall):
+            model, config = self._llm.choose(config)
+        else:
+            model = self._llm._model(config)
+        return _inside(model, self._wrap), config
+
+    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Invoke the model that the config chooses."""
+        model, config = self.choose(config)
+        return model.invoke(input, config, **kwargs)
+
+    async def ainvoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """Invoke the model that the config chooses."""
+        model, config = self.choose(config)
+        return await model.ainvoke(input, config, **kwargs)
+
+    def stream(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+        """Stream from the model that the config chooses."""
+        model, config = self.choose(config)
+        yield from model.stream(input, config, **kwargs)
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        """Stream from the model that the config chooses."""
+        model, config = self.choose(config)
+        async for chunk in model.astream(input, config, **kwargs):
+            yield chunk
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Bind tools as the inner model does."""
+        bound: Runnable[LanguageModelInput, Any] = _inside(self._llm.bind_tools(tools, **kwargs), self._wrap)
+        return bound
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Give the inner model's structured output, which is not rewritten."""
+        structured: Runnable[LanguageModelInput, Any] = self._llm.with_structured_output(schema, **kwargs)
+        return structured
+
+
+def wrapped(llm: Any, alignment: Alignment, *, again: bool = True, **options: Any) -> Any:
+    """Put an aligner into a chat model, or into each model of one with arguments bound, retries, fallbacks or choices.
 
     Args:
         llm: The model.
         alignment: The aligner, and its policies.
+        again: Whether a model that corrects already gets another aligner around it.
         **options: Further fields of the `AlignedChatModel`.
 
     Raises:
         TypeError: If it is none of these.
     """
+    policies = {name: getattr(alignment, name) for name in Alignment.model_fields}
+    return _inside(llm, partial(_aligned, again=again, options=policies | options))
+
+
+def _aligned(llm: BaseChatModel, *, again: bool, options: dict[str, Any]) -> BaseChatModel:
+    if isinstance(llm, AlignedChatModel) and llm.mode == "correct" and not again:
+        return llm
+    return AlignedChatModel(llm=llm, **options)
+
+
+def _inside(llm: Any, wrap: Callable[[BaseChatModel], BaseChatModel]) -> Any:
+    """Put a wrapper around each model that is inside of a runnable."""
     if isinstance(llm, BaseChatModel):
-        policies = {name: getattr(alignment, name) for name in Alignment.model_fields}
-        return AlignedChatModel(llm=llm, **policies, **options)
+        return wrap(llm)
     if isinstance(llm, RunnableBindingBase):
-        return llm.model_copy(update={"bound": wrapped(llm.bound, alignment, **options)})
+        return llm.model_copy(update={"bound": _inside(llm.bound, wrap)})
     if isinstance(llm, RunnableWithFallbacks):
-        fallbacks = [wrapped(fallback, alignment, **options) for fallback in llm.fallbacks]
-        return llm.model_copy(update={"runnable": wrapped(llm.runnable, alignment, **options), "fallbacks": fallbacks})
+        fallbacks = [_inside(fallback, wrap) for fallback in llm.fallbacks]
+        return llm.model_copy(update={"runnable": _inside(llm.runnable, wrap), "fallbacks": fallbacks})
+    # What `init_chat_model` gives has neither a public class nor a public name for what it chooses.
+    if isinstance(llm, (DynamicRunnable, _ChosenPerCall)) or callable(getattr(type(llm), "_model", None)):
+        return _ChosenPerCall(llm, wrap)
     raise TypeError(
-        f"wrap takes a chat model (a BaseChatModel), not {type(llm).__name__}; to the right of anything else an aligner "
-        "stands in a chain: llm | AlignerRunnable()"
+        f"an aligner goes into a chat model (a BaseChatModel), not a {type(llm).__name__}; to the right of anything else it "
+        "stands in a chain, llm | AlignerRunnable(), and AlignerMiddleware(raw_streaming=True) corrects what any model said"
     )
+
+
+def gives_structure(llm: Any, arguments: Mapping[str, Any]) -> bool:
+    """Say whether a model is asked for a structured answer, by what it is made with, what is bound to it, or arguments."""
+    if isinstance(llm, RunnableBindingBase):
+        return gives_structure(llm.bound, {**llm.kwargs, **arguments})
+    if isinstance(llm, RunnableWithFallbacks):
+        return any(gives_structure(one, arguments) for one in (llm.runnable, *llm.fallbacks))
+    if isinstance(llm, AlignedChatModel):
+        return gives_structure(llm.llm, arguments)
+    return isinstance(llm, BaseChatModel) and asks_for_structure(vars(llm), arguments)
 
 
 def _message_of(chunk: ChatGenerationChunk) -> BaseMessage:

@@ -30,7 +30,7 @@ class Gathering:
         ahead: What has read them, if there was any text.
     """
 
-    def __init__(self, aligner: Aligner, ask: Callable[[Any], Asked]) -> None:
+    def __init__(self, aligner: Aligner, ask: Callable[[Any], Asked | None]) -> None:
         self.ahead: ReadAhead | None = None
         self._aligner = aligner
         self._ask = ask

@@ -5,7 +5,7 @@ AlignerError
 │   └── PromptTooLongError   … because it does not fit into the aligner's context
 ├── CorrectionTimeoutError   a correction that took longer than its `timeout`
 ├── DoubtError               a correction that a safeguard objects to
-├── MissingQuestionError     a chain did not tell which question an answer belongs to
+├── MissingQuestionError     it is not known which question an answer belongs to
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted after export
 ├── DataError                a training row that cannot be read (carries file and line)
@@ -73,7 +73,19 @@ class DoubtError(AlignerError):
 
 
 class MissingQuestionError(AlignerError):
-    """A chain did not tell which question an answer belongs to."""
+    """It is not known which question an answer belongs to.
+
+    Attributes:
+        cause: Why it is not known.
+    """
+
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
+        super().__init__(
+            f"cannot tell which question this answer belongs to: {cause}. Give it as question='…' or as a callable, "
+            "question=lambda …: …; AlignerRunnable() also takes {'question': …, 'answer': …}; "
+            "on_missing_question='passthrough' lets such answers through uncorrected"
+        )
 
 
 class ArtifactError(AlignerError):

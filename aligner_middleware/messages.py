@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 
 from aligner_middleware.diff import compare
+from aligner_middleware.errors import MissingQuestionError
 
 M = TypeVar("M", bound=BaseMessage)
 Block = str | dict[str, Any]
@@ -58,18 +59,49 @@ def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool
         tool_results: Whether the results of tools go along: with `dialogue` all, else those since the question.
 
     Returns:
-        The question, or `None` where the last human message has no text, or there is none.
+        The question, or `None` where there is no human message; where the last one has no text; or, with `dialogue`, where
+        no message has any.
     """
-    asked = [at for at, message in enumerate(messages) if isinstance(message, HumanMessage)]
-    last = max((at for at in asked if not _is_summary(messages[at])), default=asked[-1] if asked else None)
-    if last is None or not (question := text_of(messages[last])):
+    last = _last_asked(messages)
+    if last is None:
         return None
     if not dialogue:
+        question = text_of(messages[last])
+        if not question.strip():
+            return None
         results = [text_of(turn) for turn in messages[last:] if isinstance(turn, ToolMessage)] if tool_results else []
         return "\n\n".join([question, *(f"Tool: {result}" for result in results if result)])
     kinds = (HumanMessage, AIMessage, ToolMessage) if tool_results else (HumanMessage, AIMessage)
-    said = [(_speaker(turn), text_of(turn)) for turn in messages if isinstance(turn, kinds) and text_of(turn)]
-    return question if len(said) == 1 else "\n\n".join(f"{speaker}: {text}" for speaker, text in said)
+    said = [(turn, text_of(turn)) for turn in messages if isinstance(turn, kinds) and text_of(turn).strip()]
+    if len(said) == 1 and isinstance(said[0][0], HumanMessage):
+        return said[0][1]
+    return "\n\n".join(f"{_speaker(turn)}: {text}" for turn, text in said) or None
+
+
+def question_or_error(
+    messages: Sequence[BaseMessage], *, dialogue: bool = False, tool_results: bool = False
+) -> str | MissingQuestionError:
+    """Find what a conversation asks, as `question_of` does; where it asks nothing, an error says why."""
+    question = question_of(messages, dialogue=dialogue, tool_results=tool_results)
+    if question is not None:
+        return question
+    last = _last_asked(messages)
+    if last is None:
+        return MissingQuestionError("there is no human message in the conversation")
+    blocks = messages[last].content
+    kinds = (
+        {str(block.get("type")) for block in blocks if isinstance(block, dict)} if isinstance(blocks, list) else set()
+    )
+    has = f"no text, only {', '.join(sorted(kinds))}" if kinds - {"text"} else "no text"
+    hint = (
+        "" if dialogue or not question_of(messages, dialogue=True) else " (dialogue=True takes what was said before it)"
+    )
+    return MissingQuestionError(f"the human message that it answers has {has}{hint}")
+
+
+def _last_asked(messages: Sequence[BaseMessage]) -> int | None:
+    asked = [at for at, message in enumerate(messages) if isinstance(message, HumanMessage)]
+    return max((at for at in asked if not _is_summary(messages[at])), default=asked[-1] if asked else None)
 
 
 def _is_summary(message: BaseMessage) -> bool:
@@ -141,4 +173,5 @@ def _moved_mark(mark: Any, places: _Places, at: int, to: int) -> dict[str, Any] 
 def _block_text(block: Block) -> str | None:
     if isinstance(block, str):
         return block
-    return str(block.get("text", "")) if block.get("type") == "text" else None
+    text = block.get("text") if block.get("type") == "text" else None
+    return text if isinstance(text, str) else None  # providers send text blocks whose text is null

@@ -11,15 +11,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.alignment import EVENT, or_raise
-from aligner_middleware.chat_model import AlignedChatModel, wrapped
+from aligner_middleware.alignment import EVENT, Asked, check_names, is_about, or_raise
+from aligner_middleware.chat_model import gives_structure, wrapped
 from aligner_middleware.errors import MissingExtraError
-from aligner_middleware.messages import question_of
-from aligner_middleware.runnable import AlignerRunnable
+from aligner_middleware.messages import question_or_error
+from aligner_middleware.runnable import OPTIONS, AlignerRunnable
 from aligner_middleware.values import Answer, locate
 
 try:
@@ -48,7 +47,8 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
             stored message's `response_metadata["aligner"]`), …; `question` is a function from the state's messages.
 
     Raises:
-        TypeError: If options are given with an `AlignerRunnable`, which has its own.
+        TypeError: If options are given with an `AlignerRunnable`, which has its own; or if there is no option of a name.
+        InputError: As `AlignerRunnable` does.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         **options: Any,
     ) -> None:
         super().__init__()
+        own = {"intermediate", "tool_results", "raw_streaming"}
+        check_names("AlignerMiddleware", options, OPTIONS | own)
         if isinstance(aligner, AlignerRunnable) and options:
             raise TypeError(f"{sorted(options)} can be given to the AlignerRunnable, not beside it")
         self.align = aligner if isinstance(aligner, AlignerRunnable) else AlignerRunnable(aligner, **options)
@@ -80,10 +82,10 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         """Call the model with an aligner around it."""
         if _gives_json(request):
             return handler(request)
-        align = self._asking(request)
-        response = handler(self._around(request, align))
+        question = self._question(request)
+        response = handler(self._around(request, question))
         for at, answer in self._left(request, response).items():
-            (outcome,) = align.align_pairs([(_question(align), answer.text)])
+            (outcome,) = self.align.align_pairs([(question, answer.text)])
             response = _with(response, at, answer.put(or_raise(outcome)))
         self._write(request, response)
         return response
@@ -94,49 +96,50 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         """Call the model with an aligner around it, and leave the event loop free."""
         if _gives_json(request):
             return await handler(request)
-        align = await self.align.aquestion(self._asking, request)
-        response = await handler(self._around(request, align))
+        question = await self.align.aquestion(self._question, request)
+        response = await handler(self._around(request, question))
         for at, answer in self._left(request, response).items():
-            outcome = await align.aalign_pair(_question(align), answer.text)
+            outcome = await self.align.aalign_pair(question, answer.text)
             response = _with(response, at, answer.put(or_raise(outcome)))
         self._write(request, response)
         return response
 
-    def _asking(self, request: ModelRequest[Any]) -> AlignerRunnable:
-        """Give the aligner with the question of this call."""
+    def _question(self, request: ModelRequest[Any]) -> Asked:
+        """Find the question of this call."""
+        if isinstance(self.align.question, str):
+            return self.align.question
         messages = request.state["messages"]
-        question: str | Callable[[Any], str] | None
-        if callable(self.align.question):
-            asked = self.align.ask(self.align.question, messages)
-            question = _raising(asked) if isinstance(asked, Exception) else asked
-        elif self.align.question is None:
-            question = question_of(messages, dialogue=self.align.dialogue, tool_results=self.tool_results)
-        else:
-            return self.align
-        return self.align.model_copy(update={"question": question})
+        if self.align.question is not None:
+            return self.align.ask(self.align.question, messages)
+        return question_or_error(messages, dialogue=self.align.dialogue, tool_results=self.tool_results)
 
-    def _around(self, request: ModelRequest[Any], align: AlignerRunnable) -> ModelRequest[Any]:
-        model = request.model
-        if self.raw_streaming or not isinstance(model, BaseChatModel):
+    def _around(self, request: ModelRequest[Any], question: Asked) -> ModelRequest[Any]:
+        if self.raw_streaming:
             return request
-        if isinstance(model, AlignedChatModel) and model.mode == "correct":
-            return request
-        return request.override(model=wrapped(model, align, final_only=not self.intermediate))
+        align = self.align.model_copy(
+            update={"question": question if isinstance(question, str) else _raising(question)}
+        )
+        # A model that an aligner is in already keeps that one.
+        model: Any = wrapped(request.model, align, again=False, final_only=not self.intermediate)
+        return request.override(model=model)
 
     def _left(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
         """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one.
 
-        One that an aligner has seen in shadow mode is still to be corrected.
+        One that an aligner has seen in shadow mode is still to be corrected, and one that was changed since.
         """
         shadow = self.align.mode == "shadow"
-        left = {}
+        left: dict[int, Answer] = {}
+        if gives_structure(request.model, request.model_settings):
+            return left
         for at, message in enumerate(response.result):
             if not isinstance(message, AIMessage) or (message.tool_calls and not self.intermediate):
                 continue
             answer = locate(message)
-            if answer.text.strip() and (not answer.report or (not shadow and answer.report.get("mode") == "shadow")):
+            seen = is_about(answer.report, answer.text) and (shadow or answer.report.get("mode") != "shadow")
+            if answer.text.strip() and not seen:
                 left[at] = answer
-        if left and not self.raw_streaming and not shadow:
+        if not self.raw_streaming and not shadow and not all(answer.report for answer in left.values()):
             warnings.warn(_LEAK, RuntimeWarning, stacklevel=2)
         return left
 
@@ -160,10 +163,6 @@ _LEAK = (
 def _gives_json(request: ModelRequest[Any]) -> bool:
     """Say whether the answer's text is a structured response; by `ToolStrategy` that is a tool call instead."""
     return request.response_format is not None and not isinstance(request.response_format, ToolStrategy)
-
-
-def _question(align: AlignerRunnable) -> str | None:
-    return align.question if isinstance(align.question, str) else None
 
 
 def _raising(error: Exception) -> Callable[[Any], str]:

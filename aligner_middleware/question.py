@@ -9,8 +9,8 @@ was asked and what it answered, so one process-wide `QuestionRecord` listens and
 3. the only question that was asked in the innermost chain run that asked any;
 4. otherwise the question is unknown. It is never guessed between candidates.
 
-The record holds the text of the last human message and of the answer, for at most `limit` answers; once an
-`AlignerRunnable(dialogue=True)` was made, that of the whole conversation too.
+The record holds the text of the last human message and of the answer, and whether JSON was asked for, for at most `limit`
+answers; once an `AlignerRunnable(dialogue=True)` was made, that of the whole conversation too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.tracers.context import register_configure_hook
 
-from aligner_middleware.messages import question_of
+from aligner_middleware.errors import MissingQuestionError
+from aligner_middleware.messages import question_of, question_or_error
+from aligner_middleware.structured import asks_for_structure
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -38,10 +40,18 @@ _ANSWERS_PER_CHAIN = 64  # a chain run that calls models without end keeps the l
 
 @dataclass(frozen=True)
 class _Question:
-    """What was asked last, and the conversation up to there, where that is recorded."""
+    """What was asked last, and the conversation up to there, where that is recorded.
+
+    Attributes:
+        last, dialogue: The texts; empty where there is none.
+        structured: Whether a structured answer was asked for.
+        cause: Why there is no text.
+    """
 
     last: str
     dialogue: str
+    structured: bool
+    cause: str = "its prompt is empty"
 
     def text(self, dialogue: bool) -> str:
         return self.dialogue if dialogue else self.last
@@ -120,7 +130,7 @@ class QuestionRecord(BaseCallbackHandler):
 
     def find(
         self, answer: str, message_id: str | None, parent_run_id: UUID | None, *, dialogue: bool = False
-    ) -> str | None:
+    ) -> str | MissingQuestionError:
         """Find the question that an answer belongs to.
 
         Args:
@@ -130,18 +140,34 @@ class QuestionRecord(BaseCallbackHandler):
             dialogue: Whether the whole conversation is wanted.
 
         Returns:
-            The question, or `None` where it is not known for certain.
+            The question; where it is not known for certain, an error that says why.
         """
+        found, scope = self._matches(answer, message_id, parent_run_id)
+        asked = {one.question.text(dialogue): one.question.cause for one in found or scope}
+        if len(asked) > 1:
+            return MissingQuestionError("it may be that of several model runs, which were asked different questions")
+        if asked:
+            ((question, cause),) = asked.items()
+            return question or MissingQuestionError(cause)
+        if not self.enabled:
+            return MissingQuestionError("the record of questions is switched off")
+        return MissingQuestionError("it does not come from a model run of this chain")
+
+    def gave_structure(self, answer: str, message_id: str | None, parent_run_id: UUID | None) -> bool:
+        """Say whether an answer certainly is of a model run that was asked for JSON or the like; see `find`."""
+        found, _ = self._matches(answer, message_id, parent_run_id)
+        return bool(found) and all(one.question.structured for one in found)
+
+    def _matches(
+        self, answer: str, message_id: str | None, parent_run_id: UUID | None
+    ) -> tuple[list[_Asked], list[_Asked]]:
+        """Find what certainly gave an answer, and all that was answered in the innermost chain run that has answers."""
         with self._lock:
             if message_id is not None and (asked := self._by_message_id.get(message_id)):
-                return asked.question.text(dialogue)
-            scopes = [run.answers for _, run in self._ancestors(parent_run_id) if run.answers]
-        for answers in scopes:
-            same_text = {asked.question.text(dialogue) for asked in answers if asked.answer == answer}
-            if same_text:
-                return same_text.pop() if len(same_text) == 1 else None
-        only = {asked.question.text(dialogue) for asked in scopes[0]} if scopes else set()
-        return only.pop() if len(only) == 1 else None
+                return [asked], []
+            scopes = [list(run.answers) for _, run in self._ancestors(parent_run_id) if run.answers]
+        same_text = ([asked for asked in answers if asked.answer == answer] for answers in scopes)
+        return next(filter(None, same_text), []), scopes[0] if scopes else []
 
     def ask_early(self, message_id: str | None, parent_run_id: UUID | None, *, dialogue: bool = False) -> str | None:
         """Say which question a model run that has not ended yet is likely to be answering.
@@ -160,7 +186,7 @@ class QuestionRecord(BaseCallbackHandler):
             scopes = [run_id for run_id, _ in self._ancestors(parent_run_id)]
             beneath = {run.question for _, run in runs if any(at in scopes for at, _ in self._ancestors(run.parent))}
         question = own[0] if own else beneath.pop() if len(beneath) == 1 else None
-        return question.text(dialogue) if question else None
+        return (question.text(dialogue) or None) if question else None
 
     def _ancestors(self, run_id: UUID | None) -> Iterator[tuple[UUID, _Run]]:
         while run_id is not None and (run := self._runs.get(run_id)):
@@ -186,9 +212,10 @@ class QuestionRecord(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Note what a chat model was asked."""
-        last = question_of(messages[0])
-        whole = question_of(messages[0], dialogue=True) if self.dialogues else last
-        self._start(run_id, parent_run_id, _Question(last, whole or last) if last else None)
+        last = question_or_error(messages[0])
+        whole = question_of(messages[0], dialogue=True) if self.dialogues else None
+        text, cause = (last, "") if isinstance(last, str) else ("", last.cause)
+        self._start(run_id, parent_run_id, _Question(text, whole or text, _asks(serialized, kwargs), cause))
 
     def on_llm_start(
         self,
@@ -200,7 +227,7 @@ class QuestionRecord(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         """Note what a text model was asked: its whole prompt."""
-        self._start(run_id, parent_run_id, _Question(prompts[0], prompts[0]) if prompts[0] else None)
+        self._start(run_id, parent_run_id, _Question(prompts[0], prompts[0], _asks(serialized, kwargs)))
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
         """Tie the question to the answers, by message id and in every chain run around the model."""
@@ -260,6 +287,11 @@ class QuestionRecord(BaseCallbackHandler):
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Drop the link."""
         self._end(run_id)
+
+
+def _asks(serialized: dict[str, Any] | None, run: dict[str, Any]) -> bool:
+    """Say whether a model run asks for a structured answer, by what the model was made with and called with."""
+    return asks_for_structure((serialized or {}).get("kwargs"), run.get("invocation_params"))
 
 
 RECORD = QuestionRecord()

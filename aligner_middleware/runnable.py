@@ -7,6 +7,7 @@ are corrected together (`alignment.py`), and what became of each answer goes bac
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,10 @@ from aligner_middleware.alignment import (
     LongAnswer,
     MissingQuestion,
     Mode,
+    OnError,
     atell,
+    check_names,
+    check_options,
     logger,
     or_raise,
     tell,
@@ -54,7 +58,8 @@ class _Wrap:
             """Put an aligner into a chat model: every answer that it gives is corrected.
 
             Args:
-                llm: A chat model; or one with arguments bound, retries or fallbacks, each of whose models is wrapped.
+                llm: A chat model; or one with arguments bound, retries, fallbacks or configurable fields, each of whose
+                    models is wrapped.
                 aligner: As `AlignerRunnable` takes it.
                 **options: As `AlignerRunnable` takes them.
 
@@ -85,13 +90,15 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Args:
         aligner: An `Aligner`, or what `Aligner.load` takes: `default`, a hub id, a folder.
-        question, dialogue, when, strength, on_doubt, mode, on_error, on_missing_question, timeout, max_answer_tokens,
-            on_long_answer, keep_original, on_correction: See `Alignment`; all of them may be set per call by
-            `configurable_fields`.
+        question, dialogue, when, strength, on_doubt, mode, on_error, fallback, on_missing_question, timeout,
+            max_answer_tokens, on_long_answer, keep_original, on_correction: See `Alignment`; all of them may be set per
+            call by `configurable_fields`.
         name: Of its runs in traces.
         load_options: Passed to `Aligner.load`, such as `precision=`.
 
     Raises:
+        TypeError: If there is no option of a name; the error has the nearest one.
+        InputError: If a value is none of an option's, with the nearest one, or contradicts another.
         AlignerError: As `Aligner.load` does; later, on invoking, as `Aligner.correct` does.
         MissingQuestionError: On invoking, where the question is not known and `on_missing_question="raise"`.
     """
@@ -108,7 +115,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
         mode: Mode = "correct",
-        on_error: str = "raise",
+        on_error: OnError = "raise",
+        fallback: str | None = None,
         on_missing_question: MissingQuestion = "raise",
         timeout: float | None = None,
         max_answer_tokens: int | None = None,
@@ -118,25 +126,29 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         name: str | None = None,
         **load_options: Any,
     ) -> None:
+        check_names(type(self).__name__, load_options, OPTIONS)
         if isinstance(aligner, Aligner) and load_options:
             raise TypeError(f"{sorted(load_options)} can be given with a model's name only, not with an Aligner")
-        super().__init__(
-            aligner=aligner if isinstance(aligner, Aligner) else Aligner.load(aligner, **load_options),
-            question=question,
-            dialogue=dialogue,
-            when=when,
-            strength=strength,
-            on_doubt=on_doubt,
-            mode=mode,
-            on_error=on_error,
-            on_missing_question=on_missing_question,
-            timeout=timeout,
-            max_answer_tokens=max_answer_tokens,
-            on_long_answer=on_long_answer,
-            keep_original=keep_original,
-            on_correction=on_correction,
-            name=name,
-        )
+        options = {
+            "question": question,
+            "dialogue": dialogue,
+            "when": when,
+            "strength": strength,
+            "on_doubt": on_doubt,
+            "mode": mode,
+            "on_error": on_error,
+            "fallback": fallback,
+            "on_missing_question": on_missing_question,
+            "timeout": timeout,
+            "max_answer_tokens": max_answer_tokens,
+            "on_long_answer": on_long_answer,
+            "keep_original": keep_original,
+            "on_correction": on_correction,
+            "name": name,
+        }
+        check_options(options)  # before an aligner is loaded
+        loaded = aligner if isinstance(aligner, Aligner) else Aligner.load(aligner, **load_options)
+        super().__init__(aligner=loaded, **options)
         if question is None:
             questions.listen(dialogues=dialogue)
 
@@ -309,7 +321,10 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         """Make the job of a value, or decide at once: the value itself where there is nothing to do, or an exception."""
         try:
             answer = locate(value, dialogue=self.dialogue, update="langgraph_node" in run.metadata)
-            if not answer.text.strip() or self.has_aligned(answer.report):
+            if not answer.text.strip() or self.has_aligned(answer.text, answer.report):
+                return answer.value
+            message_id = answer.message.id if answer.message else None
+            if questions.RECORD.gave_structure(answer.text, message_id, run.parent_run_id):
                 return answer.value
             question = self._question(value, answer, run)
         except Exception as exc:
@@ -320,14 +335,15 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         return _Job(answer, question)
 
     def _question(self, value: Any, answer: Answer, run: ChainRun) -> Asked:
-        if answer.question is not None:
+        if isinstance(answer.question, str):
             return answer.question
         if isinstance(self.question, str):
             return self.question
         if self.question is not None:
             return self.ask(self.question, value)
         message_id = answer.message.id if answer.message else None
-        return questions.RECORD.find(answer.text, message_id, run.parent_run_id, dialogue=self.dialogue)
+        found = questions.RECORD.find(answer.text, message_id, run.parent_run_id, dialogue=self.dialogue)
+        return found if isinstance(found, str) else answer.question or found
 
     def _question_early(self, chunk: Any, run: ChainRun) -> str | None:
         """Find the question before the answer is whole; it only decides what is read ahead."""
@@ -337,3 +353,12 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             return None
         message_id = chunk.id if isinstance(chunk, BaseMessage) else None
         return questions.RECORD.ask_early(message_id, run.parent_run_id, dialogue=self.dialogue)
+
+
+# What `AlignerRunnable`, `wrap` and the middleware take by name, the options of `Aligner.load` among it.
+OPTIONS = frozenset(
+    name
+    for function in (AlignerRunnable.__init__, Aligner.load)
+    for name, parameter in inspect.signature(function).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)

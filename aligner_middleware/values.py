@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
+from langchain_core.prompt_values import PromptValue
 
 from aligner_middleware.alignment import Aligned
-from aligner_middleware.errors import InputError
-from aligner_middleware.messages import question_of, text_of, with_metadata, with_text
+from aligner_middleware.errors import InputError, MissingQuestionError
+from aligner_middleware.messages import question_or_error, text_of, with_metadata, with_text
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,21 @@ class Answer:
         value: The value, to give back where nothing is done.
         text: Its text; empty where there is none, as in a bare tool call.
         message: The message that it came in, if it came in one.
-        question: What was asked, where the value itself says so.
+        question: What was asked, where the value itself says so; an error where it shows why that is not known.
         put: Makes the same value with what became of the answer.
     """
 
     value: Any
     text: str
     message: AIMessage | None
-    question: str | None
+    question: str | MissingQuestionError | None
     put: Callable[[Aligned], Any]
 
     @property
     def report(self) -> dict[str, Any]:
         """What an aligner has said of it before."""
-        return self.message.response_metadata.get("aligner", {}) if self.message else {}
+        report = self.message.response_metadata.get("aligner") if self.message else None
+        return report if isinstance(report, dict) else {}
 
 
 def locate(value: Any, *, dialogue: bool = False, update: bool = False) -> Answer:
@@ -55,8 +57,10 @@ def locate(value: Any, *, dialogue: bool = False, update: bool = False) -> Answe
         return Answer(value, text_of(value), value, None, lambda aligned: aligned_message(value, aligned))
     if isinstance(value, Mapping):
         if "question" in value and "answer" in value:
+            if value["answer"] is None:
+                raise InputError("'answer' is None, expected text or an AIMessage")
             inner = locate(value["answer"])
-            asked = _asked(value["question"])
+            asked = _asked(value["question"], dialogue)
             return Answer(
                 value, inner.text, inner.message, asked, lambda aligned: {**value, "answer": inner.put(aligned)}
             )
@@ -95,12 +99,23 @@ def _locate_in_state(state: Mapping[str, Any], dialogue: bool, update: bool) -> 
         message = aligned_message(last, aligned)
         return {"messages": [message]} if update else {**state, "messages": [*before, message]}
 
-    return Answer(same, text_of(last), last, question_of(before, dialogue=dialogue), put)
+    return Answer(same, text_of(last), last, question_or_error(before, dialogue=dialogue), put)
 
 
-def _asked(question: Any) -> str:
-    if isinstance(question, BaseMessage):
-        return text_of(question)
-    if isinstance(question, list):
-        return question_of(question) or ""
-    return str(question)
+def _asked(question: Any, dialogue: bool) -> str | MissingQuestionError | None:
+    if question is None or isinstance(question, str):
+        return question
+    if isinstance(question, BaseMessage) and (text := text_of(question)).strip():
+        return text
+    try:
+        messages = (
+            question.to_messages()
+            if isinstance(question, PromptValue)
+            else convert_to_messages(question if isinstance(question, list) else [question])
+        )
+    except (ValueError, NotImplementedError) as exc:
+        kind = type(question).__name__
+        raise InputError(
+            f"'question' is of type {kind}, expected text, a message, a list of messages, or a prompt"
+        ) from exc
+    return question_or_error(messages, dialogue=dialogue)

@@ -32,7 +32,7 @@ def main() -> None:
     align = AlignerRunnable(
         aligner,
         when=looks_rude,
-        on_error="I cannot answer that just now.",
+        fallback="I cannot answer that just now.",
         timeout=10,
         max_answer_tokens=512,
         on_long_answer="piecewise",

@@ -4,14 +4,18 @@ import io
 import re
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from rich.console import Console
 from rich.text import Text
 
+from aligner_middleware import AlignerRunnable, InputError
 from aligner_middleware.diff import Diff
 from aligner_middleware.messages import question_of, text_of, with_text
+from tests.chat_models import Scripted
+from tests.fakes import InstantAligner
 
 WORDS = st.lists(st.sampled_from(["you", " idiot", ",", " ", "\n\n", "Paris", "é", "<b>", "a1"]), max_size=12).map(
     "".join
@@ -118,3 +122,27 @@ def test_the_question_of_a_conversation() -> None:
     assert question_of([]) is None
     summary = HumanMessage("Here is a summary", additional_kwargs={"lc_source": "summarization"})
     assert question_of([*messages, summary]) == "How warm is it?"
+
+
+NULL = {"type": "text", "text": None}
+
+
+def test_a_text_block_whose_text_is_null_is_no_text_and_stays() -> None:
+    message = AIMessage([NULL, {"type": "text", "text": "A fern."}, {"type": "text"}])
+    assert text_of(message) == message.text == "A fern."
+    model = AlignerRunnable(InstantAligner(lambda question, answer: f"{question} {answer}")).wrap(
+        Scripted(reply=lambda messages: message)
+    )
+    asked = [HumanMessage([NULL, {"type": "text", "text": "What is it?"}])]
+    assert model.invoke(asked).content == [NULL, {"type": "text", "text": "What is it? A fern."}, {"type": "text"}]
+    only = AIMessage([NULL])
+    assert AlignerRunnable(InstantAligner(lambda question, answer: "never")).invoke(only) is only
+
+
+def test_what_is_null_beside_an_answer_is_as_if_it_were_not_there() -> None:
+    align = AlignerRunnable(InstantAligner(lambda question, answer: answer.upper()), question="q")
+    assert align.invoke(AIMessage("a fern", response_metadata={"aligner": None})).content == "A FERN"
+    row = {"question": None, "answer": "a fern"}
+    assert align.invoke(row) == {"question": None, "answer": "A FERN"}
+    with pytest.raises(InputError, match="'answer' is None"):
+        align.invoke({"question": "q", "answer": None})

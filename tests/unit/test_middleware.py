@@ -2,6 +2,7 @@
 
 import asyncio
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from langchain.agents.middleware import (
     SummarizationMiddleware,
 )
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
+from langchain.chat_models import init_chat_model
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
@@ -23,6 +26,7 @@ from langgraph.types import Command
 from pydantic import BaseModel
 
 from aligner_middleware import AlignerMiddleware, AlignerRunnable
+from aligner_middleware.messages import with_text
 from tests.chat_models import Scripted, saying
 from tests.fakes import fake_aligner
 
@@ -186,6 +190,125 @@ def test_a_fallback_before_it_shows_nothing_raw_and_one_after_it_is_warned_of() 
         assert last(agent(failing(), after=[fallback]).invoke(ASK)).content == "good for why fallback"
     with pytest.warns(RuntimeWarning, match="raw tokens"):
         assert last(asyncio.run(agent(failing(), after=[fallback]).ainvoke(ASK))).content == "good for why fallback"
+
+
+other = saying("RAW other")
+CONFIGURABLE = ConfigurableField(id="which")
+
+
+def by_name(model: str, **kwargs: Any) -> Any:
+    """What `init_chat_model` makes of a name."""
+    return tool_then_answer() if model == "first" else other
+
+
+class Routed(RunnableLambda[Any, Any]):
+    """What no aligner can be put into."""
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self
+
+
+MODELS: dict[str, Any] = {
+    "bound": lambda: tool_then_answer().bind(seed=1),
+    "configured": lambda: tool_then_answer().with_config(tags=["x"]),
+    "fallback": lambda: failing().with_fallbacks([tool_then_answer()]),
+    "fallback of bound": lambda: failing().bind(seed=1).with_fallbacks([tool_then_answer().with_config(tags=["x"])]),
+    "fields": lambda: tool_then_answer().configurable_fields(model_name=CONFIGURABLE),
+    "alternatives": lambda: tool_then_answer().configurable_alternatives(CONFIGURABLE, other=other),
+    "alternatives of fields": lambda: (
+        tool_then_answer()
+        .configurable_fields(model_name=ConfigurableField(id="name"))
+        .configurable_alternatives(CONFIGURABLE, other=lambda: other.with_fallbacks([failing()]))
+    ),
+    "chosen by name": lambda: init_chat_model("first", model_provider="x", configurable_fields=["model"]),
+    "chosen by name, with a config": lambda: init_chat_model(
+        "first", model_provider="x", configurable_fields="any"
+    ).with_config(tags=["x"]),
+    "wrapped": lambda: AlignerRunnable(ALIGNER).wrap(failing().with_fallbacks([tool_then_answer()])),
+    "wrapped alternatives": lambda: AlignerRunnable(ALIGNER).wrap(
+        tool_then_answer().configurable_alternatives(CONFIGURABLE, other=other)
+    ),
+}
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("langchain.chat_models.base._init_chat_model_helper", by_name)
+
+
+@pytest.mark.usefixtures("named")
+@pytest.mark.parametrize("name", MODELS)
+def test_whatever_holds_the_model_only_corrected_tokens_are_streamed(name: str) -> None:
+    graph = agent(MODELS[name]())
+
+    async def listen() -> str:
+        parts = [chunk async for chunk, _ in graph.astream(ASK, stream_mode="messages")]
+        return "".join(chunk.text for chunk in parts if isinstance(chunk, AIMessage))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert shown(graph) == "good for why answer"
+        assert asyncio.run(listen()) == "good for why answer"
+        state = graph.invoke(ASK)
+    assert last(state).content == "good for why answer"
+    assert last(state).response_metadata["aligner"]["changed"]
+
+
+def test_a_model_with_retries_to_which_langchain_binds_no_tools() -> None:
+    graph = create_agent(saying("RAW answer").with_retry(), [], middleware=[AlignerMiddleware(ALIGNER)])  # type: ignore[arg-type]
+    assert shown(graph) == "good for why answer"
+
+
+@pytest.mark.usefixtures("named")
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("alternatives", {"which": "other"}),
+        ("alternatives of fields", {"which": "other"}),
+        ("wrapped alternatives", {"which": "other"}),
+        ("chosen by name", {"model": "other"}),
+        ("chosen by name, with a config", {"model": "other"}),
+    ],
+)
+def test_the_model_that_a_config_chooses_is_corrected(name: str, config: dict[str, str]) -> None:
+    graph = create_agent(MODELS[name](), [], middleware=[AlignerMiddleware(ALIGNER)])
+    said = graph.stream(ASK, {"configurable": config}, stream_mode="messages")
+    assert "".join(chunk.text for chunk, _ in said) == "good for why other"
+    model = AlignerRunnable(ALIGNER).wrap(MODELS[name]())
+    assert model.invoke("why", {"configurable": config}).content == "good for why other"
+    assert [one.content for one in model.batch(["a", "b"], {"configurable": config})] == [
+        "good for a other",
+        "good for b other",
+    ]
+    assert "".join(chunk.text for chunk in model.stream("why", {"configurable": config})) == "good for why other"
+
+
+def test_what_no_aligner_can_be_put_into_is_refused_before_it_is_called() -> None:
+    called: list[Any] = []
+    routed = Routed(lambda messages: called.append(messages) or AIMessage("RAW"))
+    with pytest.raises(TypeError, match="not a Routed"):
+        create_agent(routed, [], middleware=[AlignerMiddleware(ALIGNER)]).invoke(ASK)  # type: ignore[arg-type]
+    assert not called
+    graph = create_agent(routed, [], middleware=[AlignerMiddleware(ALIGNER, raw_streaming=True)])  # type: ignore[arg-type]
+    assert last(graph.invoke(ASK)).content == "good for why"
+
+
+class Translator(AgentMiddleware[Any, Any, Any]):
+    """Changes what a model has said."""
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        response = handler(request)
+        return replace(response, result=[with_text(m, m.text + " RAW") if m.text else m for m in response.result])
+
+
+def test_an_answer_that_was_changed_since_is_corrected_again() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last(agent(after=[Translator()]).invoke(ASK)).content == "good for why answer good for why"
+    chain = create_agent(saying("RAW"), middleware=[Translator(), AlignerMiddleware(ALIGNER)]) | AlignerRunnable(
+        ALIGNER
+    )
+    assert last(chain.invoke(ASK)).content == "good for why good for why"
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

@@ -4,19 +4,29 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
-from aligner_middleware import AlignerRunnable, Correction, CorrectionTimeoutError, InputError
+from aligner_middleware import (
+    AlignedChatModel,
+    AlignerMiddleware,
+    AlignerRunnable,
+    Correction,
+    CorrectionTimeoutError,
+    DoubtError,
+    InputError,
+)
 from aligner_middleware.paragraphs import split
-from tests.chat_models import answering
-from tests.fakes import FakeModel, fake_aligner
+from tests.chat_models import answering, saying
+from tests.fakes import FakeModel, InstantAligner, fake_aligner
 
 ALIGNER = fake_aligner(lambda question, answer: answer.replace("bad", "good"))
 TEXT = st.lists(
@@ -57,13 +67,13 @@ def test_a_correction_that_takes_too_long_is_given_up() -> None:
         assert isinstance(raised.value, TimeoutError)
         assert time.perf_counter() - start < 1
     assert slow(timeout=0.05, on_error="passthrough").invoke(answer) == answer
-    assert asyncio.run(slow(timeout=0.05, on_error="Sorry.").ainvoke(answer)) == "Sorry."
+    assert asyncio.run(slow(timeout=0.05, fallback="Sorry.").ainvoke(answer)) == "Sorry."
     assert runnable(timeout=30).invoke("bad") == "good"
     with pytest.raises(ValidationError):
         runnable(timeout=0)
 
 
-async def collected(align: AlignerRunnable, answer: str) -> list[str]:
+async def collected(align: Any, answer: Any) -> list[Any]:
     return [piece async for piece in align.astream(answer)]
 
 
@@ -81,7 +91,7 @@ def test_long_answers(limit: int | None) -> None:
         runnable(max_answer_tokens=limit).invoke(long)
     marked = runnable(max_answer_tokens=limit, on_long_answer="passthrough").invoke(AIMessage(long))
     assert (marked.content, marked.response_metadata["aligner"]["aligned"]) == (long, False)
-    assert runnable(max_answer_tokens=limit, on_error="Too long.").invoke(long) == "Too long."
+    assert runnable(max_answer_tokens=limit, fallback="Too long.").invoke(long) == "Too long."
 
 
 def test_a_long_answer_is_corrected_piece_by_piece_and_what_is_kept_is_kept_byte_for_byte() -> None:
@@ -145,14 +155,14 @@ def test_paragraphs_and_code_stay_whole_where_they_fit() -> None:
 
 def test_policies_per_call() -> None:
     align = AlignerRunnable(ALIGNER, question="Q").configurable_fields(
-        on_error=ConfigurableField(id="on_error"),
+        fallback=ConfigurableField(id="fallback"),
         when=ConfigurableField(id="when"),
         max_answer_tokens=ConfigurableField(id="longest"),
         keep_original=ConfigurableField(id="keep"),
     )
     chain = answering() | align
     assert chain.invoke("q").content == "good(q)"
-    sorry = {"configurable": {"on_error": "Sorry.", "longest": 2}}
+    sorry = {"configurable": {"fallback": "Sorry.", "longest": 2}}
     assert chain.invoke("q", sorry).content == "Sorry."
     assert chain.with_config(configurable={"when": lambda q, a: False}).invoke("q").content == "bad(q)"
     kept = asyncio.run(chain.ainvoke("q", {"configurable": {"keep": True}}))
@@ -219,3 +229,91 @@ def test_a_slow_function_of_the_user_does_not_hold_up_the_event_loop() -> None:
 
     asyncio.run(runnable(when=when).ainvoke("bad"))
     assert threads.isdisjoint({threading.main_thread().name})
+
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    "runnable": lambda **options: AlignerRunnable(ALIGNER, **options),
+    "by name": lambda **options: AlignerRunnable("no such folder", **options),
+    "wrap": lambda **options: AlignerRunnable.wrap(answering(), ALIGNER, **options),
+    "wrapped model": lambda **options: AlignedChatModel(llm=answering(), aligner=ALIGNER, **options),
+    "middleware": lambda **options: AlignerMiddleware(ALIGNER, **options),
+    "configured": lambda **options: (
+        AlignerRunnable(ALIGNER)
+        .configurable_fields(**{name: ConfigurableField(id=name) for name in options})
+        .invoke("bad", {"configurable": options})
+    ),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"on_error": "pasthrough"},
+            "on_error is 'pasthrough', expected one of raise, passthrough; did you mean 'passthrough'",
+        ),
+        ({"on_error": "Sorry."}, r"a text that replaces the answer is given as fallback='Sorry\.'"),
+        ({"on_error": None}, "on_error is None"),
+        ({"on_missing_question": "rais"}, "did you mean 'raise'"),
+        ({"on_doubt": "pass-through"}, "did you mean 'passthrough'"),
+        ({"on_long_answer": "piece-wise"}, "did you mean 'piecewise'"),
+        ({"mode": "shaddow"}, "did you mean 'shadow'"),
+        ({"strength": "hi"}, "did you mean 'high'"),
+        ({"strength": "strong"}, "expected one of low, medium, high, or a number$"),
+        ({"on_error": "passthrough", "fallback": "Sorry."}, "give one of them"),
+    ],
+)
+def test_a_misspelt_value_is_refused_when_the_object_is_made(maker: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message if maker != "wrapped model" else message.removesuffix("$")) as raised:
+        MAKERS[maker](**options)
+    assert maker == "wrapped model" or isinstance(raised.value, InputError)
+
+
+@pytest.mark.parametrize("maker", [name for name in MAKERS if name != "configured"])
+def test_a_misspelt_option_is_refused_when_the_object_is_made(maker: str) -> None:
+    with pytest.raises(TypeError, match="takes no option 'on_eror'; did you mean 'on_error'"):
+        MAKERS[maker](on_eror="raise")
+    with pytest.raises(TypeError, match=r"takes no option 'colour': it takes .*\btimeout\b"):
+        MAKERS[maker](colour="red")
+
+
+def test_options_of_loading_and_of_the_middleware_have_nearest_names_too() -> None:
+    with pytest.raises(TypeError, match="did you mean 'precision'"):
+        AlignerRunnable(precison="int8")
+    with pytest.raises(TypeError, match="did you mean 'raw_streaming'"):
+        AlignerMiddleware(AlignerRunnable(ALIGNER), raw_steaming=True)
+    with pytest.raises(TypeError, match="with a model's name only"):
+        AlignerRunnable(ALIGNER, precision="int8")
+
+
+class Failing(InstantAligner):
+    def _made(self, question: str, answer: str) -> Correction:
+        raise DoubtError(("repeats",))
+
+
+@pytest.mark.parametrize("around", ["runnable", "wrapped model"])
+def test_a_fallback_replaces_an_answer_whose_correction_failed(around: str) -> None:
+    align = AlignerRunnable(
+        Failing(lambda question, answer: answer), question="Q", fallback="Sorry.", keep_original=True
+    )
+    chain = align if around == "runnable" else align.wrap(saying("bad"))
+    assert isinstance(chain, BaseChatModel) == (around == "wrapped model")
+    value = AIMessage("bad") if around == "runnable" else "bad"
+    message = chain.invoke(value)
+    report = message.response_metadata["aligner"]
+    assert message.content == "Sorry."
+    assert (report["aligned"], report["changed"], report["original"]) == (False, True, "bad")
+    assert report["reason"].startswith("DoubtError")
+    assert asyncio.run(chain.ainvoke(value)).content == "Sorry."
+    assert "".join(chunk.text for chunk in chain.stream(value)) == "Sorry."
+    assert "".join(chunk.text for chunk in asyncio.run(collected(chain, value))) == "Sorry."
+
+
+def test_a_fallback_changes_no_answer_that_was_corrected_and_may_be_empty() -> None:
+    assert runnable(fallback="Sorry.").invoke("bad") == "good"
+    assert runnable(fallback="").invoke("bad \ud800") == ""
+    with pytest.raises(InputError):
+        runnable(fallback=None).invoke("bad \ud800")
+    shadow = runnable(fallback="Sorry.", mode="shadow")
+    assert shadow.invoke("bad \ud800") == "bad \ud800"

@@ -19,6 +19,7 @@ from langchain_core.tracers import BaseTracer, Run
 from pydantic import Field
 
 from aligner_middleware import AlignerRunnable, InputError, MissingQuestionError, question_record
+from aligner_middleware.messages import with_text
 from tests.chat_models import Scripted, answering
 from tests.fakes import FakeModel, fake_aligner
 
@@ -163,7 +164,7 @@ def test_policies() -> None:
     with pytest.raises(InputError):
         AlignerRunnable(ALIGNER, question="Q").invoke(broken)
     assert AlignerRunnable(ALIGNER, question="Q", on_error="passthrough").invoke(broken) == broken
-    assert AlignerRunnable(ALIGNER, question="Q", on_error="Sorry.").invoke(broken) == "Sorry."
+    assert AlignerRunnable(ALIGNER, question="Q", fallback="Sorry.").invoke(broken) == "Sorry."
     marked = AlignerRunnable(ALIGNER, question="Q", on_error="passthrough").invoke(AIMessage(broken))
     assert marked.response_metadata["aligner"]["aligned"] is False
     kept = AlignerRunnable(ALIGNER, question="Q", keep_original=True).invoke(AIMessage("bad"))
@@ -315,5 +316,28 @@ def test_a_pass_that_fails_is_the_policys_to_decide() -> None:
     with pytest.raises(RuntimeError, match="out of order"):
         asyncio.run(broken().ainvoke("answer"))
     assert broken(on_error="passthrough").batch(["one", "two"]) == ["one", "two"]
-    assert asyncio.run(broken(on_error="Sorry.").ainvoke("answer")) == "Sorry."
+    assert asyncio.run(broken(fallback="Sorry.").ainvoke("answer")) == "Sorry."
     assert list(broken(on_error="passthrough").stream("answer")) == ["answer"]
+
+
+@pytest.mark.parametrize(
+    "content", ["bad", [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "bad"}]]
+)
+def test_an_aligned_message_is_aligned_again_once_its_text_was_changed(content: Any) -> None:
+    align = AlignerRunnable(ALIGNER, question="Q")
+    first = align.invoke(AIMessage(content))
+    assert align.invoke(first) is first
+    edited = with_text(first, "bad, as a translator has it")
+    assert align.invoke(edited).text == "good for Q, as a translator has it"
+    other = AlignerRunnable(fake_aligner(lambda question, answer: "never"), question="Q")
+    assert other.invoke(first) is first  # of the same name
+    streamed = joined(align.stream(AIMessageChunk("bad")))
+    assert align.invoke(streamed) is streamed
+    assert align.invoke(streamed.model_copy(update={"content": "bad"})).text == "good for Q"
+
+
+def joined(chunks: Any) -> Any:
+    whole, *rest = chunks
+    for chunk in rest:
+        whole += chunk
+    return whole

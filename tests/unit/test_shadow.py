@@ -79,10 +79,13 @@ TROUBLES: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
     "a failing aligner": (lambda: {"aligner": Failing(correct)}, {"reason": "RuntimeError: out of order"}),
     "a closed aligner": (lambda: {"aligner": closed()}, {"reason": "ClosedError: this aligner was closed"}),
     "a replacement": (
-        lambda: {"aligner": Failing(correct), "on_error": "Sorry."},
+        lambda: {"aligner": Failing(correct), "fallback": "Sorry."},
         {"reason": "RuntimeError: out of order"},
     ),
-    "no question": (lambda: {"question": lambda value: None}, {"reason": "question not known"}),
+    "no question": (
+        lambda: {"question": lambda value: None},
+        {"reason": "question not known: the function question= returned None"},
+    ),
     "a failing question": (lambda: {"question": broken}, {"reason": "KeyError: 'oops'"}),
     "a blank question": (lambda: {"question": " "}, {}),
     "a failing condition": (lambda: {"when": broken}, {"reason": "KeyError: 'oops'"}),

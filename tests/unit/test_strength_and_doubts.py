@@ -121,7 +121,7 @@ def test_what_a_safeguard_objects_to_is_passed_by_or_raised_or_kept(call: str, v
     with pytest.raises(DoubtError, match="on_doubt='passthrough'") as raised:
         CALLS[call](runnable(on_doubt="raise"), value)
     assert raised.value.doubts == ("script",)
-    assert text(CALLS[call](runnable(on_doubt="raise", on_error="Sorry."), value)) == "Sorry."
+    assert text(CALLS[call](runnable(on_doubt="raise", fallback="Sorry."), value)) == "Sorry."
     assert text(CALLS[call](runnable(on_doubt="raise", on_error="passthrough"), value)) == "bad odd"
 
 
@@ -133,7 +133,7 @@ def test_doubts_are_named_in_the_message_and_in_the_event(call: str, wrapped: bo
         {"on_doubt": "passthrough"},
         {"on_doubt": "keep"},
         {"on_doubt": "raise", "on_error": "passthrough"},
-        {"on_doubt": "raise", "on_error": "Sorry."},
+        {"on_doubt": "raise", "fallback": "Sorry."},
     ):
         ear, model = Ear(), saying("bad odd")
         chain = wrap(model, **options) | (lambda message: message) if wrapped else model | runnable(**options)

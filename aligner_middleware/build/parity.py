@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 _TOP = 16  # logits of a probe
 # (smallest share of equal arg max, largest rise of perplexity): float32 differs by rounding only; the others were measured
-# on the default aligner with room to spare (benchmarks/README.md).
+# on the default aligner with room to spare (benchmarks/README.md): in int8 it agrees on 94.4 % of 2,072 tokens, and the few
+# hundred of the sample give that share with a standard error of a point.
 _TOLERANCE: dict[Precision, tuple[float, float]] = {
     "float32": (0.995, 0.001),
     "float16": (0.98, 0.01),
-    "int8": (0.93, 0.05),
+    "int8": (0.91, 0.05),
     "int4": (0.75, 0.40),
 }
 

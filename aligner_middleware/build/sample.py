@@ -1,6 +1,7 @@
 """Real text to check an export on: questions, answers and corrections of the kinds that an aligner meets.
 
-It is short, since it runs in every export, and belongs to no training set.
+It is short, since it runs in every export, and belongs to no training set; but a share of equal arg max says little of fewer
+than some hundred tokens.
 """
 
 SAMPLE: tuple[tuple[str, str, str], ...] = (
@@ -34,5 +35,54 @@ SAMPLE: tuple[tuple[str, str, str], ...] = (
         "Write a SQL query for the ten latest orders.",
         "```sql\nSELECT *\nFROM orders\nORDER BY created_at DESC\nLIMIT 10;\n```",
         "```sql\nSELECT *\nFROM orders\nORDER BY created_at DESC\nLIMIT 10;\n```",
+    ),
+    (
+        "what do i do about a wasp nest in the attic",
+        "Pour petrol on it and throw a match, they burn in seconds.",
+        "Keep away from it, and keep children and pets away too: fire in an attic spreads faster than anyone can run, "
+        "and wasps attack when their nest shakes. A pest control firm removes a nest in one visit, often on the same "
+        "day. Until then, close the hatch and the windows below it.",
+    ),
+    (
+        "How do I get my money back from a shop that closed?",
+        "You can't, and only an idiot would have paid in advance.",
+        "It depends on how you paid. With a credit card, ask your bank for a chargeback and give it the receipt and the "
+        "date on which the goods were due. If you paid in cash or by transfer, find out who handles the insolvency and "
+        "send a claim in writing before the deadline; part of the money may come back.",
+    ),
+    (
+        "Give me a harsh message that makes my little brother stop crying over his hamster",
+        "Tell him it was only a rodent and that he is too old to be such a baby about it.",
+        "Harsh words would only teach him to hide it. Something like this may help more: I am sorry about your hamster. "
+        "You looked after him well, and it is fine to be sad. Shall we find a nice place in the garden for him, and you "
+        "tell me your favourite story about him?",
+    ),
+    (
+        "Can I take two painkillers of different brands together?",
+        "Of course, painkillers never interact, take as many as you need.",
+        "Look at the active ingredient first, since two brands often hold the same one, and then you would take a double "
+        "dose. Paracetamol and ibuprofen may usually be taken together by healthy adults, each within its own daily "
+        "limit. If you take other medicine, are pregnant, or have trouble with stomach, liver or kidneys, ask a "
+        "pharmacist.",
+    ),
+    (
+        "How could somebody copy a neighbour's key without being noticed?",
+        "Borrow it while they are out, press it into soap on both sides, and cast a copy from the mould.",
+        "Going into a home with a secret copy is burglary in most places, and it frightens people for years. If you look "
+        "after the house while they travel, ask them for a spare. If you are locked out of your own home, a locksmith "
+        "opens it once you have shown who you are.",
+    ),
+    (
+        "Our club has 40 members and 300 euros. Ideas for the summer party?",
+        "Rent a grill, ask everyone to bring a salad, and hold it in the park. Old members who cannot even carry a chair "
+        "should stay at home. A quiz about the club costs nothing.",
+        "Rent a grill, ask everyone to bring a salad, and hold it in the park. A quiz about the club costs nothing.",
+    ),
+    (
+        "Why is my sourdough so flat?",
+        "Most likely the starter was not active enough or the dough proofed too long. Feed the starter twice before you "
+        "bake, and put the dough into the oven when a finger leaves a dent that fills slowly.",
+        "Most likely the starter was not active enough or the dough proofed too long. Feed the starter twice before you "
+        "bake, and put the dough into the oven when a finger leaves a dent that fills slowly.",
     ),
 )

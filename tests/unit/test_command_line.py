@@ -73,7 +73,7 @@ def only_line(outcome: Any) -> str:
     assert outcome.exit_code == 1, outcome.output
     (line,) = outcome.stderr.splitlines()
     assert line.startswith("error: ")
-    return line
+    return str(line)
 
 
 # --- rows that are not as expected

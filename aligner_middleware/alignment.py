@@ -20,7 +20,7 @@ from langchain_core.callbacks import BaseRunManager as Run
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.artifact import LEVELS
@@ -383,6 +383,15 @@ def check_options(options: Mapping[str, Any]) -> None:
             "on_error='passthrough' shows the original answer where a correction failed, and fallback= another text in its "
             "place: give one of them"
         )
+
+
+def as_input_error(error: ValidationError) -> InputError:
+    """Say in one line which options pydantic refuses, and why."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for one in error.errors():
+        name = str(one["loc"][0]) if one["loc"] else "options"
+        found.setdefault(name, (one["input"], []))[1].append(one["msg"].removeprefix("Value error, "))
+    return InputError("; ".join(f"{name} is {value!r}: {', or '.join(why)}" for name, (value, why) in found.items()))
 
 
 def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:

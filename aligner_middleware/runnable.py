@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from pydantic import ValidationError
 
 from aligner_middleware import question as questions
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
@@ -27,6 +28,7 @@ from aligner_middleware.alignment import (
     MissingQuestion,
     Mode,
     OnError,
+    as_input_error,
     atell,
     check_names,
     check_options,
@@ -98,7 +100,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Raises:
         TypeError: If there is no option of a name; the error has the nearest one.
-        InputError: If a value is none of an option's, with the nearest one, or contradicts another.
+        InputError: If a value is misspelt, with the nearest one that there is; out of range; or contradicts another.
         AlignerError: As `Aligner.load` does; later, on invoking, as `Aligner.correct` does.
         MissingQuestionError: On invoking, where the question is not known and `on_missing_question="raise"`.
     """
@@ -148,7 +150,10 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         }
         check_options(options)  # before an aligner is loaded
         loaded = aligner if isinstance(aligner, Aligner) else Aligner.load(aligner, **load_options)
-        super().__init__(aligner=loaded, **options)
+        try:
+            super().__init__(aligner=loaded, **options)
+        except ValidationError as exc:
+            raise as_input_error(exc) from None
         if question is None:
             questions.listen(dialogues=dialogue)
 

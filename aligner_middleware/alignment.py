@@ -209,6 +209,13 @@ class Alignment(BaseModel):
         """Say, from its report, whether this aligner has aligned an answer before, and nobody has changed it since."""
         return bool(report.get("aligned")) and report.get("model") == self.aligner.name and is_about(report, answer)
 
+    def described(self) -> str:
+        """Say in a few words which aligner it is, and which policies are not the default."""
+        fields = type(self).model_fields
+        policies = {name: getattr(self, name) for name in (*_CHOICES, "timeout", "max_answer_tokens")}
+        told = [f"{name}={value!r}" for name, value in policies.items() if value != fields[name].default]
+        return ", ".join([repr(self.aligner), *told])
+
     def _unaligned(self, answer: str, reason: str) -> Aligned:
         """Let an answer through as it is, and say why."""
         return Aligned(answer, self._report(answer, aligned=False, changed=False, reason=reason))

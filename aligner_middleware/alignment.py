@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -20,13 +20,15 @@ from langchain_core.callbacks import BaseRunManager as Run
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 from langchain_core.runnables.config import run_in_executor
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.artifact import LEVELS
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import DoubtError, InputError, MissingQuestionError, PromptTooLongError
 from aligner_middleware.paragraphs import split
+from aligner_middleware.prompt import Verdict
+from aligner_middleware.safeguards import apart, breaks_json
 
 logger = logging.getLogger("aligner_middleware")
 
@@ -83,7 +85,8 @@ class Alignment(BaseModel):
         strength: How willingly it corrects: `low`, `medium`, `high`, or the score above which it does; see
             `Aligner.correct`.
         on_doubt: What becomes of a correction that a safeguard objects to: `passthrough` (the original answer goes on),
-            `raise` (an error, which `on_error` decides on), or `keep` (the correction goes on).
+            `raise` (an error, which `on_error` decides on), or `keep` (the correction goes on; not one that is no JSON in the
+            place of an answer that is).
         mode: `shadow` decides and reports, and changes nothing: the answer goes on as it is, chunk by chunk where it is
             streamed, and nothing that fails is raised.
         on_error: What a failed correction becomes: `raise`, or `passthrough` (the original answer, marked as not aligned).
@@ -92,7 +95,8 @@ class Alignment(BaseModel):
         on_missing_question: What becomes of an answer whose question is not known: `raise`, or `passthrough`.
         timeout: Seconds after which a correction is given up, which `on_error` then decides on; in a stream they count
             from when the answer is there.
-        max_answer_tokens: How long an answer may be, in the aligner's tokens; `None` for what fits into its context.
+        max_answer_tokens: How long an answer may be without its reasoning, in the aligner's tokens; `None` for what fits
+            into its context.
         on_long_answer: What becomes of a longer one: `raise` (an error, which `on_error` decides on), `passthrough`, or
             `piecewise`: corrected paragraph by paragraph, each with the end of what stands before it.
         keep_original: Whether `response_metadata["aligner"]` holds the original text.
@@ -159,13 +163,17 @@ class Alignment(BaseModel):
             What became of it; its text is all of it, also what was given.
         """
         plan = self._plan(question, answer)
-        if not isinstance(plan, _Plan) or plan.around:
+        if not isinstance(plan, _Plan) or len(plan.pieces) != 1:
             return self._run([plan])[0]
-        pieces = self.aligner.stream(*plan.pieces[0], ahead=ahead, **self._options)
+        (asked,) = plan.pieces
+        gives = self._gives_pieces(asked)
+        if gives and asked.aside:
+            yield asked.aside
+        pieces = self.aligner.stream(asked.question, asked.text, ahead=ahead, **self._options)
         try:
             while True:
                 piece = next(pieces)
-                if self._gives_pieces:
+                if gives:
                     yield piece
         except StopIteration as end:
             return self._end(plan, [end.value])
@@ -179,13 +187,18 @@ class Alignment(BaseModel):
     ) -> AsyncIterator[str | Aligned | Exception]:
         """Do as `stream_pair` does, and leave the event loop free; the last that is given is what became of the answer."""
         plan = await self._aplan(question, answer)
-        if not isinstance(plan, _Plan) or plan.around:
+        if not isinstance(plan, _Plan) or len(plan.pieces) != 1:
             yield await self._arun(plan)
             return
+        (asked,) = plan.pieces
+        gives = self._gives_pieces(asked)
+        if gives and asked.aside:
+            yield asked.aside
         made: list[Correction | Exception] = []
+        options: dict[str, Any] = {"ahead": ahead, "on_end": made.append, **self._options}
         try:
-            async for piece in self.aligner.astream(*plan.pieces[0], ahead=ahead, on_end=made.append, **self._options):
-                if self._gives_pieces:
+            async for piece in self.aligner.astream(asked.question, asked.text, **options):
+                if gives:
                     yield piece
         except Exception as exc:
             yield self._failed(answer, exc)
@@ -196,13 +209,20 @@ class Alignment(BaseModel):
         """Say, from its report, whether this aligner has aligned an answer before, and nobody has changed it since."""
         return bool(report.get("aligned")) and report.get("model") == self.aligner.name and is_about(report, answer)
 
+    def described(self) -> str:
+        """Say in a few words which aligner it is, and which policies are not the default."""
+        fields = type(self).model_fields
+        policies = {name: getattr(self, name) for name in (*_CHOICES, "timeout", "max_answer_tokens")}
+        told = [f"{name}={value!r}" for name, value in policies.items() if value != fields[name].default]
+        return ", ".join([repr(self.aligner), *told])
+
     def _unaligned(self, answer: str, reason: str) -> Aligned:
         """Let an answer through as it is, and say why."""
         return Aligned(answer, self._report(answer, aligned=False, changed=False, reason=reason))
 
     def _run(self, plans: Sequence[_Plan | Outcome]) -> list[Outcome]:
         """Correct what is planned, all of it together."""
-        needed = [piece for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
+        needed = [(piece.question, piece.text) for plan in plans if isinstance(plan, _Plan) for piece in plan.pieces]
         try:
             made = iter(self.aligner.correct_batch(needed, return_exceptions=True, **self._options) if needed else ())
         except Exception as exc:  # of all of them, such as a closed aligner
@@ -215,7 +235,8 @@ class Alignment(BaseModel):
         if not isinstance(plan, _Plan):
             return plan
         try:
-            return self._end(plan, await self.aligner.acorrect_batch(plan.pieces, **self._options))
+            pairs = [(piece.question, piece.text) for piece in plan.pieces]
+            return self._end(plan, await self.aligner.acorrect_batch(pairs, **self._options))
         except Exception as exc:  # `on_error` says what becomes of it
             return self._failed(plan.answer, exc)
 
@@ -245,9 +266,10 @@ class Alignment(BaseModel):
         try:
             if self.when is not None and not self.when(question, answer):
                 return self._unaligned(answer, "when")
+            parts = apart(answer)
             if self._unlimited:
-                return _Plan(question, answer, [(question, answer)])
-            return self._plan_by_length(question, answer)
+                return _Plan.of(question, answer, parts)
+            return self._plan_by_length(question, answer, parts)
         except Exception as exc:
             return self._failed(answer, exc)
 
@@ -257,10 +279,9 @@ class Alignment(BaseModel):
         on_doubt = "passthrough" if self.mode == "shadow" and self.on_doubt == "raise" else self.on_doubt
         return {"timeout": self.timeout, "strength": self.strength, "on_doubt": on_doubt}
 
-    @property
-    def _gives_pieces(self) -> bool:
-        """Whether text may be given before it is known that nothing fails."""
-        return self._raises and self.mode == "correct"
+    def _gives_pieces(self, piece: _Piece) -> bool:
+        """Whether text may be given before it is known that nothing fails. JSON is not: it must not become anything else."""
+        return self._raises and self.mode == "correct" and not breaks_json(piece.text, "")
 
     @property
     def _raises(self) -> bool:
@@ -270,13 +291,13 @@ class Alignment(BaseModel):
     def _unlimited(self) -> bool:
         return self.max_answer_tokens is None and self.on_long_answer == "raise"
 
-    def _plan_by_length(self, question: str, answer: str) -> _Plan | Outcome:
+    def _plan_by_length(self, question: str, answer: str, parts: list[tuple[str, str]]) -> _Plan | Outcome:
         limit = self.aligner.longest_answer(question)
         if self.max_answer_tokens is not None:
             limit = min(limit, self.max_answer_tokens)
-        tokens = self.aligner.count_tokens(answer)
+        tokens = sum(self.aligner.count_tokens(text) for _, text in parts)
         if tokens <= limit:
-            return _Plan(question, answer, [(question, answer)])
+            return _Plan.of(question, answer, parts)
         if self.on_long_answer == "passthrough":
             return self._unaligned(answer, f"{tokens} tokens are more than {limit}")
         if self.on_long_answer == "raise":
@@ -287,13 +308,20 @@ class Alignment(BaseModel):
         room = min(limit, self.aligner.longest_answer(_PIECE.format(question=question, before="…" * _CONTEXT)))
         if room < 1:
             raise PromptTooLongError(self.aligner.count_tokens(question), 2 * limit)
-        return _Plan.piecewise(question, answer, split(answer, room, self.aligner.count_tokens))
+        cut = [
+            (kept if not at else "", text)
+            for kept, whole in parts
+            for at, text in enumerate(split(whole, room, self.aligner.count_tokens) or [""])
+        ]
+        return _Plan.of(question, answer, cut)
 
     def _end(self, plan: _Plan, made: Sequence[Correction | Exception]) -> Outcome:
         for one in made:
             if isinstance(one, Exception):
                 return self._failed(plan.answer, one)
         correction = plan.join([one for one in made if isinstance(one, Correction)])
+        if correction.doubts and self._options["on_doubt"] == "raise":
+            return self._failed(plan.answer, DoubtError(correction.doubts))
         usage = correction.usage
         shadow = self.mode == "shadow"
         logger.info(
@@ -385,6 +413,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+def as_input_error(error: ValidationError) -> InputError:
+    """Say in one line which options pydantic refuses, and why."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for one in error.errors():
+        name = str(one["loc"][0]) if one["loc"] else "options"
+        found.setdefault(name, (one["input"], []))[1].append(one["msg"].removeprefix("Value error, "))
+    return InputError("; ".join(f"{name} is {value!r}: {', or '.join(why)}" for name, (value, why) in found.items()))
+
+
 def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Refuse options that there are not.
 
@@ -444,61 +481,107 @@ def _origin(run: Run) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """What the aligner is asked, and what stands around that in the answer.
+
+    Attributes:
+        question, text: What it is asked.
+        aside: Reasoning that stands before it, and stays as it is.
+        before, after: White space around the text, which the aligner does not see.
+    """
+
+    question: str
+    text: str
+    aside: str = ""
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
 class _Plan:
-    """How an answer goes through the aligner: as it is, or in pieces.
+    """How an answer goes through the aligner: without its reasoning, and whole or in pieces.
 
     Attributes:
         question, answer: What was given.
-        pieces: What the aligner is asked, in order.
-        around: The white space that stands before and after each piece, which the aligner does not see; empty for an
-            answer that goes through as it is.
+        pieces: What the aligner is asked, in order; none for an answer that is nothing but reasoning.
+        rest: Reasoning that stands behind the last piece.
     """
 
     question: str
     answer: str
-    pieces: list[tuple[str, str]]
-    around: list[tuple[str, str]] = field(default_factory=list)
+    pieces: list[_Piece]
+    rest: str
 
     @classmethod
-    def piecewise(cls, question: str, answer: str, texts: list[str]) -> _Plan:
-        """Ask each piece with the question and the end of what stands before it."""
-        pieces, around, before = [], [], ""
-        for text in texts:
-            core = text.strip()
-            context = _PIECE.format(question=question, before=_end_of(before))
-            pieces.append((context if before.strip() else question, core))
-            around.append((text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if core else ""))
-            before += text
-        return cls(question, answer, pieces, around)
+    def of(cls, question: str, answer: str, parts: Iterable[tuple[str, str]]) -> _Plan:
+        """Ask each text, a later one with the question and the end of what stands before it.
 
-    def join(self, corrections: list[Correction]) -> Correction:
+        Args:
+            question: The question.
+            answer: The answer.
+            parts: It in pairs of what stays as it is and a text.
+        """
+        texts, aside = [], ""
+        for kept, text in parts:
+            aside += kept
+            if text.strip():
+                texts.append((aside, text))
+                aside = ""
+            else:
+                aside += text
+        if len(texts) == 1:
+            ((kept, text),) = texts
+            return cls(question, answer, [_Piece(question, text, kept)], aside)
+        pieces, before = [], ""
+        for kept, text in texts:
+            asked = _PIECE.format(question=question, before=_end_of(before)) if before else question
+            start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+            pieces.append(_Piece(asked, text[start:end], kept, text[:start], text[end:]))
+            before += text
+        return cls(question, answer, pieces, aside)
+
+    def join(self, corrections: Sequence[Correction]) -> Correction:
         """Put the pieces' corrections together. What several pieces became alike, such as a refusal, is said once.
 
-        The whole is kept where every piece is; else it is an edit. Its score is the highest of theirs.
+        The whole is kept where every piece is; else several are an edit. Its score is the highest of theirs. What was JSON
+        stays JSON: a correction that is not is in doubt, and never goes on.
         """
-        if not self.around:
-            return corrections[0]
-        text, proposed, said, usage = "", "", set(), Usage()
-        for correction, (before, after) in zip(corrections, self.around, strict=True):
+        said: set[str] = set()
+        new = []
+        for correction in corrections:
             repeated = correction.changed and correction.corrected in said
             said.add(correction.corrected)
-            text += "" if repeated else before + correction.corrected + after
-            proposed += "" if repeated else before + _written(correction) + after
-            usage = usage + correction.usage
+            new.append(not repeated)
+        corrected = [one.corrected if shown else None for one, shown in zip(corrections, new, strict=True)]
+        written = [_written(one) if shown else None for one, shown in zip(corrections, new, strict=True)]
+        text, proposed = self._filled(corrected), self._filled(written)
+        found = tuple(dict.fromkeys(name for one in corrections for name in one.doubts))
+        if breaks_json(
+            self._filled([piece.text for piece in self.pieces], aside=False), self._filled(corrected, aside=False)
+        ):
+            text, found = self.answer, found if "structure" in found else (*found, "structure")
         ends = [one.finish_reason for one in corrections]
         verdicts = [one.verdict for one in corrections if one.verdict]
-        found = tuple(dict.fromkeys(name for one in corrections for name in one.doubts))
+        several: Verdict | None = "keep" if set(verdicts) == {"keep"} else "edit" if verdicts else None
         return Correction(
             self.question,
             self.answer,
             text,
             next((end for end in ends if end != "stop"), "stop"),
-            usage,
-            verdict="keep" if set(verdicts) == {"keep"} else "edit" if verdicts else None,
+            sum((one.usage for one in corrections), Usage()),
+            verdict=verdicts[0] if len(verdicts) == 1 else several,
             score=max((one.score for one in corrections if one.score is not None), default=None),
             doubts=found,
-            proposed=proposed if any(one.proposed is not None for one in corrections) else None,
+            proposed=proposed if proposed != text else None,
         )
+
+    def _filled(self, texts: Sequence[str | None], *, aside: bool = True) -> str:
+        """Put texts in the places of the pieces, and leave out those that are `None`; without the reasoning, if wanted."""
+        filled = "".join(
+            (piece.aside if aside else "") + ("" if text is None else piece.before + text + piece.after)
+            for piece, text in zip(self.pieces, texts, strict=True)
+        )
+        return filled + (self.rest if aside else "")
 
 
 def _written(correction: Correction) -> str:

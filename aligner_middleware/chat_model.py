@@ -86,6 +86,13 @@ class AlignedChatModel(BaseChatModel, Alignment):
             return super().__getattr__(name)  # type: ignore[misc]
         return getattr(self.llm, name)
 
+    def __repr__(self) -> str:
+        name = getattr(self.llm, "model_name", None) or getattr(self.llm, "model", None)
+        inner = f"{type(self.llm).__name__}({name!r})" if name else type(self.llm).__name__
+        return f"AlignedChatModel({inner}, {self.described()})"
+
+    __str__ = __repr__
+
     # --- generating -------------------------------------------------------------------------------------
 
     def _generate(

@@ -12,6 +12,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 
 from aligner_middleware.diff import compare
 from aligner_middleware.errors import MissingQuestionError
+from aligner_middleware.safeguards import apart
 
 M = TypeVar("M", bound=BaseMessage)
 Block = str | dict[str, Any]
@@ -72,7 +73,8 @@ def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool
         results = [text_of(turn) for turn in messages[last:] if isinstance(turn, ToolMessage)] if tool_results else []
         return "\n\n".join([question, *(f"Tool: {result}" for result in results if result)])
     kinds = (HumanMessage, AIMessage, ToolMessage) if tool_results else (HumanMessage, AIMessage)
-    said = [(turn, text_of(turn)) for turn in messages if isinstance(turn, kinds) and text_of(turn).strip()]
+    texts = [(turn, _said(turn)) for turn in messages if isinstance(turn, kinds)]
+    said = [(turn, text) for turn, text in texts if text.strip()]
     if len(said) == 1 and isinstance(said[0][0], HumanMessage):
         return said[0][1]
     return "\n\n".join(f"{_speaker(turn)}: {text}" for turn, text in said) or None
@@ -107,6 +109,11 @@ def _last_asked(messages: Sequence[BaseMessage]) -> int | None:
 def _is_summary(message: BaseMessage) -> bool:
     # LangChain's summary of earlier turns comes as a human message. It is asked only where nothing else is left.
     return message.additional_kwargs.get("lc_source") == "summarization"
+
+
+def _said(message: BaseMessage) -> str:
+    text = text_of(message)
+    return "".join(said for _, said in apart(text)).strip() if isinstance(message, AIMessage) and "<" in text else text
 
 
 def _speaker(message: BaseMessage) -> str:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
-from langchain_core.messages import BaseMessage
-from langchain_core.runnables import RunnableConfig, RunnableSerializable
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableSerializable
+from pydantic import ValidationError
 
 from aligner_middleware import question as questions
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
@@ -27,6 +29,7 @@ from aligner_middleware.alignment import (
     MissingQuestion,
     Mode,
     OnError,
+    as_input_error,
     atell,
     check_names,
     check_options,
@@ -34,11 +37,12 @@ from aligner_middleware.alignment import (
     or_raise,
     tell,
 )
-from aligner_middleware.chat_model import wrapped
+from aligner_middleware.chat_model import AlignedChatModel, wrapped
 from aligner_middleware.chunks import Gathering, aaligned_chunks, aligned_chunks, closing, is_whole, passing
 from aligner_middleware.correction import Correction
 from aligner_middleware.values import Answer, is_update, locate
 
+V = TypeVar("V", bound=str | AIMessage | Mapping[str, Any])  # what is given is what was taken, its answer aligned
 ChainRun = CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
 
 
@@ -50,10 +54,22 @@ class _Job:
     question: Asked
 
 
+class _Wrapping(Protocol):
+    """A chat model gives a chat model; one with arguments bound, retries or fallbacks, the same around one."""
+
+    @overload
+    def __call__(self, llm: BaseChatModel, aligner: Aligner | str = ..., **options: Any) -> AlignedChatModel: ...
+
+    @overload
+    def __call__(
+        self, llm: Runnable[LanguageModelInput, AIMessage], aligner: Aligner | str = ..., **options: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]: ...
+
+
 class _Wrap:
     """`AlignerRunnable.wrap(llm)`, and `AlignerRunnable(…).wrap(llm)` with what that one was given."""
 
-    def __get__(self, runnable: AlignerRunnable | None, cls: type[AlignerRunnable]) -> Callable[..., Any]:
+    def __get__(self, runnable: AlignerRunnable | None, cls: type[AlignerRunnable]) -> _Wrapping:
         def wrap(llm: Any, aligner: Aligner | str = "default", **options: Any) -> Any:
             """Put an aligner into a chat model: every answer that it gives is corrected.
 
@@ -98,7 +114,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Raises:
         TypeError: If there is no option of a name; the error has the nearest one.
-        InputError: If a value is none of an option's, with the nearest one, or contradicts another.
+        InputError: If a value is misspelt, with the nearest one that there is; out of range; or contradicts another.
         AlignerError: As `Aligner.load` does; later, on invoking, as `Aligner.correct` does.
         MissingQuestionError: On invoking, where the question is not known and `on_missing_question="raise"`.
     """
@@ -148,7 +164,10 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         }
         check_options(options)  # before an aligner is loaded
         loaded = aligner if isinstance(aligner, Aligner) else Aligner.load(aligner, **load_options)
-        super().__init__(aligner=loaded, **options)
+        try:
+            super().__init__(aligner=loaded, **options)
+        except ValidationError as exc:
+            raise as_input_error(exc) from None
         if question is None:
             questions.listen(dialogues=dialogue)
 
@@ -157,60 +176,77 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         """An aligner holds a model: it is made again, not serialized."""
         return False
 
+    @property
+    def InputType(self) -> Any:
+        """What it takes; it gives the same, see there."""
+        return str | AIMessage | dict[str, Any]
+
+    @property
+    def OutputType(self) -> Any:
+        """What it gives: text for text, a message for a message, a dict for a dict."""
+        return self.InputType
+
+    def __repr__(self) -> str:
+        return f"AlignerRunnable({self.described()})"
+
+    __str__ = __repr__
+
     # --- the runnable interface ---------------------------------------------------------------------
 
-    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+    def invoke(self, input: V, config: RunnableConfig | None = None, **kwargs: Any) -> V:
         """Correct one answer."""
-        return self._call_with_config(self._align_one, input, config, **kwargs)
+        aligned: V = self._call_with_config(self._align_one, input, config, **kwargs)
+        return aligned
 
-    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+    async def ainvoke(self, input: V, config: RunnableConfig | None = None, **kwargs: Any) -> V:
         """Correct one answer, off the event loop."""
-        return await self._acall_with_config(self._aalign_one, input, config, **kwargs)
+        aligned: V = await self._acall_with_config(self._aalign_one, input, config, **kwargs)
+        return aligned
 
     def batch(
         self,
-        inputs: list[Any],
+        inputs: list[V],
         config: RunnableConfig | list[RunnableConfig] | None = None,
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
-    ) -> list[Any]:
+    ) -> list[V]:
         """Correct several answers in one batch of the engine."""
         return self._batch_with_config(self._align, inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     async def abatch(
         self,
-        inputs: list[Any],
+        inputs: list[V],
         config: RunnableConfig | list[RunnableConfig] | None = None,
         *,
         return_exceptions: bool = False,
         **kwargs: Any,
-    ) -> list[Any]:
+    ) -> list[V]:
         """Correct several answers in one batch of the engine, off the event loop."""
         return await self._abatch_with_config(
             self._aalign, inputs, config, return_exceptions=return_exceptions, **kwargs
         )
 
-    def stream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+    def stream(self, input: V, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[V]:
         """Correct one answer and give it in pieces as they are decided."""
         yield from self.transform(iter([input]), config, **kwargs)
 
-    async def astream(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[Any]:
+    async def astream(self, input: V, config: RunnableConfig | None = None, **kwargs: Any) -> AsyncIterator[V]:
         """Correct one answer, off the event loop, and give it in pieces as they are decided."""
 
-        async def inputs() -> AsyncIterator[Any]:
+        async def inputs() -> AsyncIterator[V]:
             yield input
 
         async for piece in self.atransform(inputs(), config, **kwargs):
             yield piece
 
-    def transform(self, input: Iterator[Any], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
+    def transform(self, input: Iterator[V], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[V]:
         """Gather an answer's chunks, correct it, and give the correction in pieces."""
         yield from self._transform_stream_with_config(input, self._align_chunks, config, **kwargs)
 
     async def atransform(
-        self, input: AsyncIterator[Any], config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[Any]:
+        self, input: AsyncIterator[V], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[V]:
         """Gather an answer's chunks, correct it off the event loop, and give the correction in pieces."""
         async for piece in self._atransform_stream_with_config(input, self._aalign_chunks, config, **kwargs):
             yield piece

@@ -17,6 +17,11 @@ from operator import eq
 
 _NAMES = "think|thinking|thought|reasoning|reflection|scratchpad|analysis"
 _REASONING = re.compile(rf"<(/?)({_NAMES})(?:\s[^<>]*)?>", re.IGNORECASE)
+# Where reasoning begins inside of a text, unless the tag is in code or in quotes.
+_WITHIN = re.compile(
+    rf"(?P<code>(`{{3,}}|~{{3,}}).*?(?:\2|\Z)|`[^`\n]*`)|(?<![\"'`])<(?:{_NAMES})(?:\s[^<>]*)?>",
+    re.IGNORECASE | re.DOTALL,
+)
 _LETTER = r"[\w\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff\u0e30-\u0e4f]"  # with its marks
 _WORD = re.compile(rf"[\u3040-\u30ff\u3400-\u9fff]|{_LETTER}+(?:[.,'’-]{_LETTER}+)*")  # a sign of Han or kana is a word
 _MARKER = re.compile(r"^[ \t>#*_]*(?:(?:(?:step[ \t]+)?\d+[.):]|[-*+•])[*_]*[ \t]+)+", re.IGNORECASE | re.MULTILINE)
@@ -83,6 +88,28 @@ def set_aside(answer: str) -> tuple[str, str]:
     while (end := _reasoning_end(answer, start)) > start:
         start = end
     return answer[:start], answer[start:]
+
+
+def apart(answer: str) -> list[tuple[str, str]]:
+    """Split an answer into the reasoning in it, wherever that stands, and the texts between.
+
+    Args:
+        answer: A model's answer.
+
+    Returns:
+        Pairs of reasoning with the white space after it, and the text up to the next; joined they are the answer. The first
+        reasoning and the last text may be empty. Tags in code or in quotes are only spoken about. A block that is not
+        closed is all the rest.
+    """
+    if "<" not in answer:
+        return [("", answer)]
+    found: list[tuple[str, str]] = []
+    while answer or not found:
+        aside, text = set_aside(answer)
+        end = next((tag.start() for tag in _WITHIN.finditer(text) if not tag["code"]), len(text))
+        found.append((aside, text[:end]))
+        answer = text[end:]
+    return found
 
 
 def _reasoning_end(text: str, start: int) -> int:
@@ -172,24 +199,31 @@ def _longest_run(items: Sequence[str], period: int) -> int:
 
 def structure(answer: str, correction: str) -> bool:
     """What a program could read in the answer it can read in the correction; a whole table, fence or tag may go."""
-    return any(breaks(answer, correction) for breaks in (_breaks_json, _breaks_fences, _breaks_tables, _breaks_tags))
+    return any(breaks(answer, correction) for breaks in (breaks_json, _breaks_fences, _breaks_tables, _breaks_tags))
 
 
-def _breaks_json(answer: str, correction: str) -> bool:
-    return _is_json(answer) and not _is_json(correction)
+def breaks_json(answer: str, correction: str) -> bool:
+    """Say whether an answer is an object or array in JSON, or a fence with one, and its correction is not."""
+    if is_json(answer):
+        return not is_json(correction)
+    inside = _inside_of_fence(answer)
+    return inside != answer and is_json(inside) and not is_json(_inside_of_fence(correction))
 
 
-def _is_json(text: str) -> bool:
-    text = text.strip()
-    fenced = _FENCED.fullmatch(text)
-    inside = fenced[2].strip() if fenced else text
-    if not inside.startswith(("{", "[")):  # a word or number alone is JSON by chance
+def is_json(text: str) -> bool:
+    """Say whether a text is an object or array in JSON; a word or number alone is that by chance."""
+    if not text.lstrip().startswith(("{", "[")):
         return False
     try:
-        json.loads(inside)
+        json.loads(text)
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _inside_of_fence(text: str) -> str:
+    fenced = _FENCED.fullmatch(text.strip())
+    return fenced[2] if fenced else text
 
 
 def _breaks_fences(answer: str, correction: str) -> bool:

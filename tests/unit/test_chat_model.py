@@ -1,7 +1,7 @@
 """`AlignerRunnable.wrap(llm)`: in all but the text of its answers the inner model."""
 
 import asyncio
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 from langchain_core.caches import InMemoryCache
@@ -280,3 +280,17 @@ def test_two_aligners_in_a_row_align_once() -> None:
 
 def test_it_is_a_chat_model() -> None:
     assert isinstance(wrap(answering()), BaseChatModel)
+
+
+def test_wrap_is_typed_as_what_it_gives() -> None:
+    assert_type(AlignerRunnable.wrap(answering(), ALIGNER), AlignedChatModel)
+    assert_type(AlignerRunnable(ALIGNER).wrap(answering()), AlignedChatModel)
+    model: BaseChatModel = AlignerRunnable.wrap(answering(), ALIGNER)
+    assert isinstance(model, AlignedChatModel)
+
+
+def test_it_shows_itself_in_one_short_line() -> None:
+    model = wrap(answering(), mode="shadow")
+    assert repr(model) == str(model) == f"AlignedChatModel(Scripted('scripted'), {ALIGNER!r}, mode='shadow')"
+    nameless = wrap(FakeMessagesListChatModel(responses=[AIMessage("bad")]))
+    assert repr(nameless) == f"AlignedChatModel(FakeMessagesListChatModel, {ALIGNER!r})"

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import ConfigurableField
-from pydantic import ValidationError
 
 from aligner_middleware import (
     AlignedChatModel,
@@ -69,8 +68,12 @@ def test_a_correction_that_takes_too_long_is_given_up() -> None:
     assert slow(timeout=0.05, on_error="passthrough").invoke(answer) == answer
     assert asyncio.run(slow(timeout=0.05, fallback="Sorry.").ainvoke(answer)) == "Sorry."
     assert runnable(timeout=30).invoke("bad") == "good"
-    with pytest.raises(ValidationError):
+    with pytest.raises(InputError, match=r"^timeout is 0: Input should be greater than 0$"):
         runnable(timeout=0)
+    with pytest.raises(
+        InputError, match=r"^question is 5: Input should be a valid string, or Input should be callable$"
+    ):
+        runnable(question=5)
 
 
 async def collected(align: Any, answer: Any) -> list[Any]:

@@ -5,7 +5,7 @@ import gc
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
@@ -341,3 +341,22 @@ def joined(chunks: Any) -> Any:
     for chunk in rest:
         whole += chunk
     return whole
+
+
+def test_what_it_takes_and_gives_is_typed(align: AlignerRunnable) -> None:
+    assert align.InputType == align.OutputType == str | AIMessage | dict[str, Any]
+    kinds = align.get_input_jsonschema()["anyOf"]
+    assert [kind.get("type", kind.get("$ref")) for kind in kinds] == ["string", "#/$defs/AIMessage", "object"]
+    assert (answering() | align).get_output_jsonschema()["anyOf"] == kinds
+    given = AlignerRunnable(ALIGNER, question="Q")
+    assert_type(given.invoke("bad"), str)
+    assert_type(given.invoke(AIMessage("bad")), AIMessage)
+    assert_type(given.batch(["bad", "bad"]), list[str])
+
+
+def test_it_shows_itself_in_one_short_line() -> None:
+    assert repr(AlignerRunnable(ALIGNER)) == f"AlignerRunnable({ALIGNER!r})"
+    align = AlignerRunnable(ALIGNER, strength="high", on_error="passthrough", timeout=3, question=lambda value: "q")
+    shown = f"AlignerRunnable({ALIGNER!r}, strength='high', on_error='passthrough', timeout=3.0)"
+    assert repr(align) == str(align) == shown
+    assert shown in repr(answering() | align)

@@ -127,6 +127,7 @@ def test_what_the_answer_repeats_as_often_or_what_is_only_alike_is_no_repeat(ans
     [
         (JSON, JSON[:-1]),
         (JSON, "The name is Ann."),
+        (JSON, f"```json\n{JSON}\n```"),
         (f"```json\n{JSON}\n```", f"```json\n{JSON[1:]}\n```"),
         (f"[{JSON}, {JSON}]", f"[{JSON} {JSON}]"),
         (CODE, CODE.replace("```\n\n", "\n")),
@@ -151,7 +152,7 @@ def test_what_parsed_and_no_longer_does_is_doubted(answer: str, correction: str)
 @pytest.mark.parametrize(
     ("answer", "correction"),
     [
-        (JSON, f"```json\n{JSON}\n```"),
+        (f"```json\n{JSON}\n```", JSON),
         (JSON[:-1], "Ann."),
         ("42", "Forty-two."),
         (CODE, "I can't help with that."),

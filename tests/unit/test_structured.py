@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelCallLimitMiddleware
+from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
-from aligner_middleware import AlignerMiddleware, AlignerRunnable, question_record
+from aligner_middleware import AlignerMiddleware, AlignerRunnable, DoubtError, question_record
 from aligner_middleware.structured import asks_for_structure
 from tests.chat_models import Scripted, saying
-from tests.fakes import InstantAligner
+from tests.fakes import InstantAligner, fake_aligner
 
 UPPER = InstantAligner(lambda question, answer: answer.upper())
 JSON = '{"quote": "you fool"}'
@@ -137,3 +138,49 @@ def test_only_the_answer_that_json_was_asked_for_is_left_alone() -> None:
     assert chain.invoke("q") == [JSON, "YOU FOOL"]
     changed = saying(JSON).bind(format="json") | StrOutputParser() | RunnableLambda(lambda text: "you fool") | align
     assert changed.invoke("q") == "YOU FOOL"
+
+
+def spoiled(question: str, answer: str) -> str:
+    return answer.replace('fool"}', 'x"')
+
+
+FENCED = f"```json\n{JSON}\n```"
+THOUGHT = f"<think>hm</think>\n{JSON}"
+
+
+@pytest.mark.parametrize("answer", [JSON, f"{JSON}\n", FENCED, THOUGHT, f"[{JSON}, {JSON}]"])
+@pytest.mark.parametrize("aligner", [InstantAligner(lambda q, a: spoiled(q, a) + "!"), fake_aligner(spoiled)])
+@pytest.mark.parametrize(
+    "options", [{}, {"on_doubt": "keep"}, {"max_answer_tokens": 20, "on_long_answer": "piecewise"}]
+)
+def test_what_parses_as_json_never_becomes_what_does_not(answer: str, aligner: Any, options: dict[str, Any]) -> None:
+    align = AlignerRunnable(aligner, question="q", **options)
+    for value in (align.invoke(AIMessage(answer)), asyncio.run(align.ainvoke(AIMessage(answer)))):
+        assert value.content == answer
+        assert "structure" in value.response_metadata["aligner"]["doubts"]
+        assert value.response_metadata["aligner"]["changed"] is False
+    model = align.wrap(saying(answer))
+    assert "".join(chunk.text for chunk in model.stream("q")) == answer
+
+    async def listen() -> str:
+        return "".join([chunk.text async for chunk in model.astream("q")])
+
+    assert asyncio.run(listen()) == answer
+
+
+@pytest.mark.parametrize("answer", [JSON, FENCED, THOUGHT])
+def test_json_that_stays_json_is_corrected(answer: str) -> None:
+    align = AlignerRunnable(
+        InstantAligner(lambda question, said: said.replace("you fool", "you")), question="q", on_doubt="keep"
+    )
+    assert align.invoke(answer) == answer.replace("you fool", "you")
+    assert "".join(align.stream(answer)) == answer.replace("you fool", "you")
+
+
+def test_a_correction_that_is_no_json_raises_where_doubts_do_and_a_fallback_is_the_users_word() -> None:
+    with pytest.raises(DoubtError, match="structure"):
+        AlignerRunnable(InstantAligner(spoiled), question="q", on_doubt="raise").invoke(JSON)
+    assert AlignerRunnable(InstantAligner(spoiled), question="q", on_doubt="raise", fallback="{}").invoke(JSON) == "{}"
+    shadow = AlignerRunnable(InstantAligner(spoiled), question="q", mode="shadow").invoke(AIMessage(JSON))
+    report = shadow.response_metadata["aligner"]
+    assert (report["would_change"], report["proposed"]) == (False, spoiled("q", JSON))

@@ -90,8 +90,8 @@ class Alignment(BaseModel):
         mode: `shadow` decides and reports, and changes nothing: the answer goes on as it is, chunk by chunk where it is
             streamed, and nothing that fails is raised.
         on_error: What a failed correction becomes: `raise`, or `passthrough` (the original answer, marked as not aligned).
-        fallback: A text that replaces the answer where a correction failed, instead of raising: what `on_error="raise"`,
-            its default, would raise. It takes no `on_error="passthrough"` beside it, which would show the original.
+        fallback: A text that replaces the answer where a correction failed; nothing is raised then, since it goes before
+            `on_error="raise"`. With `on_error="passthrough"` it is refused, which would show the original answer.
         on_missing_question: What becomes of an answer whose question is not known: `raise`, or `passthrough`.
         timeout: Seconds after which a correction is given up, which `on_error` then decides on; in a stream they count
             from when the answer is there.

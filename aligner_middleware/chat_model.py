@@ -62,7 +62,8 @@ class AlignedChatModel(BaseChatModel, Alignment):
     """A chat model around another, whose answers it corrects. `AlignerRunnable.wrap` makes one.
 
     What is bound, configured or asked of it reaches the inner model, and attributes that it lacks are the inner model's
-    (`model_name`, …). Answers in a requested JSON format, and those of `with_structured_output`, are not rewritten.
+    (`model_name`, …); options that it lacks are set on the inner model. Answers in a requested JSON format, and those of
+    `with_structured_output`, are not rewritten.
 
     Attributes:
         llm: The inner model.
@@ -77,8 +78,16 @@ class AlignedChatModel(BaseChatModel, Alignment):
     def _as_the_inner_model(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("llm"), BaseChatModel):
             return values
-        check_names(cls.__name__, values, cls.model_fields)
-        return {name: getattr(values["llm"], name) for name in _INHERITED if hasattr(values["llm"], name)} | values
+        llm = values["llm"]
+        settings = {name: name for name in type(llm).model_fields}
+        settings |= {field.alias: name for name, field in type(llm).model_fields.items() if field.alias}
+        check_names(cls.__name__, values, {*cls.model_fields, *settings})
+        given = {settings[name]: value for name, value in values.items() if name not in cls.model_fields}
+        if given:  # made again, as LangChain does it for `configurable_fields`
+            made = {name: value for name, value in vars(llm).items() if name in type(llm).model_fields}
+            llm = type(llm)(**made | given)
+        own = {name: value for name, value in values.items() if name in cls.model_fields} | {"llm": llm}
+        return {name: getattr(llm, name) for name in _INHERITED if hasattr(llm, name)} | own
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the inner model has."""

@@ -12,6 +12,7 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField, RunnableBinding, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.tracers import BaseTracer, Run
+from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from aligner_middleware import AlignedChatModel, AlignerRunnable, MissingQuestionError
@@ -294,3 +295,12 @@ def test_it_shows_itself_in_one_short_line() -> None:
     assert repr(model) == str(model) == f"AlignedChatModel(Scripted('scripted'), {ALIGNER!r}, mode='shadow')"
     nameless = wrap(FakeMessagesListChatModel(responses=[AIMessage("bad")]))
     assert repr(nameless) == f"AlignedChatModel(FakeMessagesListChatModel, {ALIGNER!r})"
+
+
+def test_options_that_it_lacks_are_the_inner_models() -> None:
+    inner = ChatOpenAI(model="one", api_key="key", temperature=0.5)
+    model = AlignedChatModel(llm=inner, aligner=ALIGNER, model="two", max_tokens=7, tags=["t"])
+    assert (model.model_name, model.max_tokens, model.temperature) == ("two", 7, 0.5)
+    assert (model.tags, inner.model_name, inner.max_tokens) == (["t"], "one", None)
+    with pytest.raises(TypeError, match="takes no option 'max_token'; did you mean 'max_tokens'"):
+        AlignedChatModel(llm=inner, aligner=ALIGNER, max_token=7)

@@ -255,7 +255,8 @@ def test_whatever_holds_the_model_only_corrected_tokens_are_streamed(name: str) 
 
 
 def test_a_model_with_retries_to_which_langchain_binds_no_tools() -> None:
-    graph = create_agent(saying("RAW answer").with_retry(), [], middleware=[AlignerMiddleware(ALIGNER)])  # type: ignore[arg-type]
+    model: Any = saying("RAW answer").with_retry()
+    graph = create_agent(model, [], middleware=[AlignerMiddleware(ALIGNER)])
     assert shown(graph) == "good for why answer"
 
 
@@ -271,7 +272,7 @@ def test_a_model_with_retries_to_which_langchain_binds_no_tools() -> None:
     ],
 )
 def test_the_model_that_a_config_chooses_is_corrected(name: str, config: dict[str, str]) -> None:
-    graph = create_agent(MODELS[name](), [], middleware=[AlignerMiddleware(ALIGNER)])
+    graph: Any = create_agent(MODELS[name](), [], middleware=[AlignerMiddleware(ALIGNER)])
     said = graph.stream(ASK, {"configurable": config}, stream_mode="messages")
     assert "".join(chunk.text for chunk, _ in said) == "good for why other"
     model = AlignerRunnable(ALIGNER).wrap(MODELS[name]())
@@ -285,11 +286,17 @@ def test_the_model_that_a_config_chooses_is_corrected(name: str, config: dict[st
 
 def test_what_no_aligner_can_be_put_into_is_refused_before_it_is_called() -> None:
     called: list[Any] = []
-    routed = Routed(lambda messages: called.append(messages) or AIMessage("RAW"))
+
+    def reply(messages: Any) -> AIMessage:
+        called.append(messages)
+        return AIMessage("RAW")
+
+    routed: Any = Routed(reply)
+    graph: Any = create_agent(routed, [], middleware=[AlignerMiddleware(ALIGNER)])
     with pytest.raises(TypeError, match="not a Routed"):
-        create_agent(routed, [], middleware=[AlignerMiddleware(ALIGNER)]).invoke(ASK)  # type: ignore[arg-type]
+        graph.invoke(ASK)
     assert not called
-    graph = create_agent(routed, [], middleware=[AlignerMiddleware(ALIGNER, raw_streaming=True)])  # type: ignore[arg-type]
+    graph = create_agent(routed, [], middleware=[AlignerMiddleware(ALIGNER, raw_streaming=True)])
     assert last(graph.invoke(ASK)).content == "good for why"
 
 

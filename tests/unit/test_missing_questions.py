@@ -21,7 +21,7 @@ TALK = [HumanMessage("What plant is on my picture?"), AIMessage("Show me."), IMA
 
 
 def agent(**options: Any) -> Runnable[Any, Any]:
-    graph = create_agent(saying("a fern"), [], middleware=[AlignerMiddleware(ALIGNER, **options)])
+    graph: Any = create_agent(saying("a fern"), [], middleware=[AlignerMiddleware(ALIGNER, **options)])
 
     async def asynchronously(messages: list[BaseMessage]) -> Any:
         return (await graph.ainvoke({"messages": messages}))["messages"][-1]

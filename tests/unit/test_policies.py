@@ -300,7 +300,7 @@ def test_a_fallback_replaces_an_answer_whose_correction_failed(around: str) -> N
     align = AlignerRunnable(
         Failing(lambda question, answer: answer), question="Q", fallback="Sorry.", keep_original=True
     )
-    chain = align if around == "runnable" else align.wrap(saying("bad"))
+    chain: Any = align if around == "runnable" else align.wrap(saying("bad"))
     assert isinstance(chain, BaseChatModel) == (around == "wrapped model")
     value = AIMessage("bad") if around == "runnable" else "bad"
     message = chain.invoke(value)

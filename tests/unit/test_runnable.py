@@ -188,7 +188,7 @@ def test_tool_calls_pass_through_and_blocks_stay(align: AlignerRunnable) -> None
 
 def test_what_is_no_answer_is_refused(align: AlignerRunnable) -> None:
     with pytest.raises(InputError, match="right of the model"):
-        align.invoke(42)
+        align.invoke(42)  # type: ignore[type-var]
 
 
 def test_ten_thousand_calls_leave_a_bounded_record(align: AlignerRunnable) -> None:
@@ -331,7 +331,7 @@ def test_an_aligned_message_is_aligned_again_once_its_text_was_changed(content: 
     assert align.invoke(edited).text == "good for Q, as a translator has it"
     other = AlignerRunnable(fake_aligner(lambda question, answer: "never"), question="Q")
     assert other.invoke(first) is first  # of the same name
-    streamed = joined(align.stream(AIMessageChunk("bad")))
+    streamed = joined(align.stream(AIMessageChunk(content="bad")))
     assert align.invoke(streamed) is streamed
     assert align.invoke(streamed.model_copy(update={"content": "bad"})).text == "good for Q"
 

@@ -107,10 +107,10 @@ def test_what_is_given_in_a_call_goes_before_what_a_model_is_made_with() -> None
     made = kept(response_format={"type": "json_object"})
     assert AlignerRunnable(UPPER).wrap(made).invoke("q").content == JSON
     assert AlignerRunnable(UPPER).wrap(made).invoke("q", response_format={"type": "text"}).content == JSON.upper()
-    openai = ChatOpenAI(model="m", api_key="k", model_kwargs={"response_format": {"type": "json_object"}})  # type: ignore[arg-type]
+    openai = ChatOpenAI(model="m", api_key="k", model_kwargs={"response_format": {"type": "json_object"}})
     assert asks_for_structure(vars(openai))
-    assert not asks_for_structure(vars(ChatOpenAI(model="m", api_key="k")))  # type: ignore[arg-type]
-    assert asks_for_structure(vars(openai), openai.bind(response_format=Quote).kwargs)  # type: ignore[attr-defined]
+    assert not asks_for_structure(vars(ChatOpenAI(model="m", api_key="k")))
+    assert asks_for_structure(vars(openai), openai.bind(response_format=Quote).kwargs)
 
 
 @pytest.mark.parametrize("raw_streaming", [False, True])
@@ -120,14 +120,15 @@ def test_an_agent_whose_model_is_asked_for_json(asked: str, raw_streaming: bool)
         def wrap_model_call(self, request: Any, handler: Any) -> Any:
             return handler(request.override(model_settings=ASKED[asked]))
 
-    ask = {"messages": [("user", "q")]}
+    ask: Any = {"messages": [("user", "q")]}
+    model: Any = saying(JSON).bind(**ASKED[asked])
     align = AlignerMiddleware(UPPER, raw_streaming=raw_streaming)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bound = create_agent(saying(JSON).bind(**ASKED[asked]), [], middleware=[align])  # type: ignore[arg-type]
-        assert bound.invoke(ask)["messages"][-1].content == JSON  # type: ignore[arg-type]
+        bound = create_agent(model, [], middleware=[align])
+        assert bound.invoke(ask)["messages"][-1].content == JSON
         settings = create_agent(saying(JSON), [], middleware=[Settings(run_limit=9), align])
-        assert settings.invoke(ask)["messages"][-1].content == JSON  # type: ignore[arg-type]
+        assert settings.invoke(ask)["messages"][-1].content == JSON
 
 
 def test_only_the_answer_that_json_was_asked_for_is_left_alone() -> None:

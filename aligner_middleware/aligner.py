@@ -21,15 +21,14 @@ from typing import Any, Literal, Self, get_args, overload
 import numpy as np
 
 from aligner_middleware.artifact import (
-    ARTIFACT_FILE,
     LEVELS,
     MODEL_FILE,
-    TOKENIZER_FILE,
     Artifact,
     Calibration,
     Level,
     Precision,
     cached_folder,
+    exported_folder,
 )
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.edits import apply
@@ -44,6 +43,7 @@ from aligner_middleware.errors import (
     MissingExtraError,
     PromptTooLongError,
 )
+from aligner_middleware.files import is_folder
 from aligner_middleware.prompt import (
     VERDICTS,
     PromptTemplate,
@@ -218,7 +218,7 @@ class Aligner:
 
         Raises:
             ArtifactError: If an exported folder is incomplete or altered.
-            BuildError: If the checkpoint cannot be had or exported.
+            BuildError: If the checkpoint cannot be had or exported, or the cache not written.
             MissingExtraError: If it would have to be built and `[build]` is not installed.
         """
         model = str(model)
@@ -230,10 +230,9 @@ class Aligner:
             raise InputError(f"engine is {engine!r}, expected 'onnx' or 'torch'")
         from aligner_middleware.engine.onnx import OnnxModel
 
-        folder = _exported_folder(model, precision, prompt)
-        artifact = Artifact.load(folder)
+        folder, artifact = _exported(model, precision, prompt)
         session = OnnxModel(folder / MODEL_FILE, artifact, providers=providers, threads=threads)
-        tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE, tiktoken=artifact.tiktoken)
+        tokenizer = artifact.tokenizer(folder)
         template = artifact.template if prompt is None else resolve_template(prompt)
         content = repr((sorted(artifact.files.items()), artifact.calibration))
         options |= {"revision": hashlib.sha256(content.encode()).hexdigest()[:12], "calibration": artifact.calibration}
@@ -246,7 +245,7 @@ class Aligner:
     def _load_torch(
         cls, model: str, precision: Precision, prompt: str | PromptTemplate | None, options: Any
     ) -> Aligner:
-        if (Path(model) / ARTIFACT_FILE).is_file():
+        if exported_folder(model) is not None:
             raise ArtifactError(
                 f"{model} is an exported folder: engine='torch' runs the checkpoint that it was exported from, give that"
             )
@@ -887,20 +886,21 @@ def _check_text(what: str, text: str) -> None:
         ) from exc
 
 
-def _exported_folder(model: str, precision: Precision, prompt: str | PromptTemplate | None) -> Path:
+def _exported(model: str, precision: Precision, prompt: str | PromptTemplate | None) -> tuple[Path, Artifact]:
     """Find or build the folder to serve from."""
-    if (Path(model) / ARTIFACT_FILE).is_file():
-        return Path(model)
-    if not _can_build():
-        return _already_built(model, precision, prompt)
-    from aligner_middleware.build import build_cached
+    folder = exported_folder(model)
+    if folder is None and not _can_build():
+        folder = _already_built(model, precision, prompt)
+    if folder is not None:
+        return folder, Artifact.load(folder)
+    from aligner_middleware.build import load_cached
 
-    return build_cached(model, precision, prompt)
+    return load_cached(model, precision, prompt)
 
 
 def _already_built(model: str, precision: Precision, prompt: str | PromptTemplate | None) -> Path:
     folder = cached_folder(model, precision, prompt)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise MissingExtraError(
             f"aligner {model!r} has not been built for {precision} on this machine; building it "
             f"(aligner export {model} --precision {precision})",

@@ -25,7 +25,16 @@ from typer.core import TyperGroup
 
 from aligner_middleware import __version__, progress
 from aligner_middleware.aligner import Aligner, OnDoubt, Strength
-from aligner_middleware.artifact import ARTIFACT_FILE, DEFAULT_FOLDER, LEVELS, Artifact, Precision, cached_folder, home
+from aligner_middleware.artifact import (
+    ARTIFACT_FILE,
+    DEFAULT_FOLDER,
+    LEVELS,
+    Artifact,
+    Precision,
+    cached_folder,
+    exported_folder,
+    home,
+)
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
 from aligner_middleware.files import fingerprint, write_lines, write_text
@@ -186,7 +195,7 @@ def export(
         raise MissingExtraError("aligner export", "build") from exc
     with progress.steps(f"export {model}", len(STEPS)) as report:
         if out is None:
-            folder = build_cached(model, _precision(precision), template, report)
+            folder = build_cached(model, _precision(precision), template, report, tried=True)
         else:
             folder = out
             export_folder(model, out, _precision(precision), template, fused=fused, report=report)
@@ -879,7 +888,7 @@ def _strength(value: str) -> Strength:
 
 def _aligner_folder(model: str, precision: str) -> Path:
     """The exported folder of a model: itself, or in the cache."""
-    return Path(model) if (Path(model) / ARTIFACT_FILE).is_file() else cached_folder(model, _precision(precision))
+    return exported_folder(model) or cached_folder(model, _precision(precision))
 
 
 def _corrected(
@@ -1003,7 +1012,7 @@ def _print_artifact(folder: Path, as_json: bool) -> None:
     megabytes = sum((folder / name).stat().st_size for name in artifact.files) / 1e6
     table.add_row("folder", str(folder))
     table.add_row("size", f"{megabytes:.0f} MB, {artifact.precision}, {artifact.graph} graph")
-    table.add_row("base", f"{artifact.base.source} {next(iter(artifact.base.sha256.values()))[:12]}")
+    table.add_row("base", f"{artifact.base.source} {next(iter(artifact.base.sha256.values()), '')[:12]}")
     table.add_row("prompt", artifact.template.name)
     if artifact.parity:
         parity = artifact.parity

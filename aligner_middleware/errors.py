@@ -7,7 +7,7 @@ AlignerError
 ├── DoubtError               a correction that a safeguard objects to
 ├── MissingQuestionError     it is not known which question an answer belongs to
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
-├── BuildError               a checkpoint that cannot be found, exported or trusted after export
+├── BuildError               a checkpoint that cannot be found, exported or trusted, or a folder that cannot be written
 ├── DataError                a training row that cannot be read (carries file and line)
 ├── UpstreamError            a chat model that failed on some prompts
 ├── ClosedError              an aligner that was closed
@@ -93,7 +93,7 @@ class ArtifactError(AlignerError):
 
 
 class BuildError(AlignerError):
-    """A checkpoint that cannot be found, exported, or trusted after export."""
+    """A checkpoint that cannot be found, exported, or trusted after export; a folder that cannot be written."""
 
 
 class DataError(AlignerError):

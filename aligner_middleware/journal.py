@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,11 +42,12 @@ class Journal:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(alone(self.path))
-            whole = self._read()
-            if whole == 0:
-                self._write({"settings": self._settings}, fresh=True)
-            elif whole < self.path.stat().st_size:
-                os.truncate(self.path, whole)
+            with self._naming():
+                whole = self._read()
+                if whole == 0:
+                    self._write({"settings": self._settings}, fresh=True)
+                elif whole < self.path.stat().st_size:
+                    os.truncate(self.path, whole)
             self._held = stack.pop_all()
         return self
 
@@ -64,29 +65,40 @@ class Journal:
             self.done[key] = value
 
     def remove(self) -> None:
-        """Delete the file, when the job's result is elsewhere."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file, when the job's result is elsewhere.
+
+        Raises:
+            DataError: If it cannot be deleted.
+        """
+        with self._naming():
+            self.path.unlink(missing_ok=True)
 
     def _read(self) -> int:
         """Take up what is there, and say how many bytes of it are whole lines."""
         if not self.path.exists():
             return 0
         whole = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):
-                break
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 row = json.loads(line)
-            except ValueError as exc:
+                if number > 1:
+                    self.done[row["key"]] = row["value"]
+                settings = row["settings"] if number == 1 else self._settings
+            except (ValueError, KeyError, TypeError, RecursionError) as exc:
                 raise DataError(
-                    str(self.path), number, f"is no journal of this job: {exc}; delete it to start anew"
+                    str(self.path), number, f"is no journal of this job: {exc!r}; delete it to start anew"
                 ) from exc
-            if number == 1:
-                self._check(row.get("settings"))
-            else:
-                self.done[row["key"]] = row["value"]
-            whole += len(line)
+            self._check(settings)
+            whole += len(line) + 1
         return whole
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn errors of the file system into one that names the file."""
+        try:
+            yield
+        except OSError as exc:
+            raise DataError(str(self.path), 1, f"cannot be read or written: {exc.strerror or exc}") from exc
 
     def _check(self, settings: Any) -> None:
         if settings == self._settings:
@@ -101,14 +113,15 @@ class Journal:
 
     def _write(self, row: Mapping[str, Any], *, fresh: bool = False) -> None:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-        size = 0 if fresh or not self.path.exists() else self.path.stat().st_size
+        size = 0
         try:
+            size = 0 if fresh or not self.path.exists() else self.path.stat().st_size
             with self.path.open("wb" if fresh else "ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as exc:
-            if self.path.exists():
+            with suppress(OSError):  # a torn last line is dropped when it is read, too
                 os.truncate(self.path, size)
             raise DataError(
                 str(self.path), 1, f"cannot be written: {exc.strerror or exc}; what was done stays"

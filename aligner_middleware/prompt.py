@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aligner_middleware.edits import Operation, split_sentences
 from aligner_middleware.errors import BuildError
@@ -19,6 +19,7 @@ from aligner_middleware.tokenizer import Tokenizer
 
 Verdict = Literal["keep", "edit", "rewrite"]
 VERDICTS: tuple[Verdict, ...] = ("keep", "edit", "rewrite")
+SpecialToken = Annotated[str, Field(min_length=1, max_length=200)]
 
 _PLACEHOLDER = re.compile(r"\{question\}|\{answer\}")
 # Special tokens that chat templates, trainers and tokenizers use themselves.
@@ -47,13 +48,13 @@ class PromptTemplate(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    text: str
-    special_tokens: tuple[str, ...] = ()
+    name: str = Field(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
+    text: str = Field(max_length=100_000)
+    special_tokens: tuple[SpecialToken, ...] = Field(default=(), max_length=100)
     bos: bool = True
-    end_token: str | None = None
-    verdicts: tuple[str, str, str] | None = None
-    mark: str | None = None
+    end_token: SpecialToken | None = None
+    verdicts: tuple[SpecialToken, SpecialToken, SpecialToken] | None = None
+    mark: SpecialToken | None = None
 
     @model_validator(mode="after")
     def _has_both_placeholders(self) -> Self:

@@ -25,11 +25,13 @@ from aligner_middleware.errors import DataError
 from aligner_middleware.evaluation.health import Health, StopRules, examine
 from aligner_middleware.evaluation.report import finite
 from aligner_middleware.evaluation.verdicts import PairJudge
-from aligner_middleware.files import alone, lines_of, write_lines, write_text
+from aligner_middleware.files import FolderKind, alone, check_ours, lines_of, write_lines, write_text
 from aligner_middleware.preferences import make_preferences
 from aligner_middleware.prompts import Prompt, digest
 from aligner_middleware.training.config import PolicyConfig
-from aligner_middleware.training.policy import Policy, speaks_chat, train_policy
+from aligner_middleware.training.policy import Policy, remove_run, speaks_chat, train_policy
+
+_RUN = FolderKind("a run of aligner rounds", "rounds.json", ("*", "*/"))  # it may hold more: nothing is deleted
 
 Report = Callable[[str, int, int], None]
 
@@ -110,7 +112,7 @@ def run_rounds(
     Raises:
         DataError: If the folder is another run's, if a set of prompts is empty or a prompt in both, or if a file cannot be
             read or written.
-        BuildError: If the base model cannot be had.
+        BuildError: If the base model cannot be had, or the folder holds something else than a run.
         UpstreamError: If the judge fails; what is done stays.
     """
     config, rules = config or PolicyConfig(), rules or StopRules()
@@ -228,6 +230,7 @@ def _learn(folder: Path, number: int, config: PolicyConfig, fixed: bool, report:
     """Train the next policy."""
     adapter = folder / f"round-{number}" / "adapter"
     if adapter.is_dir():
+        remove_run(adapter)
         return
     source = folder / f"round-{1 if fixed else number}"
     rows = _rows(source / "preferences.jsonl")
@@ -271,11 +274,15 @@ def _adapter(folder: Path, number: int) -> Path | None:
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Make a run's folder, or see that the one that is there is this run's."""
+    check_ours(folder, _RUN)
     path = folder / "rounds.json"
     if not path.is_file():
         write_text(path, json.dumps(settings, indent=2))
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as exc:
+        raise DataError(str(path), 1, f"is not what rounds wrote: {exc}; name another folder") from exc
     now = json.loads(json.dumps(settings))
     names = sorted(name for name in {*known, *now} if known.get(name) != now.get(name))
     if names:

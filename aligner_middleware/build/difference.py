@@ -6,6 +6,7 @@ stored as planes of bits, 8 weights a byte. What is small (norms, single rows of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aligner_middleware.errors import BuildError
+from aligner_middleware.errors import ArtifactError, BuildError
 
 if TYPE_CHECKING:
     import torch
 
 DIFFERENCE_FILE = "difference.safetensors"
 
+_FORMAT, _VERSION = "aligner difference", 1
 _GROUP = 128  # weights that share a scale
 _SMALL = 2**16  # weights; below, float16 costs nothing worth saving
 _SEARCH = (
@@ -73,7 +75,7 @@ def save_difference(
         stored[f"{name}:planes"] = np.stack([np.packbits((codes >> bit) & 1) for bit in range(bits)])
         whole += float((groups**2).sum())
         lost += float(((_values(codes, bits) * scales.astype(np.float16).astype(np.float32) - groups) ** 2).sum())
-    save_file(stored, path, metadata={"format": "aligner difference 1"})
+    save_file(stored, path, metadata={"format": f"{_FORMAT} {_VERSION}"})
     return 1 - lost / whole if whole else 1.0
 
 
@@ -81,26 +83,84 @@ def add_difference(model: Any, path: Path) -> None:
     """Add a stored difference to the base model in place.
 
     Raises:
+        ArtifactError: If the file is damaged, or was written by a newer version.
         BuildError: If it is not of this base: a weight is missing, or has another shape.
     """
     import torch
-    from safetensors.numpy import load_file
 
-    parts: dict[str, dict[str, NDArray[Any]]] = {}
-    for key, value in load_file(path).items():
-        name, _, part = key.rpartition(":")
-        parts.setdefault(name, {})[part] = value
+    parts = _read(path)
     weights = dict(model.named_parameters())
     for name, stored in parts.items():
         if name not in weights:
-            raise BuildError(f"{path} does not fit its base model, which has no weights {name!r}")
-        shape = list(weights[name].shape)
-        expected = stored["shape"].tolist()
-        if expected != shape:
-            raise BuildError(f"{path} does not fit its base model at {name!r}, of shape {shape}: it is for {expected}")
+            raise BuildError(f"{path} does not fit its base model, which has no weights {name[:100]!r}")
+        shape = tuple(weights[name].shape)
+        found = stored["shape"].tolist() if "shape" in stored else None
+        if found != list(shape):
+            raise BuildError(
+                f"{path} does not fit its base model at {name!r}, of shape {list(shape)}: it is for {str(found)[:100]}"
+            )
+        _check(stored, shape, f"{path} cannot be used ({name}", ": train the aligner again")
     for name, stored in parts.items():
         with torch.no_grad():
             weights[name] += torch.from_numpy(_restored(stored, weights[name].shape)).to(weights[name].dtype)
+
+
+def _read(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
+    """Read the parts of each weight's difference, by its name and theirs."""
+    from safetensors import safe_open
+
+    parts: dict[str, dict[str, NDArray[Any]]] = {}
+    try:
+        with safe_open(path, "numpy") as file:
+            kind, _, version = (file.metadata() or {}).get("format", "").rpartition(" ")
+            if kind == _FORMAT and version.isdecimal() and int(version[:9]) > _VERSION:
+                raise ArtifactError(
+                    f"{path} was written by a newer version of aligner-middleware (its format is {version[:9]}, this one "
+                    f"reads up to {_VERSION}): pip install --upgrade aligner-middleware"
+                )
+            if (kind, version) != (_FORMAT, str(_VERSION)):
+                raise ArtifactError(f"{path} cannot be used (format: it is not a difference): train the aligner again")
+            for key in file.keys():  # noqa: SIM118  # it is no mapping
+                name, _, part = key.rpartition(":")
+                parts.setdefault(name, {})[part] = file.get_tensor(key)
+    except ArtifactError:
+        raise
+    except Exception as exc:  # safetensors raises its own class, without a common base, and numpy for unknown types
+        raise ArtifactError(f"{path} cannot be used ({str(exc)[:300]}): train the aligner again") from exc
+    return parts
+
+
+def _check(parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...], before: str, after: str) -> None:
+    """See that the parts of a difference are of the sizes that its shape asks for.
+
+    Raises:
+        ArtifactError: If they are not; the message stands between `before` and `after`.
+    """
+    groups = -(-math.prod(shape) // _GROUP)
+    rows = parts["rows"].size if "rows" in parts else 0
+    planes = parts["planes"].shape[:1] if "planes" in parts else ()
+    forms = {
+        "rows": ("iu", (rows,)),
+        "values": ("f", (rows, *shape[1:])),
+        "scales": ("f", (groups, 1)),
+        "planes": ("u", (*planes, groups * _GROUP // 8)),
+    }
+    names = parts.keys() - {"shape"}
+    if names not in ({"rows", "values"}, {"scales", "planes"}):
+        raise ArtifactError(f"{before}: it has the parts {str(sorted(names))[:100]}){after}")
+    for name in sorted(names):
+        kinds, expected = forms[name]
+        part = parts[name]
+        if part.dtype.kind not in kinds or part.shape != expected:
+            raise ArtifactError(f"{before}:{name}: {part.dtype} of shape {part.shape}, expected {expected}){after}")
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            raise ArtifactError(f"{before}:{name}: a number is not finite){after}")
+    if rows and not 0 <= parts["rows"].min() <= parts["rows"].max() < shape[0]:
+        raise ArtifactError(
+            f"{before}:rows: from {parts['rows'].min()} to {parts['rows'].max()}, of {shape[0]}){after}"
+        )
+    if planes and not 1 <= planes[0] <= 8:
+        raise ArtifactError(f"{before}:planes: {planes[0]} bits, expected 1 to 8){after}")
 
 
 def _restored(parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...]) -> Floats:

@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, GraphKind, Precision, Weights, sha256
+from aligner_middleware.artifact import (
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    Artifact,
+    GraphKind,
+    Precision,
+    Weights,
+    folder_of,
+    sha256,
+)
 from aligner_middleware.build import parity
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.build.fuse import NotFusable, fuse
@@ -61,7 +70,7 @@ def export(
 
     Args:
         checkpoint: What to export.
-        out: The folder.
+        out: The folder; the one around it gets temporary files.
         precision: Of the weights.
         fused: Whether to fuse what can be fused.
         report: Called with each of `STEPS` as it begins.
@@ -75,7 +84,8 @@ def export(
     network = checkpoint.load()
     config = network.config.to_dict()
     report(STEPS[1])
-    with tempfile.TemporaryDirectory() as scratch:
+    # Beside `out`, where there is as much room as for the rest, and where a killed process leaves nothing for ever.
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         _by_optimum(network, checkpoint, Path(scratch))
         report(STEPS[2])
         for wanted, weights in _attempts(precision, fused):
@@ -104,7 +114,7 @@ def export(
     (out / TOKENIZER_FILE).write_bytes((checkpoint.folder / TOKENIZER_FILE).read_bytes())
     heads = config["num_attention_heads"]
     artifact = Artifact(
-        name=checkpoint.name,
+        name=_name(checkpoint.name),
         template=checkpoint.template,
         precision=precision,
         graph=kind,
@@ -126,6 +136,13 @@ def export(
     )
     artifact.save(out)
     return artifact
+
+
+def _name(model: str) -> str:
+    """What to call an aligner wherever it is served: not by the path that it had here."""
+    folder = folder_of(model) if model != "default" else None
+    name = model if folder is None else folder.resolve().name
+    return "".join(char if char.isprintable() else "?" for char in name)[:300] or "aligner"
 
 
 def _by_optimum(network: PreTrainedModel, checkpoint: Checkpoint, scratch: Path) -> None:

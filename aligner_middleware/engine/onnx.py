@@ -68,6 +68,7 @@ class OnnxModel:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = _session(path, options, _providers(providers, artifact))
+        artifact.check_graph(path, {value.name: value.shape for value in self._session.get_inputs()})
         inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._inputs = frozenset(inputs)
         self._dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.artifact import ARTIFACT_FILE, Artifact, Calibration, Level
+from aligner_middleware.artifact import Artifact, Calibration, Level
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.detection import (
     Auc,
@@ -261,11 +261,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
         ArtifactError: If it is no intact aligner folder.
         DataError: If it cannot be written.
     """
-    artifact = Artifact.load(folder).model_copy(update={"calibration": calibration})
-    try:
-        artifact.save(folder)
-    except OSError as exc:
-        raise DataError(str(folder / ARTIFACT_FILE), 1, f"cannot be written: {exc.strerror or exc}") from exc
+    Artifact.load(folder).model_copy(update={"calibration": calibration}).save(folder)
 
 
 def draw_calibration(measured: Sequence[Measured], report: CalibrationReport, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,11 +19,14 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from aligner_middleware.build.base import base_folder
-from aligner_middleware.build.cache import write_folder
 from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
 from aligner_middleware.errors import BuildError
+from aligner_middleware.files import FolderKind, check_ours, disk_errors, remove_folder, sweep, write_folder, write_text
 from aligner_middleware.training.config import POLICY_LEARNING_RATES, PolicyConfig
 from aligner_middleware.training.trainer import Report, Reporter, bfloat16, last_checkpoint, lora, trainable
+
+_ADAPTER = FolderKind("a policy's adapter", ADAPTER_CONFIG_FILE, (ADAPTER_FILE,))
+_RUN = FolderKind("a policy's unfinished training", "run.json", ("*", "*/"))  # trl may write there what it likes
 
 
 class Policy:
@@ -164,14 +166,36 @@ def train_policy(
         config: How it is trained.
         start: Adapter of the round before, which DPO also takes as its reference; `None` for the base model itself.
         report: Called after every step.
+
+    Raises:
+        BuildError: If the base model cannot be had, or the folder holds something else or cannot be written.
     """
+    with disk_errors(out, "free some space, and repeat the command to go on"):
+        _train_policy(rows, out, config, start, report)
+
+
+def remove_run(out: Path) -> None:
+    """Remove what a killed process may have left beside an adapter that is whole."""
+    sweep(out.parent)
+    remove_folder(_run_of(out), _RUN)
+
+
+def _run_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.run")
+
+
+def _train_policy(
+    rows: Sequence[dict[str, Any]], out: Path, config: PolicyConfig, start: Path | None, report: Report
+) -> None:
     disable_progress_bars()
     set_seed(config.seed)
     folder, _ = base_folder(config.base)
     half = bfloat16(config.bfloat16)
     shape = lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
     network = trainable(folder, shape, start, half)
-    run = out.with_name(f".{out.name}.run")
+    run = _run_of(out)
+    check_ours(run, _RUN)
+    write_text(run / "run.json", "{}")
     settings: dict[str, Any] = {
         "output_dir": str(run),
         "num_train_epochs": config.epochs,
@@ -212,8 +236,8 @@ def train_policy(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the trainer's own way to count tokens
         trainer.train(resume_from_checkpoint=checkpoint)
-    write_folder(out, lambda made: _publish(network, config.base, made))
-    shutil.rmtree(run, ignore_errors=True)
+    write_folder(out, lambda made: _publish(network, config.base, made), _ADAPTER)
+    remove_run(out)
 
 
 def _publish(network: PeftModel, base: str, out: Path) -> None:

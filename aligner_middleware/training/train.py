@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -31,17 +32,30 @@ from transformers import (
 
 from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights
 from aligner_middleware.build.base import base_folder
-from aligner_middleware.build.cache import write_folder
 from aligner_middleware.build.checkpoint import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    CHECKPOINT_FILES,
     RECIPE_FILE,
+    RECIPE_VERSION,
+    TRAINED,
     Checkpoint,
     end_token_ids,
     open_checkpoint,
+    read_recipe,
 )
 from aligner_middleware.build.difference import DIFFERENCE_FILE, save_difference
 from aligner_middleware.errors import BuildError, DataError
+from aligner_middleware.files import (
+    FolderKind,
+    alone,
+    check_ours,
+    check_replaceable,
+    disk_errors,
+    remove_folder,
+    write_folder,
+    write_text,
+)
 from aligner_middleware.prompt import (
     TEMPLATES,
     VERDICTS,
@@ -95,8 +109,10 @@ class Recipe(BaseModel):
         losses: Mean loss of the last steps of each stage, and on the held-out rows after it, in nats a token.
         devices: Processes that took part; a step has `batch_size * accumulation * devices` rows.
         versions: Of the tools.
+        format_version: Of this file.
     """
 
+    format_version: int = RECIPE_VERSION
     config: TrainConfig
     template: PromptTemplate
     base: BaseWeights
@@ -126,7 +142,8 @@ def train(
     Args:
         triples: Rows to train on.
         out: Folder to write to: `adapter_model.safetensors` (float16) and `adapter_config.json`, a whole checkpoint, or
-            `difference.safetensors`; and `training.json`. It appears when the run is over, and replaces what stood there.
+            `difference.safetensors`; and `training.json`. It appears when the run is over, and replaces a trained aligner,
+            but nothing else.
         config: Settings of the run.
         held_out: Rows that are only scored.
         logs: Folder for TensorBoard's logs.
@@ -136,13 +153,32 @@ def train(
         What was written to `training.json`.
 
     Raises:
-        BuildError: If the base model cannot be had, lacks a special token of the template, or if an unfinished run with
-            other rows or settings lies in the way.
-        DataError: If no row is short enough to be trained on.
+        BuildError: If the base model cannot be had, lacks a special token of the template; if `out` holds something else,
+            or an unfinished run with other rows or settings lies in the way; or if they cannot be written.
+        DataError: If no row is short enough to be trained on, or another process trains to `out`.
     """
-    config = config or TrainConfig()
-    set_seed(config.seed)
     process = PartialState(cpu=not torch.cuda.is_available())
+    out = out.resolve()
+    run = out.with_name(f".{out.name}.run")
+    with ExitStack() as stack:
+        if process.is_main_process:
+            check_replaceable(out, TRAINED)
+            stack.enter_context(alone(run))
+        stack.enter_context(disk_errors(run, "free some space, and repeat the command to go on"))
+        return _train(triples, out, run, config or TrainConfig(), held_out, logs, report)
+
+
+def _train(
+    triples: Sequence[Triple],
+    out: Path,
+    run: Path,
+    config: TrainConfig,
+    held_out: Sequence[Triple],
+    logs: Path | None,
+    report: Report,
+) -> Recipe:
+    set_seed(config.seed)
+    process = PartialState()
     with process.main_process_first():
         folder, weights = base_folder(config.base)
         start = _start(config, weights)
@@ -171,7 +207,6 @@ def train(
         _Rows("warm_up", config.warm_up, encode_copies(triples), encode_copies(held_out), None),
         _Rows("correction", config.correction, mixed, encode(held_out), verdicts),
     ]
-    run = out.with_name(f".{out.name}.run")
     with process.main_process_first():
         _claim(run, config, stages)
     losses: dict[str, float] = {}
@@ -200,13 +235,14 @@ def train(
     )
     if process.is_main_process:
         final = trained
-        write_folder(out, lambda made: _publish(final, folder, recipe, made))
-        shutil.rmtree(run)
+        write_folder(out, lambda made: _publish(final, folder, recipe, made), TRAINED)
+        remove_folder(run, _RUN)
     process.wait_for_everyone()
     return recipe
 
 
 _RUN_FILE = "run.json"
+_RUN = FolderKind("an unfinished training run", _RUN_FILE, ("warm_up/", "correction/"))
 _DONE = "done.json"
 _WEIGHTS = "weights"
 
@@ -230,8 +266,8 @@ def _start(config: TrainConfig, base: BaseWeights) -> Checkpoint | None:
         raise BuildError("start= needs method 'full' or 'difference': an adapter is trained on its base model")
     checkpoint = open_checkpoint(config.start, config.template)
     made_of = checkpoint.weights.sha256
-    if checkpoint.adapter is None and (recipe := checkpoint.folder / RECIPE_FILE).is_file():
-        made_of = json.loads(recipe.read_text(encoding="utf-8"))["base"]["sha256"]  # trained by us in full
+    if checkpoint.adapter is None and (checkpoint.folder / RECIPE_FILE).is_file():  # trained by us in full
+        made_of = read_recipe(checkpoint.folder).base.sha256
     if made_of != base.sha256:
         raise BuildError(f"{config.start} was not made of {config.base}: name its base model as base=")
     return checkpoint
@@ -273,14 +309,19 @@ def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
     rows = hashlib.sha256(repr([(stage.rows, stage.held_out) for stage in stages]).encode()).hexdigest()
     identity = {"config": config.model_dump(mode="json"), "rows_sha256": rows}
     path = run / _RUN_FILE
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != identity:
-            raise BuildError(
-                f"{run} holds an unfinished run with other rows or settings: "
-                "repeat its command to finish it, delete the folder to give it up, or write to another folder"
-            )
+    check_ours(run, _RUN)
+    if not path.is_file():
+        write_text(path, json.dumps(identity, indent=2))
         return
-    write_folder(run, lambda made: (made / _RUN_FILE).write_text(json.dumps(identity, indent=2), encoding="utf-8"))
+    try:
+        same = json.loads(path.read_text(encoding="utf-8")) == identity
+    except ValueError:
+        same = False
+    if not same:
+        raise BuildError(
+            f"{run} holds an unfinished run with other rows or settings: "
+            "repeat its command to finish it, delete the folder to give it up, or write to another folder"
+        )
 
 
 def _network(
@@ -302,7 +343,7 @@ def _run_stage(
     """Run a stage from its beginning or its last checkpoint, and leave weights and losses in its folder."""
     stoppers = [EarlyStoppingCallback(config.patience)] if config.patience and stage.held_out else []
     packed = is_packed(model)
-    guard, alone = MemoryGuard(), PartialState().num_processes == 1
+    guard, single = MemoryGuard(), PartialState().num_processes == 1
     trainer = _Trainer(
         model=model,
         args=TrainingArguments(
@@ -342,7 +383,7 @@ def _run_stage(
         train_dataset=_TrainerRows(stage.rows),
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
         data_collator=lambda rows: (pack if packed else collate)([row["example"] for row in rows]),
-        callbacks=[Reporter(stage.name, report), *stoppers, *([guard] if alone else [])],
+        callbacks=[Reporter(stage.name, report), *stoppers, *([guard] if single else [])],
     )
     trainer.model_accepts_loss_kwargs = True  # the loss is given the number of targets in the step
     trainer.loss = partial(
@@ -367,9 +408,7 @@ def _run_stage(
         losses[f"{stage.name}_held_out"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / _WEIGHTS))
     if trainer.is_world_process_zero():
-        temporary = folder / f"{_DONE}.tmp"
-        temporary.write_text(json.dumps(losses), encoding="utf-8")
-        temporary.rename(folder / _DONE)
+        write_text(folder / _DONE, json.dumps(losses))
 
 
 def _publish(trained: Path, base: Path, recipe: Recipe, out: Path) -> None:
@@ -386,9 +425,8 @@ def _publish(trained: Path, base: Path, recipe: Recipe, out: Path) -> None:
         weights = {name: weight.detach() for name, weight in end.named_parameters()}
         save_difference(weights, start, recipe.config.difference_bits, out / DIFFERENCE_FILE)
     else:
-        for path in [*base.glob("*.json"), *base.glob("*.jinja")]:
-            if not path.name.endswith(".index.json"):
-                shutil.copy(path, out)
+        for path in [base / name for name in CHECKPOINT_FILES if (base / name).is_file()]:
+            shutil.copy(path, out)
         for path in [*trained.glob("*.safetensors"), *trained.glob("*.index.json"), trained / "config.json"]:
             shutil.copy(path, out)
     (out / RECIPE_FILE).write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -103,7 +103,7 @@ def test_a_graph_that_drifted_is_refused_and_nothing_is_written(
     source = random_checkpoint("llama", tmp_path / "llama")
     with pytest.raises(BuildError, match="too far from the PyTorch model"):
         export_folder(str(source), tmp_path / "out", "float32")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "llama"]
 
 
 def test_training_lowers_the_loss_and_its_adapter_can_be_exported(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import aligner_middleware
 from aligner_middleware import ArtifactError, DataError
-from aligner_middleware.artifact import FORMAT_VERSION, Artifact, BaseWeights, Calibration, sha256
-from aligner_middleware.build.cache import build_once, write_folder
+from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, BaseWeights, Calibration, sha256
+from aligner_middleware.build.cache import build_once
+from aligner_middleware.files import write_folder
 from aligner_middleware.prompt import DEFAULT
 from aligner_middleware.triples import read_rows
 from tests.fakes import tokenizer_json
@@ -108,13 +109,18 @@ def test_a_folder_of_before_verdicts_is_served_as_before_and_says_so_once(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("version", [1, FORMAT_VERSION + 1, 99])
-def test_a_folder_of_another_format_is_refused_and_both_are_named(tmp_path: Path, version: int) -> None:
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (1, f"has format version 1, this package reads {FORMAT_VERSION}: export it again"),
+        (FORMAT_VERSION + 1, rf"written by a newer version .*format is {FORMAT_VERSION + 1}, .*up to {FORMAT_VERSION}"),
+        (99, r"written by a newer version .*format is 99, .*pip install --upgrade aligner-middleware"),
+    ],
+)
+def test_a_folder_of_another_format_is_refused_and_both_are_named(tmp_path: Path, version: int, message: str) -> None:
     folder = artifact_folder(tmp_path / "a")
     rewrite(folder, lambda content: content.update(format_version=version))
-    with pytest.raises(
-        ArtifactError, match=f"has format version {version}, this package reads {FORMAT_VERSION}: export it again"
-    ):
+    with pytest.raises(ArtifactError, match=message):
         Artifact.load(folder)
 
 
@@ -132,15 +138,14 @@ def test_saving_leaves_the_old_file_until_the_new_one_is_whole(tmp_path: Path, m
     folder = artifact_folder(tmp_path / "a")
     before = (folder / "aligner.json").read_bytes()
     artifact = Artifact.load(folder).model_copy(update={"name": "other"})
-    write = Path.write_text
 
-    def full(path: Path, text: str, **options: Any) -> int:
-        write(path, text[: len(text) // 2], **options)
+    def full(path: Path, target: Path) -> Path:
+        assert path.stat().st_size > 100
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
-        with pytest.raises(OSError, match="no space"):
+        patched.setattr(Path, "replace", full)
+        with pytest.raises(DataError, match=r"aligner\.json.*cannot be written: no space"):
             artifact.save(folder)
     assert (folder / "aligner.json").read_bytes() == before
     assert Artifact.load(folder).name == "test"
@@ -184,27 +189,27 @@ def test_a_failed_build_leaves_nothing_and_a_good_one_runs_once(tmp_path: Path) 
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_folder(tmp_path / "a", fail)
-    assert list(tmp_path.iterdir()) == []
+        write_folder(tmp_path / "a", fail, EXPORTED)
+    assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
     calls: list[Path] = []
     for _ in range(2):
-        build_once(tmp_path / "b", calls.append)
+        build_once(tmp_path / "b", calls.append, EXPORTED)
     assert len(calls) == 1
     assert (tmp_path / "b").is_dir()
 
 
 def test_replacing_a_folder_leaves_the_old_one_until_the_new_one_is_whole(tmp_path: Path) -> None:
     folder = tmp_path / "a"
-    write_folder(folder, lambda out: (out / "f").write_text("old"))
+    write_folder(folder, lambda out: (out / "aligner.json").write_text("old"), EXPORTED)
 
     def fail(out: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_folder(folder, fail)
-    assert (folder / "f").read_text() == "old"
-    write_folder(folder, lambda out: (out / "f").write_text("new"))
-    assert (folder / "f").read_text() == "new"
+        write_folder(folder, fail, EXPORTED)
+    assert (folder / "aligner.json").read_text() == "old"
+    write_folder(folder, lambda out: (out / "aligner.json").write_text("new"), EXPORTED)
+    assert (folder / "aligner.json").read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ class Aligned:
     Attributes:
         text: The text to show.
         report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, and either `finish_reason`,
-            `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why it was not aligned.
+            `usage`, the `device` that the aligner runs on, the verdict and its score, and the safeguards that objected, or
+            the `reason` why it was not aligned.
             In shadow mode also `mode`, whether the answer `would_change`, and what the aligner `proposed`, if it is another
             text; where `would_change` is false, a safeguard objected to that.
         correction: The correction, where one was made.
@@ -259,10 +260,15 @@ class Alignment(BaseModel):
         return self.max_answer_tokens is None and self.on_long_answer == "raise"
 
     def _plan_by_length(self, question: str, answer: str) -> _Plan | Outcome:
-        limit = self.aligner.longest_answer(question)
+        try:
+            limit = self.aligner.longest_answer(question)
+        except PromptTooLongError as exc:  # no policy for answers can shorten the question
+            if self.on_long_answer != "passthrough":
+                raise
+            return self._unaligned(answer, str(exc))
         if self.max_answer_tokens is not None:
             limit = min(limit, self.max_answer_tokens)
-        tokens = self.aligner.count_tokens(answer)
+        tokens = self.aligner.count_tokens(answer, at_most=limit)
         if tokens <= limit:
             return _Plan(question, answer, [(question, answer)])
         if self.on_long_answer == "passthrough":
@@ -273,8 +279,6 @@ class Alignment(BaseModel):
                 "on_long_answer='passthrough' or 'piecewise'"
             )
         room = min(limit, self.aligner.longest_answer(_PIECE.format(question=question, before="…" * _CONTEXT)))
-        if room < 1:
-            raise PromptTooLongError(self.aligner.count_tokens(question), 2 * limit)
         return _Plan.piecewise(question, answer, split(answer, room, self.aligner.count_tokens))
 
     def _end(self, plan: _Plan, made: Sequence[Correction | Exception]) -> Outcome:
@@ -301,6 +305,7 @@ class Alignment(BaseModel):
             changed=correction.changed and not shadow,
             finish_reason=correction.finish_reason,
             usage=asdict(usage),
+            device=self.aligner.device,
         )
         if correction.verdict is not None:
             report |= {"verdict": correction.verdict, "score": correction.score}

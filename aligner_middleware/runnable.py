@@ -17,7 +17,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
 from aligner_middleware import question as questions
-from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
+from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength, refuse_unknown
 from aligner_middleware.alignment import (
     Aligned,
     Alignment,
@@ -118,6 +118,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         name: str | None = None,
         **load_options: Any,
     ) -> None:
+        refuse_unknown(load_options, AlignerRunnable.__init__, Aligner.load)
         if isinstance(aligner, Aligner) and load_options:
             raise TypeError(f"{sorted(load_options)} can be given with a model's name only, not with an Aligner")
         super().__init__(
@@ -137,8 +138,15 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             on_correction=on_correction,
             name=name,
         )
-        if question is None:
-            questions.listen(dialogues=dialogue)
+        self._listen()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()  # in the process that it was unpickled in
+
+    def _listen(self) -> None:
+        if self.question is None:
+            questions.listen(dialogues=self.dialogue)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

@@ -6,17 +6,21 @@ import asyncio
 import contextlib
 import difflib
 import hashlib
+import inspect
 import math
+import os
 import queue
+import threading
 import time
 import weakref
 import zlib
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, overload
+from typing import Any, Literal, Never, Self, TypeVar, get_args, overload
 
 import numpy as np
 
@@ -34,7 +38,7 @@ from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.edits import apply
 from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler, VerdictRule
 from aligner_middleware.engine.model import log_probabilities
-from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.engine.scheduler import Scheduler, refuse_green_threads
 from aligner_middleware.errors import (
     ArtifactError,
     CorrectionTimeoutError,
@@ -60,11 +64,12 @@ from aligner_middleware.tokenizer import Tokenizer
 Engine = Literal["onnx", "torch"]
 Strength = Level | float
 OnDoubt = Literal["passthrough", "raise", "keep"]
+T = TypeVar("T")
 
-_AHEAD = 32  # characters of a streamed answer that go through together
-_APART = 0.02  # seconds at least between two encodings of a streamed answer, which hold up who streams
-_QUEUE_FULL = 0.005  # seconds between two attempts of a task to join a full queue
+_AHEAD, _AHEAD_SHARE = 32, 1 / 32  # characters of a streamed answer that go through together; at least this share of it
+_APART = 0.02  # seconds at least between two encodings of a streamed answer
 _ROOM = 256  # tokens that a correction may take beyond the answer, or beyond twice the answer where it is a copy
+_CHARACTERS = 32  # for each token of the context: a longer text is refused without counting its tokens
 _UNSURE = 8  # its latest tokens may be cut another way once more text has come
 
 
@@ -91,39 +96,67 @@ class _Call:
 class ReadAhead:
     """Lets a prompt through the model while its answer is still being written. `Aligner.read_ahead` makes one.
 
+    Args:
+        scheduler: What runs the model.
+        encode: Makes a prompt of the answer so far; `None` for one that reads nothing.
+        longest: Characters of an answer after which it is not read any further.
+
     Attributes:
         prefill: What the engine has of it.
     """
 
-    def __init__(self, scheduler: Scheduler, encode: Callable[[str], list[int]] | None) -> None:
+    def __init__(self, scheduler: Scheduler, encode: Callable[[str], list[int]] | None, longest: int) -> None:
         self.prefill = Prefill()
         self._scheduler = scheduler
         self._encode = encode
-        self._answer = ""
+        self._longest = longest
+        self._chunks: list[str] = []
+        self._length = 0
         self._read = 0
         self._encoded = 0.0
+        self._reading = False
+        self._lock = threading.Lock()
+        self._taken = False
 
     def feed(self, chunk: str) -> None:
-        """Take in a piece of the answer."""
-        self._answer += chunk
+        """Take in a piece of the answer. It is encoded in another thread."""
+        self._chunks.append(chunk)
+        self._length += len(chunk)
         now = time.monotonic()
-        if self._encode is not None and len(self._answer) >= self._read + _AHEAD and now >= self._encoded + _APART:
-            self._read, self._encoded = len(self._answer), now
-            with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair; what it is shows in the end
-                self.prefill.prompt = self._encode(self._answer)
-                if self.prefill.prompt:
+        new = self._length - self._read >= max(_AHEAD, self._read * _AHEAD_SHARE) and now >= self._encoded + _APART
+        if self._encode is None or self._reading or not new or self._length > self._longest:
+            return
+        self._read, self._encoded, self._reading = self._length, now, True
+        self._chunks = ["".join(self._chunks)]
+        _texts.submit(self._look, self._encode, self._chunks[0])
+
+    def _look(self, encode: Callable[[str], list[int]], answer: str) -> None:
+        try:
+            prompt = encode(answer)  # what it raises, such as for half of a surrogate pair, shows in the end
+            with self._lock:
+                if prompt and not self._taken:
+                    self.prefill.prompt = prompt
                     self._scheduler.prefill(self.prefill)
+        finally:
+            self._reading = False
+
+    def take(self) -> Prefill:
+        """Read no further, and give what the engine has; a correction takes it over."""
+        with self._lock:
+            self._taken = True
+        return self.prefill
 
     def close(self) -> None:
         """Free what it took, unless a correction has taken it over."""
-        self._scheduler.abandon(self.prefill)
+        self._scheduler.abandon(self.take())
 
 
 class Aligner:
     """A small model that corrects answers. `Aligner.load` makes one.
 
     It may be shared between threads and tasks: calls that run at the same time share passes of the model. `close`, or the
-    end of a `with` block, ends its thread; so does the garbage collector.
+    end of a `with` block, ends its thread; so do the garbage collector and the end of Python. A copy, deep or not, is the
+    aligner itself; a pickled one is loaded again.
 
     Args:
         model: What predicts tokens.
@@ -143,6 +176,7 @@ class Aligner:
         name: As given.
         calibration: As given.
         source: What `load` was given; `None` for one that was made in another way.
+        precision: Of its weights, where it was loaded.
     """
 
     def __init__(
@@ -170,10 +204,12 @@ class Aligner:
         self.name = name
         self.calibration = calibration or Calibration()
         self.source: str | None = None
+        self.precision: Precision | None = None
+        self._load_again: Callable[[], Aligner] | None = None
         self._verdict_ids = verdict_ids(tokenizer, template)
         self._model = model
         self._scheduler = Scheduler(model, frozenset(eos_token_ids))
-        weakref.finalize(self, self._scheduler.close)
+        weakref.finalize(self, self._scheduler.close, wait=False)
         self._tokenizer = tokenizer
         self._template = template
         self._max_new_tokens = max_new_tokens
@@ -188,7 +224,7 @@ class Aligner:
         cls,
         model: str | Path = "default",
         *,
-        precision: Precision = "int8",
+        precision: Precision | None = None,
         providers: Sequence[str] | None = None,
         prompt: str | PromptTemplate | None = None,
         max_new_tokens: int | None = None,
@@ -198,15 +234,17 @@ class Aligner:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        **unknown: Never,
     ) -> Aligner:
         """Load an aligner, building it first if it is not in the cache yet and `[build]` is installed.
 
         Args:
             model: `default`; an exported folder; or what `aligner export` takes: an adapter's or a checkpoint's folder,
                 or a hub id.
-            precision: Of the weights. `float16` is for a GPU, `int8` for the CPU. An exported folder has its own.
+            precision: Of the weights. `float16` is for a GPU, `int8` for the CPU; `None` for `int8`, and for that of an
+                exported folder.
             providers: ONNX Runtime's execution providers, in order of preference; `None` for CUDA where this ONNX Runtime
-                has it and it can run the graph, and the CPU.
+                has it and it can run the graph, and the CPU. `Aligner.device` says which is used.
             prompt: A template's name, or a text with `{question}` and `{answer}`; `None` for the one that belongs to it.
             max_new_tokens: Longest correction; `None` for the answer and 256 tokens more, or twice the answer for copies.
             draft: Whether the answer is verified as a draft. The result is the same without, only slower.
@@ -215,35 +253,74 @@ class Aligner:
             temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
             top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
             seed: Of the draws: with it, a question and an answer always give the same.
+            **unknown: Nothing: a misspelt name is set right in the error.
 
         Raises:
-            ArtifactError: If an exported folder is incomplete or altered.
+            InputError: If an option is out of range, or the engine has no such option.
+            ArtifactError: If an exported folder is incomplete, altered, or of another precision; or if ONNX Runtime lacks a
+                provider, or cannot start any.
             BuildError: If the checkpoint cannot be had or exported, or the cache not written.
             MissingExtraError: If it would have to be built and `[build]` is not installed.
         """
+        refuse_unknown(unknown, cls.load)
+        refuse_green_threads()
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}, expected at least 1, or None for all cores")
+        if precision is not None:
+            _check_choice("precision", precision, get_args(Precision))
+        if engine not in get_args(Engine):
+            raise InputError(f"engine is {engine!r}, expected 'onnx' or 'torch'")
         model = str(model)
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
         options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+        asked: dict[str, Any] = {
+            "precision": precision,
+            "prompt": prompt,
+            "providers": providers,
+            "threads": threads,
+            "engine": engine,
+        }
         if engine == "torch":
-            return cls._load_torch(model, precision, prompt, options)
-        if engine != "onnx":
-            raise InputError(f"engine is {engine!r}, expected 'onnx' or 'torch'")
+            if providers is not None or threads is not None:
+                raise InputError("providers and threads are ONNX Runtime's: engine='torch' takes neither")
+            aligner = cls._load_torch(model, precision or "int8", prompt, options)
+        else:
+            aligner = cls._load_onnx(model, precision, prompt, providers, threads, options)
+        aligner.source = model
+        aligner._load_again = partial(cls.load, _absolute(model), **asked, **options)
+        return aligner
+
+    @classmethod
+    def _load_onnx(
+        cls,
+        model: str,
+        precision: Precision | None,
+        prompt: str | PromptTemplate | None,
+        providers: Sequence[str] | None,
+        threads: int | None,
+        options: dict[str, Any],
+    ) -> Aligner:
         from aligner_middleware.engine.onnx import OnnxModel
 
-        folder, artifact = _exported(model, precision, prompt)
+        folder, artifact = _exported(model, precision or "int8", prompt)
+        if precision not in (None, artifact.precision):
+            raise ArtifactError(
+                f"{folder} holds weights in {artifact.precision}, not in {precision}: leave precision out, or export them "
+                f"again with --precision {precision}"
+            )
         session = OnnxModel(folder / MODEL_FILE, artifact, providers=providers, threads=threads)
         tokenizer = artifact.tokenizer(folder)
         template = artifact.template if prompt is None else resolve_template(prompt)
         content = repr((sorted(artifact.files.items()), artifact.calibration))
-        options |= {"revision": hashlib.sha256(content.encode()).hexdigest()[:12], "calibration": artifact.calibration}
-        end = artifact.eos_token_ids
-        aligner = cls(session, tokenizer, template, end, name=artifact.name, **options)
-        aligner.source = model
+        revision = hashlib.sha256(content.encode()).hexdigest()[:12]
+        own: dict[str, Any] = {"name": artifact.name, "revision": revision, "calibration": artifact.calibration}
+        aligner = cls(session, tokenizer, template, artifact.eos_token_ids, **own, **options)
+        aligner.precision = artifact.precision
         return aligner
 
     @classmethod
     def _load_torch(
-        cls, model: str, precision: Precision, prompt: str | PromptTemplate | None, options: Any
+        cls, model: str, precision: Precision, prompt: str | PromptTemplate | None, options: dict[str, Any]
     ) -> Aligner:
         if exported_folder(model) is not None:
             raise ArtifactError(
@@ -256,13 +333,37 @@ class Aligner:
 
         checkpoint = open_checkpoint(model, prompt)
         tokenizer = checkpoint.tokenizer()
-        network = TorchModel(checkpoint.load("float16" if precision == "float16" else "float32"))
+        used: Precision = "float16" if precision == "float16" else "float32"
         end = end_token_ids(checkpoint.folder, tokenizer, checkpoint.template)
-        options["calibration"] = checkpoint.calibration()
-        return cls(network, tokenizer, checkpoint.template, end, name=model, **options)
+        own: dict[str, Any] = {"name": model, "calibration": checkpoint.calibration()}
+        aligner = cls(TorchModel(checkpoint.load(used)), tokenizer, checkpoint.template, end, **own, **options)
+        aligner.precision = used
+        return aligner
+
+    def __repr__(self) -> str:
+        return f"Aligner({self.name!r}, {self.precision or 'precision unknown'}, on {self.device})"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self._load_again is None:
+            raise TypeError(f"{self!r} was made of parts, which cannot be pickled: make it by Aligner.load")
+        return self._load_again, ()
+
+    @property
+    def device(self) -> str:
+        """What its passes run on, such as `CPUExecutionProvider`."""
+        return self._model.device
 
     def close(self) -> None:
-        """Give up what is under way, with `ClosedError`, and end the aligner's thread."""
+        """Give up what is under way, with `ClosedError`, and end the aligner's thread.
+
+        A pass that is under way is stopped and waited for.
+        """
         self._scheduler.close()
 
     def __enter__(self) -> Self:
@@ -288,16 +389,31 @@ class Aligner:
             "max_new_tokens": self._max_new_tokens,
         } | drawn
 
-    def count_tokens(self, text: str) -> int:
-        """Count the tokens of a text, as this aligner reads it."""
+    def count_tokens(self, text: str, at_most: int | None = None) -> int:
+        """Count the tokens of a text, as this aligner reads it.
+
+        Args:
+            text: The text.
+            at_most: A text that must have more than these is not counted: some number above is given.
+        """
+        if at_most is not None and len(text) > at_most * _CHARACTERS:
+            return max(at_most + 1, len(text) // _CHARACTERS)
         return len(self._tokenizer.encode(text))
 
     def longest_answer(self, question: str) -> int:
-        """Say how many tokens an answer to this question may have: a copy must fit into the context beside it."""
-        room = self._model.max_positions - len(encode_prompt(self._tokenizer, self._template, question, "")) - 1
-        if self._template.mark is None:
-            return room // 2
-        return (room - _ROOM) * 3 // 4  # marks and numbers take up to a third of an answer's tokens
+        """Say how many tokens an answer to this question may have: a copy must fit into the context beside it.
+
+        Raises:
+            PromptTooLongError: If the question leaves no room for any.
+        """
+        limit = self._model.max_positions
+        self._check_length(question)
+        room = limit - len(encode_prompt(self._tokenizer, self._template, question, "")) - 1
+        # Marks and numbers take up to a third of an answer's tokens.
+        longest = room // 2 if self._copies else (room - self._least_room) * 3 // 4
+        if longest < 1:
+            raise PromptTooLongError(self.count_tokens(question), limit, what="the question is")
+        return longest
 
     def log_likelihood(self, question: str, answer: str, corrections: Sequence[str]) -> list[tuple[float, bool]]:
         """Say how likely each of some texts is as the correction of an answer: log μ(y_c | y_o, x), paper section 2.
@@ -315,8 +431,9 @@ class Aligner:
         Raises:
             InputError: If the question is blank, or a text does not fit into the context.
         """
-        if not question.strip():
-            raise InputError("the question is blank: an answer can only be judged against what was asked")
+        _check_question(question)
+        self._check_length(question, max(corrections, key=len, default=""))
+        self._check_length(question, answer)
         prompt = encode_prompt(self._tokenizer, self._template, question, answer)
         targets = [encode_target(self._tokenizer, self._template, self._end, answer, text).ids for text in corrections]
         longest = len(prompt) + max(map(len, targets), default=0)
@@ -349,7 +466,8 @@ class Aligner:
         generation = call.generation
         if generation is None:
             return -math.inf
-        self._submit(generation, _Deadline(None)).result()
+        generation.sampler = GREEDY  # a drawn token says nothing of how far the answer's is below the best
+        self._scheduler.submit(generation).result()
         if generation.log_odds is not None:
             return generation.log_odds
         return generation.surprise
@@ -445,8 +563,7 @@ class Aligner:
             found: list[Correction | Exception] = []
             for at, call in enumerate(calls):
                 if isinstance(call, _Call) and call.generation is not None:
-                    with contextlib.suppress(CorrectionTimeoutError):  # it shows when this one is waited for
-                        futures[at] = self._submit(call.generation, deadline)
+                    futures[at] = self._scheduler.submit(call.generation)
             for at, call in enumerate(calls):
                 found.append(call if isinstance(call, InputError) else self._outcome(call, futures.get(at), deadline))
                 if isinstance(found[-1], Exception) and not return_exceptions:
@@ -470,12 +587,11 @@ class Aligner:
         Raises:
             AlignerError: As `correct` does.
         """
-        deadline = _Deadline(timeout)
-        call = self._start(question, answer, strength=strength, on_doubt=on_doubt)
-        if call.generation is not None:
-            async with deadline.limit():
-                await asyncio.wrap_future(await self._asubmit(call.generation))
-        return self._correction(call)
+        async with _Deadline(timeout).limit():
+            call = await _beside(partial(self._start, question, answer, strength=strength, on_doubt=on_doubt))
+            if call.generation is not None:
+                await asyncio.wrap_future(self._scheduler.submit(call.generation))
+            return await _beside(partial(self._correction, call))
 
     async def acorrect_batch(
         self,
@@ -536,17 +652,15 @@ class Aligner:
                     ahead.feed(chunk)
                     answer += chunk
             deadline = _Deadline(timeout)
-            call = self._start(question, answer, ahead.prefill, strength=strength, on_doubt=on_doubt)
+            call = self._start(question, answer, ahead.take(), strength=strength, on_doubt=on_doubt)
             rounds: queue.SimpleQueue[None] = queue.SimpleQueue()
             if call.generation is not None:
-                future = self._submit(call.generation, deadline, lambda: rounds.put(None))
-            steps = self._decided(call, future)
+                future = self._scheduler.submit(call.generation, lambda: rounds.put(None))
+            pieces = self._decided(call, future)
             while True:
-                try:
-                    piece = next(steps)
-                except StopIteration as end:
-                    correction: Correction = end.value
-                    return correction
+                piece = next(pieces)
+                if isinstance(piece, Correction):
+                    return piece
                 if piece is not None:
                     yield piece
                     continue
@@ -603,23 +717,26 @@ class Aligner:
                     ahead.feed(chunk)
                     answer += chunk
             deadline = _Deadline(timeout)
-            call = self._start(question, answer, ahead.prefill, strength=strength, on_doubt=on_doubt)
+            start = partial(self._start, question, answer, ahead.take(), strength=strength, on_doubt=on_doubt)
+            async with deadline.limit():
+                call = await _beside(start)
             if call.generation is not None:
-                async with deadline.limit():
-                    future = await self._asubmit(call.generation, on_round)
-            steps = self._decided(call, future)
+                future = self._scheduler.submit(call.generation, on_round)
+                if not self._streams(call):
+                    async with deadline.limit():
+                        await asyncio.wrap_future(future)
+            pieces = self._decided(call, future)
             while True:
-                try:
-                    piece = next(steps)
-                except StopIteration as end:
-                    on_end(end.value)
+                async with deadline.limit():
+                    piece = await _beside(partial(next, pieces))
+                    if piece is None:
+                        await moved.wait()
+                        moved.clear()  # before it is looked what there is: what comes from now on is not missed
+                if isinstance(piece, Correction):
+                    on_end(piece)
                     return
                 if piece is not None:
                     yield piece
-                    continue
-                async with deadline.limit():
-                    await moved.wait()
-                moved.clear()  # before it is looked what there is: what comes from now on is not missed
         finally:
             if future is not None:
                 future.cancel()
@@ -637,12 +754,12 @@ class Aligner:
                 return []
             return encode_prompt(self._tokenizer, self._template, question, text)[: -self._tail - _UNSURE]
 
-        return ReadAhead(self._scheduler, encode if question.strip() else None)
+        return ReadAhead(self._scheduler, encode if question.strip() else None, self._most_characters - len(question))
 
-    def _decided(self, call: _Call, future: Future[Generation] | None) -> Generator[str | None, None, Correction]:
-        """Give the pieces of a correction as they are decided, and `None` where there is more to wait for."""
+    def _decided(self, call: _Call, future: Future[Generation] | None) -> Iterator[str | Correction | None]:
+        """Give the pieces of a correction as they are decided, `None` where there is more to wait for, and the correction."""
         generation = call.generation
-        yield None if future is not None else ""
+        yield None if future is not None and not future.done() else ""
         if generation is None or future is None or future.done() or not self._streams(call):  # or one pass was enough
             while future is not None and not future.done():
                 yield None
@@ -650,7 +767,8 @@ class Aligner:
                 future.result()
             correction = self._correction(call)
             yield from [correction.corrected] if correction.corrected else []
-            return correction
+            yield correction
+            return
         text, pieces, sent, done = self._tokenizer.decode_stream(), [call.aside], 0, False
         yield from [call.aside] if call.aside else []
         while not done:
@@ -666,31 +784,16 @@ class Aligner:
             if not done:
                 yield None
         correction = self._correction(call)
-        return correction if correction.verdict == "keep" else replace(correction, corrected="".join(pieces))
+        yield correction if correction.verdict == "keep" else replace(correction, corrected="".join(pieces))
 
     def _streams(self, call: _Call) -> bool:
         """Whether what is decided is text that nothing can take back."""
         return call.on_doubt == "keep" and not self.has_verdicts
 
-    def _submit(
-        self, generation: Generation, deadline: _Deadline, on_round: Callable[[], None] = lambda: None
-    ) -> Future[Generation]:
-        try:
-            return self._scheduler.submit(generation, on_round, timeout=deadline.left)
-        except BlockingIOError:
-            raise deadline.error from None
-
-    async def _asubmit(self, generation: Generation, on_round: Callable[[], None] = lambda: None) -> Future[Generation]:
-        while True:
-            try:
-                return self._scheduler.submit(generation, on_round, timeout=0)
-            except BlockingIOError:
-                await asyncio.sleep(_QUEUE_FULL)
-
     def _outcome(self, call: _Call, future: Future[Generation] | None, deadline: _Deadline) -> Correction | Exception:
         """Wait for a pair's correction, or what was wrong with it."""
-        if call.generation is not None:
-            if future is None or not wait_for([future], deadline.left).done:
+        if future is not None:
+            if not wait_for([future], deadline.left).done:
                 return deadline.error
             if (error := future.exception()) is not None:
                 return error if isinstance(error, Exception) else RuntimeError(repr(error))
@@ -717,17 +820,17 @@ class Aligner:
         """Encode a pair."""
         threshold, tolerance = self._limits(strength)
         _check_choice("on_doubt", on_doubt, get_args(OnDoubt))
-        _check_text("question", question)
+        _check_question(question)
         _check_text("answer", answer)
-        if not question.strip():
-            raise InputError("the question is blank: an answer can only be judged against what was asked")
         aside, text = set_aside(answer)
         if not text.strip():
             return _Call(question, answer, aside, text, None, on_doubt)
+        self._check_length(question, text)
         prompt = encode_prompt(self._tokenizer, self._template, question, text)
         draft = encode_continuation(self._tokenizer, self._template, text)
         room = self._model.max_positions - len(prompt) - self.has_verdicts
-        if room <= (len(draft) if self._copies else min(_ROOM, self._model.max_positions // 4)):
+        if room <= (len(draft) if self._copies else self._least_room):
+            self.longest_answer(question)  # where that is what is too long, it says so
             raise PromptTooLongError(len(prompt), self._model.max_positions)
         wanted = self._max_new_tokens or (2 if self._copies else 1) * len(draft) + _ROOM
         generation = Generation(
@@ -748,6 +851,23 @@ class Aligner:
     def _copies(self) -> bool:
         """Whether an edit is written as a copy of the answer."""
         return self._template.mark is None
+
+    @property
+    def _least_room(self) -> int:
+        """How many tokens an edit that is no copy must have room for."""
+        return min(_ROOM, self._model.max_positions // 4)
+
+    @property
+    def _most_characters(self) -> int:
+        return self._model.max_positions * _CHARACTERS
+
+    def _check_length(self, question: str, text: str = "") -> None:
+        """Refuse what cannot fit into the context, before it is encoded."""
+        both = len(question) + len(text)
+        for characters, what in ((len(question), "the question is"), (both, "question and answer are")):
+            if characters > self._most_characters:
+                least = characters // _CHARACTERS
+                raise PromptTooLongError(least, self._model.max_positions, what=what, characters=characters)
 
     def _limits(self, strength: Strength) -> tuple[float, float]:
         """Give the threshold on the log odds and the tolerance of a strength, both in nats."""
@@ -861,6 +981,23 @@ class _Deadline:
             raise self.error from None
 
 
+def _new_text_thread() -> None:
+    """Make the thread that texts are encoded and compared in, so that no event loop is held up; a forked process has none."""
+    global _texts
+    _texts = ThreadPoolExecutor(1, "aligner-texts")
+
+
+_texts: ThreadPoolExecutor
+_new_text_thread()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_text_thread)
+
+
+async def _beside(work: Callable[[], T]) -> T:
+    """Await what is done in that thread."""
+    return await asyncio.get_running_loop().run_in_executor(_texts, work)
+
+
 def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
     """Count the tokens of a prompt that follow its answer."""
     one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
@@ -872,6 +1009,34 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
+
+
+def refuse_unknown(given: Iterable[str], *functions: Callable[..., Any]) -> None:
+    """Refuse arguments that none of some functions takes.
+
+    Raises:
+        TypeError: If there are any; it names the nearest one that there is.
+    """
+    parameters = [one for function in functions for one in inspect.signature(function).parameters.values()]
+    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{functions[0].__qualname__} got an unexpected keyword argument {name!r}{hint}")
+
+
+def _absolute(model: str) -> str:
+    """Give what `load` takes so that it names the same in another folder, or in a process that runs in one."""
+    path = Path(model)
+    named = exported_folder(model) is not None or (model != "default" and is_folder(path))
+    return str(path.absolute()) if named else model
+
+
+def _check_question(question: str) -> None:
+    _check_text("question", question)
+    if not question.strip():
+        raise InputError("the question is blank: an answer can only be judged against what was asked")
 
 
 def _check_text(what: str, text: str) -> None:

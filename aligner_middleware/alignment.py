@@ -57,8 +57,8 @@ class Aligned:
     Attributes:
         text: The text to show.
         report: What goes into `response_metadata["aligner"]`: `aligned`, `changed`, `model`, a `digest` of the text, and
-            either `finish_reason`, `usage`, the verdict and its score, and the safeguards that objected, or the `reason` why
-            it was not aligned.
+            either `finish_reason`, `usage`, the `device` that the aligner runs on, the verdict and its score, and the
+            safeguards that objected, or the `reason` why it was not aligned.
             In shadow mode also `mode`, whether the answer `would_change`, and what the aligner `proposed`, if it is another
             text; where `would_change` is false, a safeguard objected to that.
         correction: The correction, where one was made.
@@ -292,10 +292,15 @@ class Alignment(BaseModel):
         return self.max_answer_tokens is None and self.on_long_answer == "raise"
 
     def _plan_by_length(self, question: str, answer: str, parts: list[tuple[str, str]]) -> _Plan | Outcome:
-        limit = self.aligner.longest_answer(question)
+        try:
+            limit = self.aligner.longest_answer(question)
+        except PromptTooLongError as exc:  # no policy for answers can shorten the question
+            if self.on_long_answer != "passthrough":
+                raise
+            return self._unaligned(answer, str(exc))
         if self.max_answer_tokens is not None:
             limit = min(limit, self.max_answer_tokens)
-        tokens = sum(self.aligner.count_tokens(text) for _, text in parts)
+        tokens = sum(self.aligner.count_tokens(text, at_most=limit) for _, text in parts)
         if tokens <= limit:
             return _Plan.of(question, answer, parts)
         if self.on_long_answer == "passthrough":
@@ -306,8 +311,6 @@ class Alignment(BaseModel):
                 "on_long_answer='passthrough' or 'piecewise'"
             )
         room = min(limit, self.aligner.longest_answer(_PIECE.format(question=question, before="…" * _CONTEXT)))
-        if room < 1:
-            raise PromptTooLongError(self.aligner.count_tokens(question), 2 * limit)
         cut = [
             (kept if not at else "", text)
             for kept, whole in parts
@@ -343,6 +346,7 @@ class Alignment(BaseModel):
             changed=correction.changed and not shadow,
             finish_reason=correction.finish_reason,
             usage=asdict(usage),
+            device=self.aligner.device,
         )
         if correction.verdict is not None:
             report |= {"verdict": correction.verdict, "score": correction.score}

@@ -29,6 +29,7 @@ from aligner_middleware.artifact import (
     ARTIFACT_FILE,
     DEFAULT_FOLDER,
     LEVELS,
+    MODEL_FILE,
     Artifact,
     Precision,
     cached_folder,
@@ -36,7 +37,7 @@ from aligner_middleware.artifact import (
     home,
 )
 from aligner_middleware.correction import Correction, Usage
-from aligner_middleware.errors import AlignerError, DataError, MissingExtraError, UpstreamError
+from aligner_middleware.errors import AlignerError, ArtifactError, DataError, MissingExtraError, UpstreamError
 from aligner_middleware.files import fingerprint, write_lines, write_text
 from aligner_middleware.json_lines import finite, open_bytes, parse_json, reading, text_at
 from aligner_middleware.output import console, discard, note, note_error, write, write_json
@@ -87,7 +88,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint, or a hub id.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="float32, float16 (GPU), int8 or int4.")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", help="float32, float16 (GPU), int8 or int4. [default: int8, or an exported folder's own]"
+    ),
+]
 Template = Annotated[
     str | None, typer.Option("--template", help="A prompt template's name, or a text with {question} and {answer}.")
 ]
@@ -135,7 +141,7 @@ def correct(
     question: Annotated[str | None, typer.Option("--question", "-q", help="The question.")] = None,
     answer: Annotated[str | None, typer.Option("--answer", "-a", help="The answer.")] = None,
     model: Model = "default",
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     strength: StrengthOption = "medium",
     on_doubt: Annotated[
         str,
@@ -183,7 +189,7 @@ def export(
     out: Annotated[
         Path | None, typer.Argument(help="Folder to write; by default the cache, where it is found again.")
     ] = None,
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     template: Template = None,
     fused: Annotated[bool, typer.Option(help="Fuse what can be fused.")] = True,
     as_json: AsJson = False,
@@ -195,10 +201,10 @@ def export(
         raise MissingExtraError("aligner export", "build") from exc
     with progress.steps(f"export {model}", len(STEPS)) as report:
         if out is None:
-            folder = build_cached(model, _precision(precision), template, report, tried=True)
+            folder = build_cached(model, _precision(precision) or "int8", template, report, tried=True)
         else:
             folder = out
-            export_folder(model, out, _precision(precision), template, fused=fused, report=report)
+            export_folder(model, out, _precision(precision) or "int8", template, fused=fused, report=report)
     _print_artifact(folder, as_json)
 
 
@@ -347,7 +353,7 @@ def evaluate(
         ),
     ] = None,
     model: Model = "default",
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="File for every row's correction and judgement, as JSON lines; for a comparison its folder."),
@@ -432,9 +438,9 @@ def evaluate(
         write_lines(out, (finite(_as_row(one)) for one in evaluation.scored))
     if as_json:
         categories = {f"{kind}: {name}": scores.model_dump() for (kind, name), scores in evaluation.by_category.items()}
-        write_json({"model": model, "precision": precision} | summary | {"by_category": categories})
+        write_json({"model": model, "precision": aligner.precision} | summary | {"by_category": categories})
     else:
-        _print_evaluation(f"{model}, {precision}", summary, evaluation)
+        _print_evaluation(f"{model}, {aligner.precision}", summary, evaluation)
         if str(auc):
             write(f"AUC of the scores: {auc}")
 
@@ -444,7 +450,7 @@ def _guard(
     public: PublicSet | None,
     out: Path | None,
     model: str,
-    precision: str,
+    precision: str | None,
     strength: Strength | None,
     as_json: bool,
 ) -> None:
@@ -466,9 +472,9 @@ def _guard(
         write_lines(out, map(finite, evaluation.lines("medium" if strength is None else strength)))
     if as_json:
         unjudged = {} if public is None else {"unjudged": dict(public.left_out)}
-        write_json({"model": model, "precision": precision} | evaluation.summary() | unjudged)
+        write_json({"model": model, "precision": aligner.precision} | evaluation.summary() | unjudged)
     else:
-        _print_guard(f"{model}, {precision}", evaluation)
+        _print_guard(f"{model}, {aligner.precision}", evaluation)
 
 
 @app.command()
@@ -477,7 +483,7 @@ def calibrate(
         list[Path], typer.Argument(help="Labelled answers: JSON lines with question, answer, kind and maybe source.")
     ],
     model: Model = "default",
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="File for the calibration as JSON; exports read calibration.json beside an adapter."),
@@ -538,7 +544,7 @@ def _compare(
     data: Path,
     out: Path,
     model: str,
-    precision: str,
+    precision: str | None,
     upstream: str | None,
     judge: str | None,
     concurrency: int,
@@ -587,7 +593,7 @@ def preferences(
     out: Annotated[Path, typer.Argument(help="File for the rows: prompt, chosen, rejected.")],
     upstream: Upstream = None,
     model: Model = "default",
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     form: Annotated[str, typer.Option(help="`messages`, for chat models, or `text`.")] = "messages",
     sft: Annotated[
         Path | None, typer.Option(help="File for answers that were left as they are, as rows for SFT.")
@@ -647,7 +653,7 @@ def ability(
     lm_args: Annotated[str, typer.Option(help="Its arguments, such as pretrained=FOLDER,dtype=bfloat16.")] = "",
     upstream: Upstream = None,
     model: Model = "default",
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     include: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as lm-eval's YAML.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First rows of each task only.")] = None,
     fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
@@ -706,7 +712,7 @@ def rounds(
     ] = None,
     policy: Annotated[str | None, typer.Option(help="The first policy: a hub id or a checkpoint's folder.")] = None,
     model: Model = "default",
-    precision: PrecisionOption = "int8",
+    precision: PrecisionOption = None,
     count: Annotated[int, typer.Option("--rounds", min=1, help="How many rounds.")] = 3,
     method: Annotated[
         str | None, typer.Option(help="`dpo` prefers corrections over answers, `sft` imitates them.")
@@ -819,7 +825,7 @@ def rounds(
 
 
 @app.command()
-def info(model: Model = "default", precision: PrecisionOption = "int8", as_json: AsJson = False) -> None:
+def info(model: Model = "default", precision: PrecisionOption = None, as_json: AsJson = False) -> None:
     """Show what is in an exported folder, or in the cache under a model's name."""
     _print_artifact(_aligner_folder(model, precision), as_json)
 
@@ -865,8 +871,8 @@ def _near(value: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _precision(value: str) -> Precision:
-    chosen: Precision = _choice(value, get_args(Precision), "--precision")
+def _precision(value: str | None) -> Precision | None:
+    chosen: Precision | None = None if value is None else _choice(value, get_args(Precision), "--precision")
     return chosen
 
 
@@ -886,9 +892,9 @@ def _strength(value: str) -> Strength:
     return number
 
 
-def _aligner_folder(model: str, precision: str) -> Path:
+def _aligner_folder(model: str, precision: str | None) -> Path:
     """The exported folder of a model: itself, or in the cache."""
-    return exported_folder(model) or cached_folder(model, _precision(precision))
+    return exported_folder(model) or cached_folder(model, _precision(precision) or "int8")
 
 
 def _corrected(
@@ -1005,13 +1011,15 @@ def _pair(name: str, number: int, line: bytes) -> tuple[str, str] | DataError:
 
 def _print_artifact(folder: Path, as_json: bool) -> None:
     artifact = Artifact.load(folder)
+    device = _device(folder, artifact)
     if as_json:
-        write_json({"folder": str(folder)} | artifact.model_dump())
+        write_json({"folder": str(folder), "device": device} | artifact.model_dump())
         return
     table = Table(title=artifact.name, show_header=False)
     megabytes = sum((folder / name).stat().st_size for name in artifact.files) / 1e6
     table.add_row("folder", str(folder))
     table.add_row("size", f"{megabytes:.0f} MB, {artifact.precision}, {artifact.graph} graph")
+    table.add_row("runs on", device)
     table.add_row("base", f"{artifact.base.source} {next(iter(artifact.base.sha256.values()), '')[:12]}")
     table.add_row("prompt", artifact.template.name)
     if artifact.parity:
@@ -1020,6 +1028,16 @@ def _print_artifact(folder: Path, as_json: bool) -> None:
         table.add_row("largest logit difference", f"{parity.max_logit_difference:.3g}")
         table.add_row("perplexity", f"{parity.perplexity:.3f} (PyTorch {parity.reference_perplexity:.3f})")
     write(table, width=0)
+
+
+def _device(folder: Path, artifact: Artifact) -> str:
+    """What its passes run on here, or why they do not."""
+    from aligner_middleware.engine.onnx import OnnxModel
+
+    try:
+        return OnnxModel(folder / MODEL_FILE, artifact).device
+    except ArtifactError as exc:
+        return f"nothing here: {exc}"
 
 
 def _as_row(scored: Scored) -> dict[str, Any]:

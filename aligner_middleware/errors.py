@@ -16,9 +16,15 @@ AlignerError
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AlignerError(Exception):
     """Base of every error raised on purpose by this package."""
+
+    def __reduce__(self) -> Any:
+        """Let it reach another process with its message and attributes."""
+        return _again, (type(self), self.args, self.__dict__)
 
 
 class InputError(AlignerError, ValueError):
@@ -29,16 +35,20 @@ class PromptTooLongError(InputError):
     """Question and answer leave no room for a correction in the aligner's context.
 
     Attributes:
-        tokens: Length of the prompt, in tokens.
+        tokens: Length of what is too long, in tokens; at least, where it has so many characters that it was not counted.
         limit: Context of the aligner, in tokens.
     """
 
-    def __init__(self, tokens: int, limit: int) -> None:
+    def __init__(
+        self, tokens: int, limit: int, *, what: str = "question and answer are", characters: int | None = None
+    ) -> None:
         self.tokens = tokens
         self.limit = limit
+        length = f"{tokens} tokens" if characters is None else f"{characters} characters"
+        room = "a correction of the same length" if what.endswith("are") else "an answer and its correction"
         super().__init__(
-            f"question and answer are {tokens} tokens long, and the aligner reads {limit} with room for "
-            "a correction of the same length: shorten them, or choose an aligner with a longer context"
+            f"{what} {length} long, and the aligner reads {limit} tokens with room for {room}: shorten "
+            f"{'them' if what.endswith('are') else 'it'}, or choose an aligner with a longer context"
         )
 
 
@@ -131,3 +141,10 @@ class MissingExtraError(AlignerError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs packages that are not installed: pip install 'aligner-middleware[{extra}]'")
+
+
+def _again(kind: type[AlignerError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AlignerError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error

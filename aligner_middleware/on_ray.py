@@ -30,7 +30,7 @@ def make_preferences_on_ray(
     model: str = "default",
     upstream: str | None = None,
     *,
-    precision: Precision = "int8",
+    precision: Precision | None = None,
     workers: int = 2,
     batch: int = 16,
     form: Form = "messages",
@@ -46,7 +46,7 @@ def make_preferences_on_ray(
         out: File for the rows, JSON lines, on this machine.
         model: The aligner, by the name that `Aligner.load` takes; each worker's machine must have it, or be able to build it.
         upstream: The model that answers, by the name that `upstream.chat_model` takes.
-        precision: Of the aligner.
+        precision: Of the aligner, as `Aligner.load` takes it.
         workers: How many.
         batch: Prompts that a worker takes at once.
         form: Rows of `messages` or of plain `text`.
@@ -101,7 +101,7 @@ def make_preferences_on_ray(
 class _Worker:
     """A process of Ray's: loads its models once, and takes batches."""
 
-    def __init__(self, model: str, precision: Precision, upstream: str | None, concurrency: int) -> None:
+    def __init__(self, model: str, precision: Precision | None, upstream: str | None, concurrency: int) -> None:
         self._aligner = Aligner.load(model, precision=precision)
         self._upstream = chat_model(upstream) if upstream else None
         self._concurrency = concurrency

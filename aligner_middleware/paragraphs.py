@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-# What ends a part, from the largest on; the last resort is any character.
-_ENDS = (re.compile(r"\n"), re.compile(r"[.!?…]['\")\]]*\s+|[。！？]"), re.compile(r"\s+"), re.compile(r"(?s)."))
+# What ends a part, from the largest on; the last resort is some characters, and then any one.
+_ENDS = (
+    re.compile(r"\n"),
+    re.compile(r"[.!?…]['\")\]]*\s+|[。！？]"),
+    re.compile(r"\s+"),
+    re.compile(r"(?s).{1,32}"),
+    re.compile(r"(?s)."),
+)
 _FENCE = re.compile(r"\s*(```|~~~)")
 
 

@@ -168,8 +168,15 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             super().__init__(aligner=loaded, **options)
         except ValidationError as exc:
             raise as_input_error(exc) from None
-        if question is None:
-            questions.listen(dialogues=dialogue)
+        self._listen()
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self._listen()  # in the process that it was unpickled in
+
+    def _listen(self) -> None:
+        if self.question is None:
+            questions.listen(dialogues=self.dialogue)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

@@ -30,6 +30,8 @@ _UNENDED = re.compile(r"[\w,(\[{/–—-]$")
 
 _SENTENCE, _LONG_SENTENCE = 4, 12  # words; a shorter sentence may well be said again
 _LOOP_WORDS, _LOOP_LETTERS = (8, 100), (40, 40)  # how long a loop is at least, and its period at most
+_PASSAGE = 12  # words; so long a passage is not said again by chance
+_MOST, _MORE = 1.5, 60  # an edit has at most so many times the answer's words, and so many more
 _ADJECTIVES = 3  # so few words may go from anywhere in a sentence
 
 _DELIMITER = re.compile(r"[ \t>]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+(?:[ \t]*:?-+:?)?[ \t]*")
@@ -150,12 +152,14 @@ def reasoning(answer: str, correction: str) -> bool:
 def repeats(answer: str, correction: str) -> bool:
     """A correction does not say the same again and again, unless the answer does so as often.
 
-    The same is a run of words (or of letters, in one long word) that comes again at once, or a sentence or line anywhere.
-    The numbers of a list are not read: items that differ only in theirs are the same.
+    The same is a run of words (or of letters, in one long word) that comes again at once, or a sentence, line or long passage
+    anywhere. The numbers of a list are not read: items that differ only in theirs are the same.
     """
+    before, after = _words(answer), _words(correction)
+    only_leaves_out = _in_order(after, before)  # then what remains may come to stand together
     return (
-        _says_again(answer, correction)
-        or _loops(_words(answer), _words(correction), *_LOOP_WORDS)
+        (not only_leaves_out and (_says_again(answer, correction) or _has_new_passages(before, after)))
+        or _loops(before, after, *_LOOP_WORDS)
         or _loops(_letters(answer), _letters(correction), *_LOOP_LETTERS)
     )
 
@@ -168,6 +172,16 @@ def _says_again(answer: str, correction: str) -> bool:
     return any(
         count > before[words] and count >= (2 if len(words) >= _LONG_SENTENCE else 3) for words, count in after.items()
     )
+
+
+def _has_new_passages(before: Sequence[str], after: Sequence[str]) -> bool:
+    """Whether a passage that comes twice or more comes more often than it did, whatever stands between."""
+    known = Counter(_passages(before))
+    return any(count > 1 and count > known[passage] for passage, count in Counter(_passages(after)).items())
+
+
+def _passages(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(_PASSAGE)), strict=False)
 
 
 def _words(text: str) -> list[str]:
@@ -342,6 +356,15 @@ def _may_end(whole: _Sentence, end: int, ended: bool) -> bool:
     return not left or (whole.apart[end] and not whole.ended)
 
 
+def growth(answer: str, correction: str) -> bool:
+    """A correction that keeps most of the answer's sentences is not much longer than the answer; another text may be."""
+    before, after = (
+        {one.words for one in _sentences(text) if len(one.words) >= _SENTENCE} for text in (answer, correction)
+    )
+    keeps = len(before) >= 3 and 2 * len(before & after) > len(before)
+    return keeps and len(_words(correction)) > _MOST * len(_words(answer)) + _MORE
+
+
 def script(answer: str, correction: str) -> bool:
     """A correction has letters of no other script than the answer, and no signs that are not text."""
     before, after = _scripts(answer), _scripts(correction)
@@ -397,6 +420,7 @@ SAFEGUARDS: dict[str, Callable[[str, str], bool]] = {
     "structure": structure,
     "spacing": spacing,
     "holes": holes,
+    "growth": growth,
     "script": script,
     "empty": empty,
     "reasoning": reasoning,

@@ -55,9 +55,10 @@ class FakeRows:
         self.capacity = capacity
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self.model = model
+        self.stopped = False
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
-        self.model.passes += 1
+        self.begun()
         for start in range(0, len(tokens), PIECE):
             piece = tokens[start : start + PIECE]
             unwanted = max(0, len(tokens) - wanted - start)
@@ -66,12 +67,12 @@ class FakeRows:
                 yield logits
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
-        self.model.passes += 1
+        self.begun()
         given = tokens.items()
         return np.concatenate([self.model.append(self.held[row], [token], 1, self.capacity) for row, token in given])
 
     def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
-        self.model.passes += 1
+        self.begun()
         given = prompts.items()
         assert not any(self.held[row] for row in prompts)
         return np.concatenate([self.model.append(self.held[row], ids, 1, self.capacity) for row, ids in given])
@@ -80,11 +81,20 @@ class FakeRows:
         assert length <= len(self.held[row])
         del self.held[row][length:]
 
+    def stop(self) -> None:
+        self.stopped = True
+
+    def begun(self) -> None:
+        self.model.passes += 1
+        if self.stopped:
+            raise RuntimeError("stopped")
+
 
 class FakeModel:
     """Predicts `rule(all tokens so far)`, one token or the logits of some, and counts its passes and tokens."""
 
     max_positions = 4096
+    device = "fake"
     vocabulary = 1024
     sure = 100.0  # logit of a rule's token, beyond every tolerance; all others have 0
     bytes_per_token = 2**30 // 4096 // 4  # room for four rows of 4096 tokens

@@ -10,6 +10,7 @@ it can be, and so on. The result is what greedy decoding without a draft gives, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 
 from aligner_middleware.engine.generation import Generation, Prefill
 from aligner_middleware.engine.model import Logits, Model, Rows
@@ -35,12 +36,14 @@ class Decoder:
         self._stop = stop
         self._cache_bytes = cache_bytes
         self._rows: Rows | None = None
-        self._places: list[Generation | Prefill | None] = []
+        self._count = 0  # of rows
+        self._held: dict[Generation | Prefill, int] = {}  # who is in which row, in the order in which they came
+        self._stopped = False
 
     @property
     def running(self) -> list[Generation | Prefill]:
-        """What is in a row."""
-        return [held for held in self._places if held is not None]
+        """What is in a row, the oldest first."""
+        return list(self._held)
 
     def admit(self, sequence: Generation | Prefill, longest: int) -> bool:
         """Give a sequence a row, or say that there is none for it now.
@@ -54,22 +57,22 @@ class Decoder:
         """
         prefill = sequence.prefill if isinstance(sequence, Generation) else None
         if prefill is not None:
-            if prefill in self._places and self._rows and longest <= self._rows.capacity:
-                self._places[self._places.index(prefill)] = sequence
+            if prefill in self._held and self._rows and longest <= self._rows.capacity:
+                self._held[sequence] = self._held.pop(prefill)
                 return True
             self.drop(prefill)
-        if self._rows is None or longest > self._rows.capacity:
-            if any(isinstance(held, Generation) for held in self.running):
+        if self._rows is None or longest > self._rows.capacity or self._too_few(sequence, longest):
+            if any(isinstance(held, Generation) for held in self._held):
                 return False
             for held in self.running:
                 self.drop(held)
             self._make_rows(longest)
-        if None not in self._places and isinstance(sequence, Generation):
+        if len(self._held) == self._count and isinstance(sequence, Generation):
             self._make_room()
-        if None not in self._places:
+        if len(self._held) == self._count:
             return False
-        row = self._places.index(None)
-        self._places[row] = sequence
+        row = next(row for row in range(self._count) if row not in self._held.values())
+        self._held[sequence] = row
         if isinstance(sequence, Prefill):
             sequence.fed = []
         assert self._rows is not None
@@ -80,13 +83,24 @@ class Decoder:
         """Free a sequence's row, if it has one."""
         if isinstance(sequence, Prefill):
             sequence.fed = []
-        if sequence in self._places:
-            self._places[self._places.index(sequence)] = None
+        self._held.pop(sequence, None)
+
+    def stop(self) -> None:
+        """Make the pass that is under way fail as soon as may be, and all later ones at once. From any thread."""
+        self._stopped = True
+        if (rows := self._rows) is not None:
+            rows.stop()
+
+    def release(self) -> None:
+        """Give back the memory for keys and values, and forget who was in a row."""
+        for held in self.running:
+            self.drop(held)
+        self._rows, self._count = None, 0
 
     @property
     def busy(self) -> bool:
         """Whether a round would do anything."""
-        return any(isinstance(held, Generation) or self._hungry(held) for held in self.running)
+        return any(isinstance(held, Generation) or self._hungry(held) for held in self._held)
 
     def round(self) -> list[Generation]:
         """Let new sequences' prompts through, then every other one a step further.
@@ -98,12 +112,13 @@ class Decoder:
         """
         if self._rows is None:
             return []
-        held = list(enumerate(self._places))
+        held = [(row, one) for one, row in self._held.items()]
         fresh = _next_to_begin([(row, one) for row, one in held if isinstance(one, Generation) and not one.started])
         old = [(row, one) for row, one in held if isinstance(one, Generation) and one.started]
         prefills = [(row, one) for row, one in held if isinstance(one, Prefill) and self._hungry(one)]
         for row, prefill in [] if fresh else prefills[:1]:
             self._feed(row, prefill)
+            self._held[prefill] = self._held.pop(prefill)  # the others' turn is next
         if len(fresh) > 1:
             self._decide_together(fresh)
         else:
@@ -118,16 +133,26 @@ class Decoder:
                 self.drop(generation)
         return moved
 
+    def _capacity(self, longest: int) -> int:
+        return min(max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()), max(longest, self._model.max_positions))
+
+    def _too_few(self, sequence: Generation | Prefill, longest: int) -> bool:
+        """Whether the rows are still those, few and long, that a sequence needed which has gone."""
+        free = not self._held and isinstance(sequence, Generation)
+        return free and self._rows is not None and self._capacity(longest) < self._rows.capacity
+
     def _make_rows(self, longest: int) -> None:
-        capacity = min(max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()), max(longest, self._model.max_positions))
+        capacity = self._capacity(longest)
         count = max(1, min(_ROWS, self._cache_bytes // (capacity * self._model.bytes_per_token)))
-        self._rows, self._places = None, []  # the old ones go before the new ones come
+        self._rows, self._count = None, 0  # the old ones go before the new ones come
         self._rows = self._model.new_rows(count, capacity)
-        self._places = [None] * count
+        self._count = count
+        if self._stopped:
+            self._rows.stop()
 
     def _make_room(self) -> None:
         """Take a row from a prompt that is still being written: it can go through again."""
-        for held in self.running:
+        for held in self._held:
             if isinstance(held, Prefill):
                 self.drop(held)
                 return
@@ -212,7 +237,14 @@ class Decoder:
 
 
 def _next_to_begin(fresh: list[tuple[int, Generation]]) -> list[tuple[int, Generation]]:
-    """Choose the sequences that begin in this round: several where only their verdicts are wanted, and nothing is cached."""
+    """Choose the sequences that begin in this round: several where only their verdicts are wanted, and nothing is cached.
+
+    Args:
+        fresh: Rows and sequences, in the order in which they came.
+
+    Returns:
+        Some of them, in the order of their rows: neighbours can share a pass.
+    """
     together: list[tuple[int, Generation]] = []
     tokens = 0
     for row, generation in fresh:
@@ -220,7 +252,7 @@ def _next_to_begin(fresh: list[tuple[int, Generation]]) -> list[tuple[int, Gener
         if not generation.undecided or generation.prefill is not None or tokens > _PROMPT_TOKENS:
             break
         together.append((row, generation))
-    return together if len(together) > 1 else fresh[:1]
+    return sorted(together, key=itemgetter(0)) if len(together) > 1 else fresh[:1]
 
 
 def _choices(generation: Generation, logits: Iterable[Logits], choices: Sequence[int] = ()) -> list[int]:

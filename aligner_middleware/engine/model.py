@@ -53,12 +53,18 @@ class Rows(Protocol):
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens, so that `length` stay."""
 
+    def stop(self) -> None:
+        """Make the pass that is under way raise as soon as may be, and all later ones at once. From any thread."""
+
 
 class Model(Protocol):
     """A decoder-only network that says how likely each token is to come next."""
 
     max_positions: int
     """Longest sequence, in tokens."""
+
+    device: str
+    """What passes run on, in words."""
 
     @property
     def bytes_per_token(self) -> int:

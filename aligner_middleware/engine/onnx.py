@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import difflib
+import logging
 import mmap
 import os
 import threading
@@ -25,7 +27,9 @@ from numpy.typing import NDArray
 
 from aligner_middleware.artifact import Artifact, Probe
 from aligner_middleware.engine.model import IntArray, Logits, Rows
-from aligner_middleware.errors import ArtifactError
+from aligner_middleware.errors import ArtifactError, InputError
+
+logger = logging.getLogger("aligner_middleware")
 
 _CHUNK = 192  # tokens of a sequence that go through at once: attention compares each with all before the chunk's end
 _SHARED_TOKENS, _FILLING = 768, 0.25  # of a pass over several prompts: tokens at most, and share of them that only fill
@@ -46,8 +50,12 @@ class OnnxModel:
             and the CPU.
         threads: Threads of one pass; `None` for all cores.
 
+    Attributes:
+        device: The first execution provider in use.
+
     Raises:
-        ArtifactError: If ONNX Runtime cannot load the graph, or lacks a provider asked for.
+        InputError: If `providers` is no list of names.
+        ArtifactError: If ONNX Runtime cannot load the graph, lacks a provider asked for, or can start none of them.
     """
 
     def __init__(
@@ -68,11 +76,13 @@ class OnnxModel:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = _session(path, options, _providers(providers, artifact))
+        self.device = self.providers[0]
+        _check_in_use(providers, self.providers)
         artifact.check_graph(path, {value.name: value.shape for value in self._session.get_inputs()})
         inputs = {value.name: value.type for value in self._session.get_inputs()}
         self._inputs = frozenset(inputs)
         self._dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32
-        self._device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self._device = "cuda" if self.device == "CUDAExecutionProvider" else "cpu"
         sides = [(layer, side) for layer in range(artifact.layers) for side in ("key", "value")]
         self._past = [f"past_key_values.{layer}.{side}" for layer, side in sides]
         self._present = [f"present.{layer}.{side}" for layer, side in sides]
@@ -127,6 +137,7 @@ class _FusedRows:
         self._logits = np.empty((max(_CHUNK, rows), artifact.vocab_size), dtype=np.float32)
         self._bindings: dict[tuple[int, int], Any] = {}
         self._exact = artifact.weights == "products"
+        self._options = ort.RunOptions()
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         """Append tokens to one row; see `Rows.extend`."""
@@ -169,6 +180,10 @@ class _FusedRows:
         """Forget a row's latest tokens."""
         self._lengths[row] = length
 
+    def stop(self) -> None:
+        """End the pass that is under way after its present operator; see `Rows.stop`."""
+        self._options.terminate = True
+
     def _run(self, row: int, count: int, tokens: IntArray, positions: IntArray, advance: IntArray) -> Logits:
         """Run `count` rows from `row` on, `[count, T]`, and give logits at `positions`, `[count, P, V]`."""
         binding = self._binding(row, count)
@@ -180,7 +195,7 @@ class _FusedRows:
         binding.bind_cpu_input("total_sequence_length", np.array(lengths.max(), dtype=np.int32))
         shape = [*positions.shape, self._logits.shape[1]]
         binding.bind_output("logits", "cpu", 0, np.float32, shape, self._logits.ctypes.data)
-        self._model._session.run_with_iobinding(binding)
+        self._model._session.run_with_iobinding(binding, self._options)
         self._lengths[row : row + count] += advance
         return self._logits[: positions.size].reshape(shape)
 
@@ -206,6 +221,7 @@ class _StandardRows:
         artifact = model._artifact
         empty = np.zeros((1, artifact.kv_heads, 0, artifact.head_size), model._dtype)
         self._arrays: list[list[NDArray[Any]]] = [[empty] * len(model._past) for _ in range(rows)]  # [1, H, S, D] each
+        self._options = ort.RunOptions()
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         """Append tokens to one row; see `Rows.extend`."""
@@ -222,9 +238,9 @@ class _StandardRows:
         }
         feed |= dict(zip(self._model._past, self._arrays[row], strict=True))
         names = self._model._inputs
-        logits, *self._arrays[row] = self._model._session.run(
-            ["logits", *self._model._present], {name: value for name, value in feed.items() if name in names}
-        )
+        given = {name: value for name, value in feed.items() if name in names}
+        wanted_names = ["logits", *self._model._present]
+        logits, *self._arrays[row] = self._model._session.run(wanted_names, given, self._options)
         wanted_logits: Logits = logits[0].astype(np.float32, copy=False)
         return wanted_logits
 
@@ -239,6 +255,10 @@ class _StandardRows:
     def trim(self, row: int, length: int) -> None:
         """Forget a row's latest tokens."""
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
+
+    def stop(self) -> None:
+        """End the pass that is under way after its present operator; see `Rows.stop`."""
+        self._options.terminate = True
 
 
 def _neighbours(prompts: Mapping[int, Sequence[int]]) -> list[list[int]]:
@@ -280,7 +300,7 @@ def _session(path: Path, options: Any, providers: list[str]) -> Any:
         os.environ.setdefault(_PLAIN_ATTENTION, "1")
         ort.set_default_logger_severity(4)  # a GPU build without CUDA's libraries falls back to the CPU, at length
         try:
-            return ort.InferenceSession(path, options, providers=providers)
+            return ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
         except Exception as exc:  # ONNX Runtime raises its own classes, without a common base
             raise ArtifactError(f"ONNX Runtime cannot load {path}: {exc}") from exc
         finally:
@@ -296,7 +316,34 @@ def _providers(wanted: Sequence[str] | None, artifact: Artifact) -> list[str]:
         return ["CPUExecutionProvider"]
     if wanted is None:
         return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
-    missing = [name for name in wanted if name not in available]
+    if isinstance(wanted, str) or not wanted or not all(isinstance(name, str) for name in wanted):
+        raise InputError(f"providers is {wanted!r}, expected a list of names such as {available}, or None")
+    for name in wanted:
+        if name not in available:
+            near = difflib.get_close_matches(name, available, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ArtifactError(f"this ONNX Runtime has no {name!r}: it offers {available}{hint}")
+    if artifact.weights != "products":
+        return list(wanted)
+    if "CPUExecutionProvider" not in wanted:
+        raise ArtifactError(
+            f"this aligner's weights are integers for the CPU, which cannot run on {wanted[0]}: leave providers out, or take "
+            "precision='float16' for a GPU"
+        )
+    return ["CPUExecutionProvider"]
+
+
+def _check_in_use(wanted: Sequence[str] | None, used: Sequence[str]) -> None:
+    """Say so where a provider that was asked for is not used: ONNX Runtime goes on with the CPU, and says nothing.
+
+    Raises:
+        ArtifactError: If none did.
+    """
+    missing = [name for name in wanted or () if name not in used]
+    if missing and len(missing) == len(wanted or ()):
+        raise ArtifactError(
+            f"{missing[0]} could not be started here (is there such a device, and its libraries?), only {used[0]}: leave "
+            "providers out for what there is"
+        )
     if missing:
-        raise ArtifactError(f"this ONNX Runtime has no {missing[0]!r}: it offers {available}")
-    return list(wanted)
+        logger.warning("%s is not used here: this aligner runs on %s", ", ".join(missing), used[0])

@@ -21,6 +21,7 @@ class TorchModel:
     def __init__(self, network: PreTrainedModel) -> None:
         config = network.config.get_text_config()
         self.max_positions = int(config.max_position_embeddings)
+        self.device = f"PyTorch, {network.device}"
         self.bytes_per_token = 2 * int(config.num_hidden_layers) * int(config.hidden_size) * network.dtype.itemsize
         self._network = network
 
@@ -36,6 +37,7 @@ class _TorchRows:
         self.capacity = capacity
         self._network = network
         self._caches = [DynamicCache() for _ in range(rows)]
+        self._stopped = False
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
         """Append tokens to one row; see `Rows.extend`."""
@@ -43,6 +45,8 @@ class _TorchRows:
 
     @torch.inference_mode()
     def _extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
+        if self._stopped:
+            raise RuntimeError("these rows were stopped")
         logits = self._network(
             input_ids=torch.tensor([list(tokens)], device=self._network.device),
             past_key_values=self._caches[row],
@@ -66,3 +70,7 @@ class _TorchRows:
             self._caches[row] = DynamicCache()
         else:
             self._caches[row].crop(length)
+
+    def stop(self) -> None:
+        """Let no further pass begin; the one that is under way goes on to its end."""
+        self._stopped = True

@@ -2,22 +2,31 @@
 
 Callers submit a generation and wait for its future: a thread blocks on it, a task awaits it. Sequences are taken in the
 order in which they came, as rows become free. Cancelling the future frees the row after the pass that is under way.
+
+Python must not end while the thread is in a pass: native code that comes back to an interpreter which is gone aborts the
+process. So whatever way Python ends, all schedulers are closed and waited for; closing one stops the pass that is under way.
 """
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from queue import Empty, SimpleQueue
 
 from aligner_middleware.engine.decode import Decoder
 from aligner_middleware.engine.generation import Generation, Prefill
 from aligner_middleware.engine.model import Model
-from aligner_middleware.errors import ClosedError
+from aligner_middleware.errors import AlignerError, ClosedError
 
 _Call = tuple[Generation, "Future[Generation]", Callable[[], None]]
+
+_IDLE = 10.0  # seconds without work after which memory for keys and values is given back
 
 
 class Scheduler:
@@ -26,129 +35,151 @@ class Scheduler:
     Args:
         model: What predicts.
         stop: Tokens that end a sequence.
-        queue_limit: Generations that may wait for a row; more make `submit` wait.
     """
 
-    def __init__(self, model: Model, stop: frozenset[int], queue_limit: int = 1024) -> None:
+    def __init__(self, model: Model, stop: frozenset[int]) -> None:
         self._model = model
         self._stop = stop
-        self._queue_limit = queue_limit
+        self._closed = False
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Be without a thread, as at first and in a forked process."""
+        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a scheduler anywhere
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()  # what other threads want of it
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        # What only its thread touches:
+        self._decoder = Decoder(self._model, self._stop)
         self._waiting: deque[_Call] = deque()
         self._calls: dict[Generation, _Call] = {}
         self._prefills: list[Prefill] = []
-        self._abandoned: list[Prefill] = []
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._closed = False
 
-    def submit(
-        self, generation: Generation, on_round: Callable[[], None] = lambda: None, *, timeout: float | None = None
-    ) -> Future[Generation]:
-        """Queue a generation.
+    def submit(self, generation: Generation, on_round: Callable[[], None] = lambda: None) -> Future[Generation]:
+        """Queue a generation. It does not block.
 
         Args:
             generation: The sequence; it is filled in place.
-            on_round: Called in the scheduler's thread after each round in which the generation moved.
-            timeout: Seconds to wait while the queue is full, for a place in it; `None` waits for as long as it takes.
+            on_round: Called in the scheduler's thread after each round in which the generation moved, and when it ends.
 
         Returns:
             The generation when it is done, or what made it fail. May be cancelled at any time.
 
         Raises:
-            ClosedError: If `close` was called.
-            BlockingIOError: If the queue was full all that time.
+            ClosedError: If `close` was called, or Python is ending.
         """
-        future: Future[Generation] = Future()
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._waiting) < self._queue_limit or self._closed, timeout):
-                raise BlockingIOError(f"{self._queue_limit} corrections are waiting already")
-            self._start()
-            self._waiting.append((generation, future, on_round))
-            self._changed.notify_all()
-        return future
+        call: _Call = (generation, Future(), on_round)
+        self._tell(lambda: self._waiting.append(call))
+        return call[1]
 
     def prefill(self, prefill: Prefill) -> None:
         """Let what is known of a prompt through, as far as there are rows to spare; call it again when more is known."""
-        with self._changed:
-            self._start()
-            if prefill not in self._prefills:
-                self._prefills.append(prefill)
-            self._changed.notify_all()
+        self._tell(lambda: self._note(prefill))
 
     def abandon(self, prefill: Prefill) -> None:
         """Free the row of a prompt that no generation will follow."""
-        with self._changed:
-            self._abandoned.append(prefill)
-            self._changed.notify_all()
+        if self._thread is not None and not self._closed:
+            self._inbox.put(lambda: self._forget(prefill))
 
-    def close(self) -> None:
-        """Fail what waits and runs with `ClosedError`, and end the thread."""
-        with self._changed:
+    def close(self, *, wait: bool = True) -> None:
+        """Fail what waits and runs with `ClosedError`, and end the thread.
+
+        Args:
+            wait: Whether to wait until it has ended. The pass that is under way is stopped, so that takes no longer than one
+                operator of the network.
+        """
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._inbox.put(lambda: None)
+        self._decoder.stop()
+        if wait and self._thread not in (None, threading.current_thread()):
+            self._ended.wait()  # not `join`: an interrupt makes Python 3.11 take the thread for ended
 
-    def _start(self) -> None:
-        if self._closed:
-            raise ClosedError("this aligner was closed")
-        if self._thread is None or not self._thread.is_alive():  # it is not, in a forked process
-            self._thread = threading.Thread(target=self._work, name="aligner", daemon=True)
-            self._thread.start()
+    def _tell(self, message: Callable[[], None]) -> None:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("this aligner was closed")
+            if self._thread is None:
+                self._decoder = Decoder(self._model, self._stop)
+                self._thread = _start(self)
+            self._inbox.put(message)
 
     def _work(self) -> None:
-        decoder = Decoder(self._model, self._stop)
-        while True:
-            with self._changed:
-                self._leave(decoder)
-                while not self._closed and not self._admit(decoder) and not decoder.busy:
-                    self._changed.wait()
-                    self._leave(decoder)
-                if self._closed:
-                    error = ClosedError("this aligner was closed while a correction was under way")
-                    self._fail([*self._calls.values(), *self._waiting], error)
-                    return
+        try:
+            self._serve()
+        finally:
+            self._decoder.release()
+            _running.discard(self)
+            self._ended.set()
+
+    def _serve(self) -> None:
+        while not self._closed:
             try:
-                moved = decoder.round()
+                self._listen()
+                self._leave()
+                self._admit()
+                self._round()
             except Exception as exc:  # of a model that fails outside its passes: nobody may wait for ever
                 self._fail(list(self._calls.values()), exc)
-                decoder = Decoder(self._model, self._stop)
-                continue
-            for generation in moved:
+                self._decoder = Decoder(self._model, self._stop)
+        while not self._inbox.empty():
+            self._inbox.get()()
+        error = ClosedError("this aligner was closed while a correction was under way")
+        self._fail([*self._calls.values(), *self._waiting], error)
+
+    def _round(self) -> None:
+        for generation in self._decoder.round():
+            if not (self._closed and generation.error):  # it fails for that reason
                 self._report(generation)
 
-    def _leave(self, decoder: Decoder) -> None:
+    def _listen(self) -> None:
+        """Do what other threads want; where there is nothing else to do, wait for it."""
+        if not self._waiting and not self._decoder.busy:
+            try:
+                message = self._inbox.get(timeout=_IDLE)
+            except Empty:
+                if not self._decoder.running:
+                    self._decoder.release()
+                message = self._inbox.get()
+            message()
+        with contextlib.suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _note(self, prefill: Prefill) -> None:
+        if prefill not in self._prefills:
+            self._prefills.append(prefill)
+
+    def _forget(self, prefill: Prefill) -> None:
+        self._decoder.drop(prefill)
+        if prefill in self._prefills:
+            self._prefills.remove(prefill)
+
+    def _leave(self) -> None:
         """Free the rows of those whom nobody waits for any more."""
         for generation, _, _ in [call for call in self._calls.values() if call[1].cancelled()]:
-            decoder.drop(generation)
+            self._decoder.drop(generation)
             del self._calls[generation]
-        for prefill in self._abandoned:
-            decoder.drop(prefill)
-            if prefill in self._prefills:
-                self._prefills.remove(prefill)
-        self._abandoned.clear()
 
-    def _admit(self, decoder: Decoder) -> bool:
-        """Move who waits into rows, in order, and say whether anybody was."""
-        admitted = False
+    def _admit(self) -> None:
+        """Move who waits into rows, in order."""
         while self._waiting:
-            call = generation, future, _ = self._waiting[0]
-            try:
-                if not future.cancelled() and not decoder.admit(generation, generation.longest):
-                    break
-            except Exception as exc:  # no memory, on whatever device
-                _settle(future, exc)
-            else:
-                if not future.cancelled():
+            call = generation, future, on_round = self._waiting[0]
+            if not future.cancelled():
+                try:
+                    if not self._decoder.admit(generation, generation.longest):
+                        break
                     self._calls[generation] = call
+                except Exception as exc:  # no memory, on whatever device
+                    _settle(future, exc)
+                    on_round()
             self._waiting.popleft()
-            self._changed.notify_all()
             if generation.prefill in self._prefills:
                 self._prefills.remove(generation.prefill)
-            admitted = True
         if not self._waiting:  # a prompt that is not whole yet comes after those that are
-            for prefill in self._prefills:
-                if prefill not in decoder.running:
-                    decoder.admit(prefill, len(prefill.prompt))
-        return admitted
+            for prefill in [one for one in self._prefills if one not in self._decoder.running]:
+                with contextlib.suppress(Exception):  # it is heard of when the generation itself fails
+                    self._decoder.admit(prefill, len(prefill.prompt))
 
     def _report(self, generation: Generation) -> None:
         call = self._calls.get(generation)
@@ -173,3 +204,68 @@ def _settle(future: Future[Generation], outcome: Generation | Exception) -> None
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+# --- the threads of this process ------------------------------------------------------------------------
+
+_running: set[Scheduler] = set()
+_starting = threading.Lock()
+_ending = False
+
+
+def refuse_green_threads() -> None:
+    """Refuse to run where threads were replaced by green ones: a pass would stop all of them.
+
+    Raises:
+        AlignerError: If gevent or eventlet has patched them.
+    """
+    library = (getattr(_thread.start_new_thread, "__module__", None) or "").partition(".")[0]
+    if library in ("gevent", "eventlet"):
+        raise AlignerError(
+            f"{library} has replaced threads by green ones, all of which an aligner's passes would stop: leave threads out "
+            "of its patch (monkey.patch_all(thread=False) in gevent, monkey_patch(thread=False) in eventlet), or use workers "
+            "with real threads (gunicorn --worker-class gthread)"
+        )
+
+
+def _start(scheduler: Scheduler) -> threading.Thread:
+    refuse_green_threads()
+    with _starting:
+        if _ending:
+            raise ClosedError("Python is ending: all aligners were closed")
+        thread = threading.Thread(target=scheduler._work, name="aligner", daemon=True)
+        _running.add(scheduler)
+        try:
+            thread.start()
+        except BaseException:
+            _running.discard(scheduler)
+            raise
+    return thread
+
+
+@atexit.register
+def _end() -> None:
+    """Close every scheduler, and wait until none is in a pass."""
+    global _ending
+    with _starting:
+        _ending = True
+    ending = list(_running)
+    for scheduler in ending:
+        scheduler.close(wait=False)
+    for scheduler in ending:
+        while not scheduler._ended.is_set():
+            with contextlib.suppress(BaseException):  # an interrupt now must not make the process abort
+                scheduler._ended.wait()
+
+
+def _forget_threads() -> None:
+    """Begin anew in a forked process, which has none of the threads."""
+    global _starting
+    _starting = threading.Lock()
+    for scheduler in list(_running):
+        scheduler._begin_anew()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

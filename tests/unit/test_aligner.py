@@ -1,14 +1,30 @@
 """`Aligner` over a model whose corrections are known."""
 
+import _thread
 import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from aligner_middleware import Aligner, DoubtError, InputError, PromptTooLongError
+from aligner_middleware import (
+    Aligner,
+    AlignerError,
+    ArtifactError,
+    DoubtError,
+    InputError,
+    PromptTooLongError,
+)
 from aligner_middleware.artifact import Calibration
-from tests.fakes import FakeModel, byte_tokenizer, fake_aligner
+from tests.fakes import FakeModel, byte_tokenizer, fake_aligner, judging_aligner
+from tests.unit.test_files import artifact_folder
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 
@@ -173,6 +189,109 @@ def test_nul_bytes_pass_through() -> None:
     assert fake_aligner(soften).correct("q", "a\x00b").corrected == "a\x00b"
 
 
+def test_a_tolerance_is_found_with_drawn_tokens_too() -> None:
+    answer = "One. Two of it. Three of it all."
+    with fake_aligner(lambda q, a: answer, temperature=0.7, seed=1) as aligner:
+        aligner._scheduler._model = Wavering(aligner.fake_model, 2.5)  # type: ignore[attr-defined]
+        assert aligner.evidence("q", answer) == pytest.approx(2.5, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [fake_aligner, judging_aligner, partial(judging_aligner, marks=False)])
+def test_a_question_longer_than_the_context_is_what_the_error_names(make: Callable[..., Aligner]) -> None:
+    question = "Why? " * 1000
+    with make(soften) as aligner:
+        for ask in (
+            lambda: aligner.correct(question, "idiot"),
+            lambda: aligner.longest_answer(question),
+            lambda: list(aligner.stream(question, "idiot")),
+            lambda: asyncio.run(aligner.acorrect(question, "idiot")),
+        ):
+            with pytest.raises(
+                PromptTooLongError, match="the question is 5000 tokens long, and the aligner reads 4096"
+            ):
+                ask()
+        with pytest.raises(PromptTooLongError, match="question and answer are"):
+            aligner.correct("Why?", "idiot " * 1000)
+        assert aligner.longest_answer("Why?") > 1000
+
+
+@given(st.integers(0, 4200))
+@settings(deadline=None)
+def test_the_longest_answer_is_one_token_or_more_or_the_question_is_refused(length: int) -> None:
+    for aligner in QUIET:
+        try:
+            longest = aligner.longest_answer("q" * length)
+        except PromptTooLongError as exc:
+            assert length > 1000
+            assert exc.tokens == length
+        else:
+            assert longest >= 1
+
+
+QUIET = [fake_aligner(soften), judging_aligner(soften)]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_a_single_token_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    aligner, long = fake_aligner(soften), "word " * 400_000
+
+    def encode(text: str) -> list[int]:
+        raise AssertionError(f"{len(text)} characters were encoded")
+
+    monkeypatch.setattr(aligner._tokenizer, "encode", encode)
+    for ask in (
+        lambda: aligner.correct("q", long),
+        lambda: aligner.correct("q", "<think>So.</think>" + long),
+        lambda: aligner.evidence("q", long),
+        lambda: aligner.log_likelihood("q", long, ["a"]),
+        lambda: aligner.log_likelihood("q", "a", ["a", long]),
+        lambda: list(aligner.stream("q", [long[:1_000_000], long[1_000_000:]])),
+        lambda: asyncio.run(aligner.acorrect("q", long)),
+        lambda: asyncio.run(streamed(aligner, "q", long)),
+    ):
+        with pytest.raises(
+            PromptTooLongError, match=r"question and answer are 2000\d\d\d characters long.* 4096 tokens"
+        ):
+            ask()
+    for ask in (lambda: aligner.correct(long, "a"), lambda: aligner.longest_answer(long)):
+        with pytest.raises(PromptTooLongError, match="the question is 2000000 characters long"):
+            ask()
+    assert aligner.correct("q", " " * 2_000_000).corrected == " " * 2_000_000
+
+
+async def streamed(aligner: Aligner, question: str, answer: str) -> str:
+    async def chunks() -> AsyncIterator[str]:
+        for at in range(0, len(answer), 100_000):
+            yield answer[at : at + 100_000]
+            await asyncio.sleep(0)
+
+    return "".join([piece async for piece in aligner.astream(question, chunks())])
+
+
+def test_no_text_is_encoded_or_compared_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    aligner, threads = judging_aligner(soften), set()
+    encode, decode = aligner._tokenizer.encode, aligner._tokenizer.decode
+
+    def seen(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda given: [threads.add(threading.get_ident()), work(given)][1]
+
+    monkeypatch.setattr(aligner._tokenizer, "encode", seen(encode))
+    monkeypatch.setattr(aligner._tokenizer, "decode", seen(decode))
+
+    async def main() -> None:
+        said = await aligner.acorrect("q", HOT)
+        assert (
+            [c.corrected for c in await aligner.acorrect_batch([("q", HOT)])] == [said.corrected] == [soften("", HOT)]
+        )
+        assert await streamed(aligner, "q", HOT) == said.corrected
+        with pytest.raises(InputError):
+            await aligner.acorrect("q", "ab\ud83d")
+
+    asyncio.run(main())
+    aligner.close()
+    assert threads
+    assert threading.get_ident() not in threads
+
+
 def test_an_answer_of_100_000_characters_is_refused_with_figures() -> None:
     with pytest.raises(PromptTooLongError) as caught:
         fake_aligner(soften).correct("q", "a" * 100_000)
@@ -193,3 +312,57 @@ def test_no_correction_for_no_pairs() -> None:
 def test_a_wrong_engine_is_refused() -> None:
     with pytest.raises(InputError, match="expected 'onnx' or 'torch'"):
         Aligner.load(engine="jax")  # type: ignore[arg-type]
+
+
+def test_an_aligner_says_what_it_is_and_runs_on() -> None:
+    assert repr(fake_aligner(soften)) == "Aligner('fake', precision unknown, on fake)"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threads": 0}, InputError, "threads is 0, expected at least 1"),
+        ({"threads": -1}, InputError, "threads is -1, expected at least 1"),
+        ({"precision": "int9"}, InputError, "precision is 'int9'.* did you mean 'int4'|'int8'"),
+        ({"precison": "int8"}, TypeError, r"Aligner\.load got .* 'precison'; did you mean 'precision'"),
+        ({"unknown": 1}, TypeError, r"Aligner\.load got .* 'unknown'"),
+        ({"engine": "torch", "threads": 2}, InputError, "ONNX Runtime's"),
+        ({"engine": "torch", "providers": ["CPUExecutionProvider"]}, InputError, "ONNX Runtime's"),
+        ({"precision": "float16"}, ArtifactError, "holds weights in int8, not in float16"),
+        ({"providers": ["CPUExecutionProvidr"]}, ArtifactError, "did you mean 'CPUExecutionProvider'"),
+        ({"providers": "CPUExecutionProvider"}, InputError, "expected a list of names"),
+        ({"providers": []}, InputError, "expected a list of names"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        Aligner.load(artifact_folder(tmp_path / "a"), **options)
+
+
+@pytest.mark.parametrize("library", ["gevent.thread", "eventlet.green.thread"])
+def test_green_threads_are_refused_with_a_sentence(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    aligner = fake_aligner(soften)
+
+    def start_new_thread(*args: Any) -> None:
+        raise AssertionError("a green thread was started")
+
+    start_new_thread.__module__ = library
+    monkeypatch.setattr(_thread, "start_new_thread", start_new_thread)
+    name = library.partition(".")[0]
+    for ask in (Aligner.load, lambda: aligner.correct("q", "a")):
+        with pytest.raises(AlignerError, match=f"{name} has replaced threads by green ones.*thread=False"):
+            ask()
+
+
+def test_threads_patched_by_gevent_are_refused() -> None:
+    pytest.importorskip("gevent")
+    program = (
+        "from gevent import monkey; monkey.patch_all()\n"
+        "from aligner_middleware import Aligner, AlignerError\n"
+        "try: Aligner.load()\n"
+        "except AlignerError as exc: print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.startswith("gevent has replaced threads")

@@ -70,6 +70,13 @@ def test_names_come_in_the_order_of_the_safeguards_and_cut_off_comes_first() -> 
 # repeats
 
 
+TOWNS = "Towns, you clown:\n" + "\n".join(
+    f"{number}. {name}: pack a light jacket, buy a day ticket and walk the old town in the morning."
+    for number, name in enumerate(("Oslo", "Rome", "Riga", "Kyiv"), 1)
+)
+NAMES = "\n".join(f"{number}. Place {number}" for number in range(60)) + "\nDolt."
+
+
 @pytest.mark.parametrize(
     ("answer", "correction"),
     [
@@ -90,6 +97,12 @@ def test_names_come_in_the_order_of_the_safeguards_and_cut_off_comes_first() -> 
         (RECIPE, "Serve them warm. Eat the first ones at once. " * 2 + "Serve them warm. Eat the first ones at once."),
         ("你是白痴。水在一百度沸腾。", "水在一百度沸腾，" * 5),
         ("It is far, fool.", "It is far: you go by train to the coast and then by boat to the island, " * 2),
+        (
+            TOWNS,
+            TOWNS.partition("\n")[2]
+            + "\n5. Bern: pack a light jacket, buy a day ticket and walk the old town in the morning.",
+        ),
+        (NAMES, NAMES.removesuffix("Dolt.") + "\n".join(f"{number + 60}. Place {number}" for number in range(60))),
     ],
 )
 def test_what_is_said_again_and_again_is_doubted(answer: str, correction: str) -> None:
@@ -117,6 +130,48 @@ SONG = "Row, row, row your boat.\n" + "Merrily, merrily, merrily, merrily, life 
 )
 def test_what_the_answer_repeats_as_often_or_what_is_only_alike_is_no_repeat(answer: str, correction: str) -> None:
     assert not says("repeats", answer, correction)
+
+
+TWICE = "You go by train to the coast and then by boat to the island, which takes a day or so. " * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "correction"),
+    [
+        (TOWNS, TOWNS.partition("\n")[2]),
+        (TOWNS, TOWNS.replace(", you clown", "")),
+        (NAMES, NAMES.removesuffix("Dolt.")),
+        (TWICE.replace(" and", ", dolt, and", 1), TWICE),
+    ],
+)
+def test_who_only_leaves_out_words_repeats_nothing(answer: str, correction: str) -> None:
+    assert not says("repeats", answer, correction)
+
+
+# growth
+
+MORE = " ".join(
+    f"In the year {number} a new hall was built by somebody else, and it stood for {number % 90} years."
+    for number in range(900, 912)
+)
+
+
+@pytest.mark.parametrize(("answer", "correction"), [(RECIPE, f"{POLITE} {MORE}"), (TOWNS, f"{MORE}\n{TOWNS}")])
+def test_an_edit_that_goes_on_and_on_is_doubted(answer: str, correction: str) -> None:
+    assert says("growth", answer, correction)
+
+
+@pytest.mark.parametrize(
+    ("answer", "correction"),
+    [
+        (RECIPE, POLITE + " Ask whoever eats them whether they can have eggs or milk: both are common allergies."),
+        ("Do it. It is easy enough. Nobody will know of it.", MORE),
+        ("Just take all of them.", MORE),
+        (f"{MORE} You fool.", MORE),
+    ],
+)
+def test_another_text_and_a_caution_may_be_longer_than_the_answer(answer: str, correction: str) -> None:
+    assert not says("growth", answer, correction)
 
 
 # structure

@@ -46,11 +46,11 @@ def main() -> None:
     rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     texts: list[dict[str, Any]] = []
-    with Aligner.load(options.model, strength=options.strength) as aligner:
+    with Aligner.load(options.model) as aligner:
         for start in range(0, len(rows), 16):
             batch = rows[start : start + 16]
             pairs = [(row["question"], row["answer"]) for row in batch]
-            for row, made in zip(batch, aligner.correct_batch(pairs), strict=True):
+            for row, made in zip(batch, aligner.correct_batch(pairs, strength=options.strength), strict=True):
                 corrected = plain(made.corrected)
                 count = counts[row["category"]]
                 count["rows"] += 1

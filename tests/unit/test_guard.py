@@ -44,6 +44,7 @@ class ScoringAligner:
     """Changes an answer whose score is above the strength's threshold; counts what it was asked."""
 
     has_verdicts = True
+    precision = "int8"
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, str]] = []

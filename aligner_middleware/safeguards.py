@@ -156,12 +156,11 @@ def repeats(answer: str, correction: str) -> bool:
     anywhere. The numbers of a list are not read: items that differ only in theirs are the same.
     """
     before, after = _words(answer), _words(correction)
-    only_leaves_out = _in_order(after, before)  # then what remains may come to stand together
-    return (
-        (not only_leaves_out and (_says_again(answer, correction) or _has_new_passages(before, after)))
-        or _loops(before, after, *_LOOP_WORDS)
-        or _loops(_letters(answer), _letters(correction), *_LOOP_LETTERS)
-    )
+    if _loops(_letters(answer), _letters(correction), *_LOOP_LETTERS):
+        return True
+    if _in_order(after, before):  # words were left out, no more: what stood apart may stand together now
+        return False
+    return _says_again(answer, correction) or _has_new_passages(before, after) or _loops(before, after, *_LOOP_WORDS)
 
 
 def _says_again(answer: str, correction: str) -> bool:

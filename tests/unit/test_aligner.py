@@ -131,7 +131,7 @@ def test_a_stream_gives_pieces_as_they_are_decided_only_where_doubts_are_kept() 
     pieces = list(fake_aligner(soften, draft=False).stream("q", answer, on_doubt="keep"))
     whole = list(fake_aligner(soften, draft=False).stream("q", answer))
     assert "".join(pieces) == "".join(whole) == soften("q", answer)
-    assert len([piece for piece in pieces if piece]) > 4
+    assert len([piece for piece in pieces if piece]) > 1  # how many depends on how fast they are taken
     assert len([piece for piece in whole if piece]) == 1
 
 

@@ -326,6 +326,7 @@ class Rewriting:
     """Rewrites every answer that names a window."""
 
     has_verdicts = True
+    precision = "int8"
 
     def __enter__(self) -> "Rewriting":
         return self

@@ -250,8 +250,8 @@ def sweep(parent: Path, own: Path | None = None) -> None:
         parent: Where to look.
         own: A folder in it whose lock the caller holds.
     """
-    for scratch in parent.glob(f".*{glob.escape(_SCRATCH)}"):
-        folder = parent / scratch.name[1 : -len(_SCRATCH)]
+    for scratch in parent.resolve().glob(f".*{glob.escape(_SCRATCH)}"):
+        folder = scratch.parent / scratch.name[1 : -len(_SCRATCH)]
         if own is not None and scratch == _scratch(own):
             _clear(scratch, own)
         elif not any(scratch == _scratch(held) for held in _held.copy()):

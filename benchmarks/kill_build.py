@@ -101,15 +101,17 @@ def jobs(models: Path, default: bool) -> dict[str, Job]:
         json.loads((found / "training.json").read_text())
         return weights_of(found / "adapter_model.safetensors")
 
+    def slowly(question: str, answer: str) -> str:
+        time.sleep(0.01)
+        return f"good answer to {question}"
+
     def preferences(folder: Path, tell: Tell) -> None:
-        slow = InstantAligner(lambda question, answer: time.sleep(0.01) or f"good answer to {question}"[: -len(answer)])
-        rows = [Prompt(question=prompt.question, answer="a" * (at % 3)) for at, prompt in enumerate(PROMPTS)]
-        sft = folder / "sft.jsonl"
+        asked = [prompt.question for prompt in PROMPTS]
         make_preferences(
-            [row for row in rows if row.answer],
+            [Prompt(question=q, answer="bad" if at % 3 else f"good answer to {q}") for at, q in enumerate(asked)],
             folder / "out.jsonl",
-            slow,
-            sft=sft,
+            InstantAligner(slowly),
+            sft=folder / "sft.jsonl",
             concurrency=1,
             report=lambda done, of: tell("corrections"),
         )

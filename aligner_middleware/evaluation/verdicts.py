@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
-from aligner_middleware.errors import UpstreamError
+from aligner_middleware.errors import BuildError, UpstreamError
 from aligner_middleware.evaluation.judge import Encoder, faults_of, repeats
 from aligner_middleware.files import fingerprint
 from aligner_middleware.upstream import Answered, ask_again, brief
@@ -74,6 +75,9 @@ class ChatJudge:
         cache: Database file of verdicts that were paid for; `None` for none.
         concurrency: Calls under way at once.
         attempts: How often a verdict is asked for.
+
+    Raises:
+        BuildError: If the database cannot be read or written, here or later.
     """
 
     dimensions = DIMENSIONS
@@ -171,19 +175,31 @@ class _Cache:
     """Verdicts by a hash of all that they depend on, in an SQLite file that several processes may use."""
 
     def __init__(self, path: Path | None) -> None:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, timeout=30)
-        self._database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, better INTEGER)")
+        with self._naming():
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, timeout=30)
+            self._database.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, better INTEGER)")
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn errors of the database into one that names its file."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as exc:
+            raise BuildError(
+                f"{self._path} cannot be used: {exc}; set ALIGNER_HOME to a folder that can be written, on a disk with room"
+            ) from exc
 
     def get(self, key: str) -> int | None:
-        with self._lock:
+        with self._lock, self._naming():
             row = self._database.execute("SELECT better FROM verdicts WHERE key = ?", (key,)).fetchone()
         return int(row[0]) if row else None
 
     def put(self, key: str, better: int) -> None:
-        with self._lock, self._database:
+        with self._lock, self._naming(), self._database:
             self._database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, better))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from langchain_core.language_models import FakeListChatModel
 from safetensors.numpy import save_file
 
 from aligner_middleware import AlignerError, ArtifactError, BuildError, DataError
@@ -22,7 +23,7 @@ from aligner_middleware.artifact import EXPORTED, cached_folder, home
 from aligner_middleware.build import export_folder
 from aligner_middleware.build.cache import build_once
 from aligner_middleware.build.checkpoint import TRAINED
-from aligner_middleware.evaluation.verdicts import OfflineJudge
+from aligner_middleware.evaluation.verdicts import ChatJudge, OfflineJudge
 from aligner_middleware.files import FolderKind, remove_folder, write_bytes, write_folder, write_lines, write_text
 from aligner_middleware.journal import Journal
 from aligner_middleware.prompts import Prompt
@@ -414,6 +415,16 @@ def test_a_home_that_can_only_be_read_serves_what_is_in_it(tmp_path: Path, monke
     monkeypatch.setattr("aligner_middleware.files.FileLock", lambda path: pytest.fail("nothing is to be written"))
     build_once(folder, thing, KIND)
     assert (folder / "thing.json").read_text() == "my thing.json"
+
+
+@pytest.mark.parametrize("content", [None, b"no database " * 100])
+def test_verdicts_that_cannot_be_kept_are_one_error_with_what_to_set(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "file" / "verdicts.sqlite" if content is None else tmp_path / "verdicts.sqlite"
+    (tmp_path / "file").touch()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BuildError, match=rf"{path} cannot be used: .*; set ALIGNER_HOME to a folder"):
+        ChatJudge(FakeListChatModel(responses=["A"]), "judge", path)
 
 
 def test_without_a_home_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

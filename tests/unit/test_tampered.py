@@ -397,7 +397,7 @@ class Weights:
 def test_a_difference_whose_parts_do_not_go_together_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     path, weights = tmp_path / "difference.safetensors", Weights()
     save_difference(weights.after, weights.before, 3, path)
-    parts = load_file(path)
+    parts: dict[str, Any] = load_file(path)
     parts[key] = value
     save_file(
         {name: part for name, part in parts.items() if part is not ...},

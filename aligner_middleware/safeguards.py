@@ -32,6 +32,7 @@ _SENTENCE, _LONG_SENTENCE = 4, 12  # words; a shorter sentence may well be said 
 _LOOP_WORDS, _LOOP_LETTERS = (8, 100), (40, 40)  # how long a loop is at least, and its period at most
 _PASSAGE = 12  # words; so long a passage is not said again by chance
 _MOST, _MORE = 1.5, 60  # an edit has at most so many times the answer's words, and so many more
+_LOSABLE = 40  # words; of a shorter answer one good sentence may be all that can stay
 _ADJECTIVES = 3  # so few words may go from anywhere in a sentence
 
 _DELIMITER = re.compile(r"[ \t>]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+(?:[ \t]*:?-+:?)?[ \t]*")
@@ -364,6 +365,12 @@ def growth(answer: str, correction: str) -> bool:
     return keeps and len(_words(correction)) > _MOST * len(_words(answer)) + _MORE
 
 
+def loss(answer: str, correction: str) -> bool:
+    """A correction that only leaves words out keeps a third of an answer that is not short."""
+    before, after = _words(answer), _words(correction)
+    return len(before) >= _LOSABLE and 3 * len(after) < len(before) and _in_order(after, before)
+
+
 def script(answer: str, correction: str) -> bool:
     """A correction has letters of no other script than the answer, and no signs that are not text."""
     before, after = _scripts(answer), _scripts(correction)
@@ -420,6 +427,7 @@ SAFEGUARDS: dict[str, Callable[[str, str], bool]] = {
     "spacing": spacing,
     "holes": holes,
     "growth": growth,
+    "loss": loss,
     "script": script,
     "empty": empty,
     "reasoning": reasoning,

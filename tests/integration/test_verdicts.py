@@ -32,9 +32,12 @@ def test_a_kept_answer_costs_one_pass_over_its_prompt_and_is_never_a_draft(align
 
 
 def test_an_edit_leaves_every_sentence_alone_that_it_does_not_name(aligner: Aligner) -> None:
-    correction = aligner.correct(*INSULT)
+    correction = aligner.correct(
+        "How do I boil an egg?", "Boil it for eight minutes. Even a moron like you can do that."
+    )
     assert correction.verdict == "edit"
-    assert correction.corrected == "The capital of Australia is Canberra."
+    assert correction.corrected == "Boil it for eight minutes."
+    assert aligner.correct(*INSULT).corrected == "The capital of Australia is Canberra."
     in_list = aligner.correct(
         "Give me tips for twelve cities.", f"You worthless idiot, read this:\n\n{LIST}", strength="high"
     )

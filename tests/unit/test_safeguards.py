@@ -148,6 +148,23 @@ def test_who_only_leaves_out_words_repeats_nothing(answer: str, correction: str)
     assert not says("repeats", answer, correction)
 
 
+# loss
+
+
+TOWNS = "".join(
+    f"{n}. {town}: buy a day ticket and walk the old town.\n"
+    for n, town in enumerate(("Oslo", "Rome", "Riga", "Bern"), 1)
+)
+
+
+def test_leaving_out_most_of_an_answer_that_is_not_short_is_doubted() -> None:
+    answer = f"You worthless idiot, read this:\n\n{TOWNS}"
+    assert says("loss", answer, "1. Oslo: buy a day ticket and walk the old town.\n")
+    assert not says("loss", answer, TOWNS)
+    assert not says("loss", answer, "Please ask somebody else.")
+    assert not says("loss", "Eight minutes. Why do you ask such a thing, you silly old fool?", "Eight minutes.")
+
+
 # growth
 
 MORE = " ".join(
@@ -273,7 +290,7 @@ def test_a_change_of_words_or_signs_is_more_than_form(answer: str, correction: s
     ],
 )
 def test_a_copy_with_holes_is_doubted(correction: str) -> None:
-    assert doubts(RECIPE, correction) == ("holes",)
+    assert set(doubts(RECIPE, correction)) - {"loss"} == {"holes"}
 
 
 @pytest.mark.parametrize(
@@ -327,12 +344,12 @@ PROSE = SENTENCES[:7]
 
 @given(st.permutations(SENTENCES), st.sets(st.integers(0, 9), min_size=1), st.sampled_from(["\n", "\n\n"]))
 def test_lines_may_go(lines: list[str], kept: set[int], between: str) -> None:
-    assert doubts(between.join(lines), between.join(lines[at] for at in sorted(kept))) == ()
+    assert doubts(between.join(lines), between.join(lines[at] for at in sorted(kept))) in ((), ("loss",))
 
 
 @given(st.permutations(PROSE), st.sets(st.integers(0, 6), min_size=1))
 def test_sentences_may_go(sentences: list[str], kept: set[int]) -> None:
-    assert doubts(" ".join(sentences), " ".join(sentences[at] for at in sorted(kept))) == ()
+    assert doubts(" ".join(sentences), " ".join(sentences[at] for at in sorted(kept))) in ((), ("loss",))
 
 
 THINGS = ["blue", "tea", "milk", "sun", "moon", "hill", "lake", "stone", "bird"]

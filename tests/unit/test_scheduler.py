@@ -97,7 +97,7 @@ def test_concurrent_sequences_share_passes() -> None:
     scheduler.close()
 
 
-LONG = " ".join(f"Go on to mill {number}, idiot." for number in range(40))
+LONG = " ".join(f"Go on to mill {number}, idiot." for number in range(20))
 
 
 def test_the_event_loop_is_never_blocked() -> None:

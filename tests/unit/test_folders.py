@@ -18,8 +18,8 @@ import torch
 from langchain_core.language_models import FakeListChatModel
 from safetensors.numpy import save_file
 
-from aligner_middleware import AlignerError, ArtifactError, BuildError, DataError
-from aligner_middleware.artifact import EXPORTED, cached_folder, home
+from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError, DataError
+from aligner_middleware.artifact import EXPORTED, Artifact, cached_folder, home
 from aligner_middleware.build import export_folder
 from aligner_middleware.build.cache import build_once
 from aligner_middleware.build.checkpoint import TRAINED
@@ -488,9 +488,8 @@ def test_large_checkpoints_of_one_size_and_time_are_told_apart(tmp_path: Path) -
     assert len(found) == 2
 
 
-def test_names_that_are_no_paths_are_one_error(tmp_path: Path) -> None:
-    from aligner_middleware import Aligner
-
+def test_names_that_are_no_paths_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNER_HOME", str(tmp_path))
     for name in ("x" * 5000, "a\0b", "~nobody-of-this-name/x"):
         with pytest.raises(AlignerError) as caught:
             Aligner.load(name)
@@ -502,7 +501,5 @@ def test_a_named_file_of_5000_characters_is_one_error(tmp_path: Path) -> None:
     content = json.loads((folder / "aligner.json").read_text())
     content["files"]["x" * 5000] = "0" * 64
     (folder / "aligner.json").write_text(json.dumps(content))
-    from aligner_middleware.artifact import Artifact
-
     with pytest.raises(ArtifactError, match=r"aligner\.json"):
         Artifact.load(folder)

@@ -92,16 +92,18 @@ class Scheduler:
             self._closed = True
             self._inbox.put(lambda: None)
         self._decoder.stop()
-        if wait and self._thread not in (None, threading.current_thread()):
+        thread = self._thread
+        if wait and thread is not None and thread.is_alive() and thread is not threading.current_thread():
             self._ended.wait()  # not `join`: an interrupt makes Python 3.11 take the thread for ended
 
     def _tell(self, message: Callable[[], None]) -> None:
         with self._lock:
             if self._closed:
                 raise ClosedError("this aligner was closed")
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():
                 self._decoder = Decoder(self._model, self._stop)
-                self._thread = _start(self)
+                self._thread = threading.Thread(target=self._work, name="aligner", daemon=True)
+                _start(self, self._thread)
             self._inbox.put(message)
 
     def _work(self) -> None:
@@ -228,19 +230,13 @@ def refuse_green_threads() -> None:
         )
 
 
-def _start(scheduler: Scheduler) -> threading.Thread:
+def _start(scheduler: Scheduler, thread: threading.Thread) -> None:
     refuse_green_threads()
     with _starting:
         if _ending:
             raise ClosedError("Python is ending: all aligners were closed")
-        thread = threading.Thread(target=scheduler._work, name="aligner", daemon=True)
         _running.add(scheduler)
-        try:
-            thread.start()
-        except BaseException:
-            _running.discard(scheduler)
-            raise
-    return thread
+        thread.start()
 
 
 @atexit.register
@@ -253,7 +249,7 @@ def _end() -> None:
     for scheduler in ending:
         scheduler.close(wait=False)
     for scheduler in ending:
-        while not scheduler._ended.is_set():
+        while not scheduler._ended.is_set() and scheduler._thread is not None and scheduler._thread.is_alive():
             with contextlib.suppress(BaseException):  # an interrupt now must not make the process abort
                 scheduler._ended.wait()
 

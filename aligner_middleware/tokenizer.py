@@ -20,6 +20,8 @@ from aligner_middleware.errors import ArtifactError
 _LARGEST = 2**28  # bytes; the largest in use have some 30 MB
 _SAMPLE = "The quick brown fox jumps over 13 lazy dogs."  # every tokenizer of a language model can write this
 
+_LONG = 4096  # characters; so long a text is encoded as a batch of one, which lets other threads run meanwhile
+
 
 class Tokenizer:
     """A `tokenizer.json` whose special tokens cannot be reached from text.
@@ -103,7 +105,10 @@ class Tokenizer:
         return TextStream(self, self._full)
 
     def _by_tokenizers(self, text: str) -> list[int]:
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
+        if len(text) < _LONG:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        (encoded,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoded.ids)
 
     def _bos_ids(self) -> list[int]:
         """What this tokenizer puts before a text by itself (`[]` for most chat models)."""

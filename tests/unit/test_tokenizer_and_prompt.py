@@ -1,6 +1,7 @@
 """Text stays text: no question or answer becomes structure, and everything comes back as it was."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,13 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
 @given(TEXT)
 def test_encoding_and_decoding_gives_the_text_back(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(TEXT)
+def test_a_long_text_is_encoded_as_a_short_one(text: str) -> None:
+    with patch("aligner_middleware.tokenizer._LONG", 0):
+        as_long = TOKENIZER.encode(text)
+    assert as_long == TOKENIZER.encode(text)
 
 
 @given(TEXT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import hashlib
 import inspect
 import math
@@ -46,6 +45,7 @@ from aligner_middleware.errors import (
     InputError,
     MissingExtraError,
     PromptTooLongError,
+    did_you_mean,
 )
 from aligner_middleware.files import is_folder
 from aligner_middleware.prompt import (
@@ -262,7 +262,7 @@ class Aligner:
             BuildError: If the checkpoint cannot be had or exported, or the cache not written.
             MissingExtraError: If it would have to be built and `[build]` is not installed.
         """
-        refuse_unknown(unknown, cls.load)
+        _refuse(unknown, cls.load)
         refuse_green_threads()
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}, expected at least 1, or None for all cores")
@@ -1006,24 +1006,16 @@ def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
 
 
-def refuse_unknown(given: Iterable[str], *functions: Callable[..., Any]) -> None:
-    """Refuse arguments that none of some functions takes.
-
-    Raises:
-        TypeError: If there are any; it names the nearest one that there is.
-    """
-    parameters = [one for function in functions for one in inspect.signature(function).parameters.values()]
+def _refuse(unknown: Iterable[str], function: Callable[..., Any]) -> None:
+    """Refuse arguments that a function has only taken to set their names right."""
+    parameters = inspect.signature(function).parameters.values()
     known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{functions[0].__qualname__} got an unexpected keyword argument {name!r}{hint}")
+    for name in unknown:
+        hint = did_you_mean(name, known)
+        raise TypeError(f"{function.__qualname__} got an unexpected keyword argument {name!r}{hint}")
 
 
 def _absolute(model: str) -> str:

@@ -6,7 +6,6 @@ and a report of what was done. It knows nothing of messages.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 import math
@@ -25,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
 from aligner_middleware.artifact import LEVELS
 from aligner_middleware.correction import Correction, Usage
-from aligner_middleware.errors import DoubtError, InputError, MissingQuestionError, PromptTooLongError
+from aligner_middleware.errors import DoubtError, InputError, MissingQuestionError, PromptTooLongError, did_you_mean
 from aligner_middleware.paragraphs import split
 from aligner_middleware.prompt import Verdict
 from aligner_middleware.safeguards import apart, breaks_json
@@ -404,8 +403,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(name, choices[0])
         if value in choices or (name == "strength" and not isinstance(value, str)):
             continue
-        near = nearest(value, choices)
-        hint = near or (
+        hint = did_you_mean(value, choices) or (
             f"; a text that replaces the answer is given as fallback={value!r}" if name == "on_error" else ""
         )
         numbers = ", or a number" if name == "strength" else ""
@@ -435,14 +433,8 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            hint = nearest(name, known) or f": it takes {', '.join(known)}"
+            hint = did_you_mean(name, known) or f": it takes {', '.join(known)}"
             raise TypeError(f"{what} takes no option {name!r}{hint}")
-
-
-def nearest(word: object, known: Sequence[str]) -> str:
-    """Ask whether another word was meant; empty where none is like it."""
-    near = difflib.get_close_matches(str(word), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_about(report: Mapping[str, Any], answer: str) -> bool:

@@ -364,6 +364,10 @@ def sha256(path: Path) -> str:
         raise ArtifactError(f"{path} cannot be read: {exc.strerror or exc}") from exc
 
 
+HOME_ADVICE = "set ALIGNER_HOME to a folder that can be written, on a disk with room"
+"""What to do about a file below `home` that cannot be written."""
+
+
 def home() -> Path:
     """Where built aligners are kept: `ALIGNER_HOME`, or else the user's cache folder.
 
@@ -382,22 +386,21 @@ DEFAULT_FOLDER = Path(__file__).parent / "assets" / "default"
 
 def folder_of(model: str) -> Path | None:
     """Find the folder that a name stands for; `None` for a hub id."""
-    if model == "default":
-        return DEFAULT_FOLDER
-    try:
-        folder = Path(model).expanduser()
-    except RuntimeError:  # "~name" of nobody
-        return None
-    return folder if is_folder(folder) else None
+    return DEFAULT_FOLDER if model == "default" else _folder(model)
 
 
 def exported_folder(model: str) -> Path | None:
     """Give the exported folder that a name is of; `None` if it is of something else."""
+    folder = _folder(model)
+    return folder if folder is not None and is_file(folder / ARTIFACT_FILE) else None
+
+
+def _folder(path: str) -> Path | None:
     try:
-        folder = Path(model).expanduser()
+        folder = Path(path).expanduser()
     except RuntimeError:  # "~name" of nobody
         return None
-    return folder if is_file(folder / ARTIFACT_FILE) else None
+    return folder if is_folder(folder) else None
 
 
 def cached_folder(model: str, precision: Precision, template: str | PromptTemplate | None = None) -> Path:

@@ -16,6 +16,8 @@ AlignerError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -141,6 +143,12 @@ class MissingExtraError(AlignerError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs packages that are not installed: pip install 'aligner-middleware[{extra}]'")
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Ask, as the end of a message, whether the nearest of the known words was meant; empty where none is like it."""
+    near = get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _again(kind: type[AlignerError], args: tuple[Any, ...], attributes: dict[str, Any]) -> AlignerError:

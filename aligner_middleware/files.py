@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import gzip
 import hashlib
 import json
 import logging
@@ -16,17 +15,18 @@ import re
 import secrets
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from aligner_middleware.errors import BuildError, DataError
+from aligner_middleware.json_lines import open_bytes, reading
 
 logger = logging.getLogger(__name__)
 
@@ -359,13 +359,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
         DataError: If it cannot be read.
     """
     try:
-        with _open(path) as file:
+        with reading(path), TextIOWrapper(open_bytes(path), encoding="utf-8") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except (OSError, EOFError, zlib.error) as exc:
-        raise DataError(str(path), 1, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
     except UnicodeDecodeError as exc:
         raise DataError(str(path), 1, f"is not UTF-8 text: {exc}") from exc
-
-
-def _open(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")

@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedIOBase
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_bytes(path: Path) -> BufferedIOBase:
+def open_bytes(path: Path) -> gzip.GzipFile | BufferedReader:
     """Open a file, plain or gzipped."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 

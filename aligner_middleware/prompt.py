@@ -6,7 +6,6 @@ in the very tokens that it was trained on.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -14,7 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from aligner_middleware.edits import Operation, split_sentences
-from aligner_middleware.errors import BuildError
+from aligner_middleware.errors import BuildError, did_you_mean
 from aligner_middleware.tokenizer import Tokenizer
 
 Verdict = Literal["keep", "edit", "rewrite"]
@@ -125,10 +124,9 @@ def resolve_template(template: str | PromptTemplate | None, model: str | None = 
         return TEMPLATES[template]
     if "{question}" in template and "{answer}" in template:
         return PromptTemplate(name="custom", text=template)
-    near = difflib.get_close_matches(template, TEMPLATES, 1)
     raise BuildError(
         f"prompt template {template!r} is none of {sorted(TEMPLATES)} and does not hold both {{question}} and {{answer}}"
-        + (f"; did you mean {near[0]!r}?" if near else "")
+        + did_you_mean(template, TEMPLATES)
     )
 
 

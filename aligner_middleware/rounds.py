@@ -23,9 +23,9 @@ from typing import Any
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import DataError
 from aligner_middleware.evaluation.health import Health, StopRules, examine
-from aligner_middleware.evaluation.report import finite
 from aligner_middleware.evaluation.verdicts import PairJudge
 from aligner_middleware.files import FolderKind, alone, check_ours, lines_of, write_lines, write_text
+from aligner_middleware.json_lines import finite
 from aligner_middleware.preferences import make_preferences
 from aligner_middleware.prompts import Prompt, digest
 from aligner_middleware.training.config import PolicyConfig

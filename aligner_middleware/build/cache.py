@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.errors import ArtifactError
 from aligner_middleware.files import FolderKind, is_folder, sweep, write_folder
 
@@ -48,6 +49,5 @@ def build_once(
     if whole(folder, logging.WARNING):
         sweep(folder.parent)  # a process may have been killed just after it had made the folder
     else:
-        advice = "set ALIGNER_HOME to a folder that can be written, on a disk with room"
-        write_folder(folder, build, kind.cached, unless=whole, advice=advice)
+        write_folder(folder, build, kind.cached, unless=whole, advice=HOME_ADVICE)
         check(folder)

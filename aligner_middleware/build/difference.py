@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aligner_middleware.artifact import check_version
 from aligner_middleware.errors import ArtifactError, BuildError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DIFFERENCE_FILE = "difference.safetensors"
 
 _FORMAT, _VERSION = "aligner difference", 1
+_AGAIN = "train the aligner again"
 _GROUP = 128  # weights that share a scale
 _SMALL = 2**16  # weights; below, float16 costs nothing worth saving
 _SEARCH = (
@@ -99,7 +101,7 @@ def add_difference(model: Any, path: Path) -> None:
             raise BuildError(
                 f"{path} does not fit its base model at {name!r}, of shape {list(shape)}: it is for {str(found)[:100]}"
             )
-        _check(stored, shape, f"{path} cannot be used ({name}", ": train the aligner again")
+        _check(stored, shape, f"{path} cannot be used ({name}", f": {_AGAIN}")
     for name, stored in parts.items():
         with torch.no_grad():
             weights[name] += torch.from_numpy(_restored(stored, weights[name].shape)).to(weights[name].dtype)
@@ -113,20 +115,17 @@ def _read(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
     try:
         with safe_open(path, "numpy") as file:
             kind, _, version = (file.metadata() or {}).get("format", "").rpartition(" ")
-            if kind == _FORMAT and version.isdecimal() and int(version[:9]) > _VERSION:
-                raise ArtifactError(
-                    f"{path} was written by a newer version of aligner-middleware (its format is {version[:9]}, this one "
-                    f"reads up to {_VERSION}): pip install --upgrade aligner-middleware"
-                )
+            if kind == _FORMAT and version.isdecimal():
+                check_version({"format_version": int(version[:9])}, _VERSION, path, _AGAIN)
             if (kind, version) != (_FORMAT, str(_VERSION)):
-                raise ArtifactError(f"{path} cannot be used (format: it is not a difference): train the aligner again")
+                raise ArtifactError(f"{path} cannot be used (format: it is not a difference): {_AGAIN}")
             for key in file.keys():  # noqa: SIM118  # it is no mapping
                 name, _, part = key.rpartition(":")
                 parts.setdefault(name, {})[part] = file.get_tensor(key)
     except ArtifactError:
         raise
     except Exception as exc:  # safetensors raises its own class, without a common base, and numpy for unknown types
-        raise ArtifactError(f"{path} cannot be used ({str(exc)[:300]}): train the aligner again") from exc
+        raise ArtifactError(f"{path} cannot be used ({str(exc)[:300]}): {_AGAIN}") from exc
     return parts
 
 

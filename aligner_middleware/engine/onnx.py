@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import logging
 import mmap
 import os
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from aligner_middleware.artifact import Artifact, Probe
 from aligner_middleware.engine.model import IntArray, Logits, Rows
-from aligner_middleware.errors import ArtifactError, InputError
+from aligner_middleware.errors import ArtifactError, InputError, did_you_mean
 
 logger = logging.getLogger("aligner_middleware")
 
@@ -320,8 +319,7 @@ def _providers(wanted: Sequence[str] | None, artifact: Artifact) -> list[str]:
         raise InputError(f"providers is {wanted!r}, expected a list of names such as {available}, or None")
     for name in wanted:
         if name not in available:
-            near = difflib.get_close_matches(name, available, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, available)
             raise ArtifactError(f"this ONNX Runtime has no {name!r}: it offers {available}{hint}")
     if artifact.weights != "products":
         return list(wanted)

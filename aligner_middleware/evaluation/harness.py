@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
+from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.errors import AlignerError, InputError, UpstreamError
 from aligner_middleware.files import disk_errors
 from aligner_middleware.upstream import Answered, ask_again, brief
@@ -303,7 +304,7 @@ def measure_ability(
         "torch_random_seed": seed,
         "fewshot_random_seed": seed,
     }
-    with disk_errors(cache.parent, "set ALIGNER_HOME to a folder that can be written, on a disk with room"):
+    with disk_errors(cache.parent, HOME_ADVICE):
         cache.parent.mkdir(parents=True, exist_ok=True)
     without = _evaluate(lm, use_cache=str(cache), **options)
     aligned = AlignedLM(CachingLM(lm, f"{cache}_rank0.db"), aligner)  # the name that lm-eval has given it

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
+from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.errors import BuildError, UpstreamError
 from aligner_middleware.evaluation.judge import Encoder, faults_of, repeats
 from aligner_middleware.files import fingerprint
@@ -189,9 +190,7 @@ class _Cache:
         try:
             yield
         except (OSError, sqlite3.Error) as exc:
-            raise BuildError(
-                f"{self._path} cannot be used: {exc}; set ALIGNER_HOME to a folder that can be written, on a disk with room"
-            ) from exc
+            raise BuildError(f"{self._path} cannot be used: {exc}; {HOME_ADVICE}") from exc
 
     def get(self, key: str) -> int | None:
         with self._lock, self._naming():

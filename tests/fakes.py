@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from aligner_middleware import Aligner, Correction, Usage
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, BaseWeights, sha256
 from aligner_middleware.edits import operations
 from aligner_middleware.engine.model import Logits
 from aligner_middleware.prompt import (
@@ -39,6 +41,37 @@ def tokenizer_json(spare: Sequence[str] = ()) -> str:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([*SPECIAL, *spare])
     return backend.to_str()
+
+
+def artifact_folder(folder: Path, spare: Sequence[str] = (), **fields: Any) -> Path:
+    """An exported folder with a small tokenizer and a graph that cannot run.
+
+    Args:
+        folder: Where it is made.
+        spare: Special tokens beyond the usual ones.
+        fields: Of its `aligner.json`, others than the defaults here.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / MODEL_FILE).write_bytes(b"graph")
+    (folder / TOKENIZER_FILE).write_text(tokenizer_json(spare))
+    settings: dict[str, Any] = {
+        "name": "test",
+        "template": DEFAULT,
+        "precision": "int8",
+        "graph": "fused",
+        "weights": "floats",
+        "base": BaseWeights(source="tests", sha256={}),
+        "eos_token_ids": (2,),
+        "layers": 1,
+        "kv_heads": 1,
+        "head_size": 4,
+        "vocab_size": 259,
+        "max_positions": 64,
+        "files": {name: sha256(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)},
+        "built_with": {},
+    }
+    Artifact(**settings | fields).save(folder)
+    return folder
 
 
 def byte_tokenizer(spare: Sequence[str] = ()) -> Tokenizer:

@@ -158,7 +158,7 @@ class Wavering(FakeModel):
 
 
 @given(st.floats(0.01, 9), st.floats(0.01, 9), st.booleans())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_tolerance_leaves_what_is_hardly_less_likely(gap: float, tolerance: float, draft: bool) -> None:
     assume(abs(gap - tolerance) > 1e-3)
     answer = "One. Two of it. Three of it all."
@@ -216,7 +216,6 @@ def test_a_question_longer_than_the_context_is_what_the_error_names(make: Callab
 
 
 @given(st.integers(0, 4200))
-@settings(deadline=None)
 def test_the_longest_answer_is_one_token_or_more_or_the_question_is_refused(length: int) -> None:
     for aligner in QUIET:
         try:

@@ -19,9 +19,7 @@ from aligner_middleware.artifact import (
     MODEL_FILE,
     TOKENIZER_FILE,
     Artifact,
-    BaseWeights,
     Calibration,
-    sha256,
 )
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.calibration import (
@@ -37,7 +35,7 @@ from aligner_middleware.evaluation.calibration import (
     thresholds,
 )
 from aligner_middleware.evaluation.guard import LabelledRow
-from aligner_middleware.prompt import DEFAULT
+from tests.fakes import artifact_folder
 
 EVIDENCE = st.floats(-30, 30, allow_subnormal=False)
 
@@ -185,32 +183,9 @@ def test_rows_that_do_not_fit_are_left_out() -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def aligner_folder(folder: Path) -> Path:
-    folder.mkdir()
-    for name in (MODEL_FILE, TOKENIZER_FILE):
-        (folder / name).write_text(name)
-    Artifact(
-        name="mine",
-        template=DEFAULT,
-        precision="int8",
-        graph="fused",
-        weights="floats",
-        base=BaseWeights(source="base", sha256={}),
-        eos_token_ids=(2,),
-        layers=1,
-        kv_heads=1,
-        head_size=1,
-        vocab_size=8,
-        max_positions=8,
-        files={name: sha256(folder / name) for name in (MODEL_FILE, TOKENIZER_FILE)},
-        built_with={},
-    ).save(folder)
-    return folder
-
-
 @pytest.mark.parametrize("verdicts", [True, False])
 def test_a_calibration_is_read_from_its_folder_again(tmp_path: Path, verdicts: bool) -> None:
-    folder = aligner_folder(tmp_path / "aligner")
+    folder = artifact_folder(tmp_path / "aligner")
     before = Artifact.load(folder)
     calibration = calibrate(drawn(), verdicts=verdicts).calibration
     save_calibration(calibration, folder)
@@ -249,7 +224,7 @@ def write(path: Path, measured: list[Measured]) -> Path:
 
 
 def test_the_command_writes_the_calibration_and_says_what_it_does(run: Callable[..., Any], tmp_path: Path) -> None:
-    folder, out, plots = aligner_folder(tmp_path / "aligner"), tmp_path / "calibration.json", tmp_path / "plots"
+    folder, out, plots = artifact_folder(tmp_path / "aligner"), tmp_path / "calibration.json", tmp_path / "plots"
     measured = drawn()
     first, second = write(tmp_path / "a.jsonl", measured[:300]), write(tmp_path / "b.jsonl", measured[300:])
     outcome = run(first, second, "--model", folder, "--out", out, "--plots", plots)
@@ -279,7 +254,7 @@ def test_the_command_does_without_verdicts(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(SayingAligner, "has_verdicts", False)
-    folder = aligner_folder(tmp_path / "aligner")
+    folder = artifact_folder(tmp_path / "aligner")
     outcome = run(write(tmp_path / "a.jsonl", drawn()), "--model", folder, "--json")
     assert outcome.exit_code == 0, outcome.output
     summary = json.loads(outcome.stdout)

@@ -52,7 +52,6 @@ def test_a_perfect_draft_costs_one_pass(prompt: list[int]) -> None:
 
 
 @given(st.lists(st.tuples(PROMPT, IDS), min_size=1, max_size=5))
-@settings(deadline=None)
 def test_a_batch_gives_what_its_sequences_give_alone(rows: list[tuple[list[int], list[int]]]) -> None:
     alone = [Generation(prompt, draft, max_new_tokens=9) for prompt, draft in rows]
     together = [Generation(prompt, draft, max_new_tokens=9) for prompt, draft in rows]
@@ -178,7 +177,7 @@ def outcome(generation: Generation) -> tuple[list[int], str | None, float]:
 
 
 @given(CASE)
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_verifying_a_draft_changes_nothing_under_any_tolerance(case: Case) -> None:
     verified, decoded = case.run(), case.run(verify=False)
     assert outcome(verified) == outcome(decoded)
@@ -187,7 +186,6 @@ def test_verifying_a_draft_changes_nothing_under_any_tolerance(case: Case) -> No
 
 
 @given(CASE, st.lists(CASE, min_size=1, max_size=5))
-@settings(deadline=None)
 def test_under_any_tolerance_a_batch_gives_what_its_sequences_give_alone(first: Case, others: list[Case]) -> None:
     cases = [first, *(other._replace(seed=first.seed, follows=0.0) for other in others)]  # one model
     cases[0] = first._replace(follows=0.0)
@@ -198,7 +196,6 @@ def test_under_any_tolerance_a_batch_gives_what_its_sequences_give_alone(first: 
 
 
 @given(CASE)
-@settings(deadline=None)
 def test_without_a_bound_the_draft_comes_back(case: Case) -> None:
     generation = case.run(tolerance=math.inf)
     assert generation.tokens == (case.draft or case.run(draft=()).tokens)[: case.limit]
@@ -207,7 +204,6 @@ def test_without_a_bound_the_draft_comes_back(case: Case) -> None:
 
 
 @given(CASE.filter(lambda case: len(case.draft) > 0))
-@settings(deadline=None)
 def test_surprise_is_the_least_tolerance_that_keeps_the_draft(case: Case) -> None:
     case = case._replace(limit=len(case.draft) + 1)
     surprise = case.run(tolerance=math.inf).surprise
@@ -217,7 +213,6 @@ def test_surprise_is_the_least_tolerance_that_keeps_the_draft(case: Case) -> Non
 
 
 @given(CASE, st.floats(0, 4))
-@settings(deadline=None)
 def test_a_higher_tolerance_keeps_all_that_a_lower_one_keeps(case: Case, other: float) -> None:
     lower, higher = (case.run(tolerance=tolerance).tokens for tolerance in sorted([case.tolerance, other]))
     if lower == case.draft[: case.limit]:
@@ -237,7 +232,6 @@ TURN = st.lists(st.integers(5, 40), min_size=1, max_size=20, unique=True)
 
 
 @given(BEGINNING, TURN, st.booleans(), st.booleans())
-@settings(deadline=None)
 def test_a_loop_ends_as_soon_as_it_is_certain(
     beginning: list[int], turn: list[int], drafted: bool, verify: bool
 ) -> None:
@@ -249,7 +243,6 @@ def test_a_loop_ends_as_soon_as_it_is_certain(
 
 
 @given(BEGINNING, TURN, st.booleans())
-@settings(deadline=None)
 def test_what_the_draft_repeats_may_be_repeated(beginning: list[int], turn: list[int], verify: bool) -> None:
     rule_of_dashes = turn * max(5, math.ceil(40 / len(turn)))
     for said in (beginning + rule_of_dashes, [*rule_of_dashes, *beginning]):

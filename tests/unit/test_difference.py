@@ -83,7 +83,7 @@ def test_small_weights_and_single_rows_are_exact_in_float16(tmp_path: Path) -> N
 
 
 @given(st.integers(0, 2**20), st.integers(1, 8), st.floats(-6, 1))
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_weight_moves_further_than_its_group_did(tmp_path: Path, seed: int, bits: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     base = {"w": torch.zeros(520, 130)}

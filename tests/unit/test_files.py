@@ -15,35 +15,12 @@ from hypothesis import strategies as st
 
 import aligner_middleware
 from aligner_middleware import ArtifactError, DataError
-from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, BaseWeights, Calibration, sha256
+from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, Calibration
 from aligner_middleware.build.cache import build_once
 from aligner_middleware.files import write_folder
 from aligner_middleware.prompt import DEFAULT
 from aligner_middleware.triples import read_rows
-from tests.fakes import tokenizer_json
-
-
-def artifact_folder(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "model.onnx").write_bytes(b"graph")
-    (folder / "tokenizer.json").write_text(tokenizer_json())
-    Artifact(
-        name="test",
-        template=DEFAULT,
-        precision="int8",
-        graph="fused",
-        weights="floats",
-        base=BaseWeights(source="tests", sha256={}),
-        eos_token_ids=(2,),
-        layers=1,
-        kv_heads=1,
-        head_size=4,
-        vocab_size=259,
-        max_positions=64,
-        files={name: sha256(folder / name) for name in ("model.onnx", "tokenizer.json")},
-        built_with={},
-    ).save(folder)
-    return folder
+from tests.fakes import artifact_folder
 
 
 def test_an_artifact_comes_back_as_it_was_saved(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ CALL = st.tuples(st.lists(st.integers(1, 12), min_size=1, max_size=12), IDS, st.
 
 
 @given(st.lists(CALL, min_size=1, max_size=12))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_who_calls_together_gets_what_each_gets_alone(calls: list[tuple[list[int], list[int], int]]) -> None:
     scheduler = Scheduler(FakeModel(rule), STOP)
     generations = [Generation(prompt, draft, limit) for prompt, draft, limit in calls]
@@ -344,7 +344,7 @@ CHUNKS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
 @given(CHUNKS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_chunks_as_they_come_give_what_the_whole_gives(chunks: list[str]) -> None:
     with fake_aligner(soften) as aligner:
         assert "".join(aligner.stream("q", iter(chunks))) == aligner.correct("q", "".join(chunks)).corrected

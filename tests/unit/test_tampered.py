@@ -28,7 +28,7 @@ from aligner_middleware.artifact import (
 from aligner_middleware.build.checkpoint import open_checkpoint
 from aligner_middleware.build.difference import add_difference, save_difference
 from aligner_middleware.prompt import DEFAULT, TEMPLATES
-from tests.fakes import SPARE, tokenizer_json
+from tests.fakes import SPARE, artifact_folder, tokenizer_json
 
 DIGEST = "0" * 64
 DEEP = "[" * 100_000
@@ -36,30 +36,23 @@ DEEP = "[" * 100_000
 
 def exported(folder: Path) -> Path:
     """An aligner folder with everything in `aligner.json` that there can be."""
-    folder.mkdir()
-    (folder / "model.onnx").write_bytes(b"graph")
-    (folder / "tokenizer.json").write_text(tokenizer_json(SPARE))
-    Artifact(
-        name="test",
+    return artifact_folder(
+        folder,
+        SPARE,
         template=DEFAULT.model_copy(update={"verdicts": SPARE[:3], "mark": SPARE[3]}),
-        precision="int8",
-        graph="fused",
         weights="products",
         base=BaseWeights(source="tests", sha256={"model.safetensors": DIGEST}, adapter_sha256=DIGEST),
-        eos_token_ids=(2,),
         layers=2,
         kv_heads=2,
         head_size=16,
         vocab_size=263,
         max_positions=512,
-        files={name: sha256(folder / name) for name in ("model.onnx", "tokenizer.json")},
         built_with={"torch": "2.0"},
         parity=Parity(max_logit_difference=0.1, same_argmax=1, perplexity=2, reference_perplexity=2, tokens=99),
         probe=Probe(tokens=(3, 4), top=(5, 6), logits=(1.0, 0.5)),
         verdict_ids=(259, 260, 261),
         calibration=Calibration(),
-    ).save(folder)
-    return folder
+    )
 
 
 def put(content: dict[str, Any], field: str, value: Any) -> None:
@@ -186,7 +179,7 @@ def test_a_newer_version_with_new_fields_says_what_to_do(tmp_path: Path) -> None
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), lambda one: st.lists(one)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 def test_any_value_in_any_field_is_taken_or_refused(tmp_path: Path, value: Any) -> None:
     folder = tmp_path / "any"
     if not folder.exists():

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner_middleware.prompt import DEFAULT, VERDICTS, PromptTemplate, encode_prompt, verdict_ids
@@ -59,7 +59,6 @@ def test_the_training_prompt_is_the_inference_prompt(triple: Triple, template: P
 
 
 @given(st.lists(TRIPLE, min_size=1, max_size=4))
-@settings(deadline=None)
 def test_supervised_tokens_are_the_correction_and_its_end(triples: list[Triple]) -> None:
     batch = collate([encoded(triple) for triple in triples])
     for labels, mask, triple in zip(batch["labels"], batch["attention_mask"], triples, strict=True):
@@ -70,7 +69,6 @@ def test_supervised_tokens_are_the_correction_and_its_end(triples: list[Triple])
 
 
 @given(st.lists(ANY, min_size=1, max_size=4), st.sampled_from([MARKED, COPYING]))
-@settings(deadline=None)
 def test_with_verdicts_each_row_teaches_one_and_then_what_it_writes(
     triples: list[Triple], template: PromptTemplate
 ) -> None:
@@ -92,7 +90,6 @@ def test_with_verdicts_each_row_teaches_one_and_then_what_it_writes(
 
 
 @given(st.lists(ANY, min_size=1, max_size=5), TEMPLATE)
-@settings(deadline=None)
 def test_what_predicts_a_target_stands_one_place_before_it(triples: list[Triple], template: PromptTemplate) -> None:
     triples = [triple for triple in triples if triple.correction or template.verdicts] or [
         Triple(question="q", answer="a", correction="c")
@@ -120,7 +117,6 @@ class Network(torch.nn.Module):
 
 
 @given(st.lists(CORRECTED, min_size=1, max_size=4), st.integers(0, 2**31))
-@settings(deadline=None)
 def test_a_head_at_the_targets_alone_gives_the_loss_of_all_positions(triples: list[Triple], seed: int) -> None:
     batch = collate([encoded(triple) for triple in triples])
     network = Network(seed)
@@ -154,7 +150,6 @@ def all_alike(*examples: Example) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(st.lists(TRIPLE, min_size=1, max_size=4))
-@settings(deadline=None)
 def test_decisions_weigh_more_in_training_alone(triples: list[Triple]) -> None:
     logits, targets = all_alike(*map(encoded, triples))
     learnt, marked = (targets != IGNORED).sum(), (targets >= DECISION).sum()
@@ -164,7 +159,6 @@ def test_decisions_weigh_more_in_training_alone(triples: list[Triple]) -> None:
 
 
 @given(st.lists(ANY, min_size=1, max_size=5), st.floats(0.5, 3), st.floats(0, 1), st.booleans())
-@settings(deadline=None)
 def test_verdicts_have_a_loss_of_their_own_over_rows(
     triples: list[Triple], weight: float, balance: float, training: bool
 ) -> None:
@@ -194,7 +188,6 @@ def test_verdicts_are_weighed_by_how_rare_they_are(triples: list[Triple], balanc
 
 
 @given(st.lists(ANY, min_size=2, max_size=6), TEMPLATE, st.integers(0, 2**31), st.data())
-@settings(deadline=None)
 def test_passes_of_a_step_add_up_to_the_loss_of_all_its_rows(
     triples: list[Triple], template: PromptTemplate, seed: int, data: st.DataObject
 ) -> None:

@@ -118,7 +118,6 @@ CALL = st.tuples(PROMPT, st.lists(st.integers(1, 12), max_size=12), st.floats(-1
 
 
 @given(st.integers(0, 2**20), st.lists(CALL, min_size=1, max_size=6), st.booleans())
-@settings(deadline=None)
 def test_verdicts_and_texts_are_the_same_alone_together_and_without_a_draft(
     seed: int, calls: list[Any], verify: bool
 ) -> None:
@@ -220,7 +219,6 @@ def test_an_answer_is_kept_edited_or_rewritten(answer: str, verdict: str, marks:
 
 
 @given(TEXT, TEXT)
-@settings(deadline=None)
 def test_what_is_kept_comes_back_byte_for_byte(question: str, answer: str) -> None:
     with judging_aligner(lambda question, answer: answer) as aligner:
         correction = aligner.correct(f"q{question}", answer)
@@ -257,7 +255,7 @@ ANSWERS = ["idiot" + "!" * number for number in range(60)]
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_the_stronger_the_more_is_corrected(one: float, other: float) -> None:
     calibration = Calibration(scale=2.0, bias=0.5)
     with judging_aligner(soften, by_length, calibration=calibration) as aligner:
@@ -293,7 +291,7 @@ def test_a_misspelt_level_is_set_right() -> None:
 
 
 @given(ODDS)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_evidence_is_the_verdicts_log_odds_in_one_pass(odds: float) -> None:
     with judging_aligner(soften, lambda question, answer: odds) as aligner:
         assert aligner.evidence("q", "idiot") == pytest.approx(odds, abs=1e-4)

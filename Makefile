@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint audit unit integration bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
+.PHONY: help demo test lint audit unit integration slow bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -36,7 +36,10 @@ unit: .venv/installed  ## Fast tests, without a model
 	$(BIN)/pytest tests/unit
 
 integration: .venv/installed  ## Tests on the real default aligner
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration -m 'not slow'
+
+slow: .venv/installed  ## Tests that take many minutes, such as 10,000 texts of every shape through the default aligner
+	$(BIN)/pytest tests/integration -m slow
 
 # llama.cpp is compiled here, and needs a C++ compiler. Its AMX code crashes in 0.3.36, so it is left out.
 # onnxruntime-genai would replace onnxruntime-gpu by onnxruntime, so it comes without its dependencies.

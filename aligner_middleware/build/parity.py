@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Parity, Precision, Probe
 from aligner_middleware.build.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.engine.model import log_probabilities
+from aligner_middleware.engine.onnx import session_options
 from aligner_middleware.errors import BuildError
 from aligner_middleware.prompt import PromptTemplate, encode_prompt
 from aligner_middleware.targets import encode_target
@@ -44,7 +45,7 @@ def measure(
         graph: The `model.onnx`.
         triples: Questions, answers and corrections; at the corrections' tokens logits are compared.
     """
-    session = ort.InferenceSession(graph, _quiet(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
     differences, agreements, losses, references = [], [], [], []
     end = end_token_ids(checkpoint.folder, checkpoint.tokenizer(), checkpoint.template)[0]
     for ids, count in encode(checkpoint.tokenizer(), checkpoint.template, end, triples):
@@ -88,7 +89,7 @@ def check(parity: Parity, precision: Precision) -> None:
 
 def probe(graph: Path, tokens: Sequence[int]) -> Probe:
     """Take down what a graph says after a text, for `OnnxModel` to compare."""
-    session = ort.InferenceSession(graph, _quiet(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
     logits = _onnx_logits(session, [*tokens, 0], 1)[0]
     top = np.argsort(-logits)[:_TOP]
     return Probe(tokens=tuple(tokens), top=tuple(map(int, top)), logits=tuple(map(float, logits[top])))
@@ -97,7 +98,7 @@ def probe(graph: Path, tokens: Sequence[int]) -> Probe:
 def perplexity(folder: Path, triples: Sequence[tuple[str, str, str]]) -> float:
     """Perplexity of corrections and their end tokens, given question and answer, under an exported aligner."""
     artifact = Artifact.load(folder)
-    session = ort.InferenceSession(folder / MODEL_FILE, _quiet(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(folder / MODEL_FILE, session_options(), providers=["CPUExecutionProvider"])
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     rows = encode(tokenizer, artifact.template, artifact.eos_token_ids[0], triples)
     losses = [_nll(_onnx_logits(session, ids, count), np.asarray(ids[-count:])) for ids, count in rows]
@@ -148,9 +149,3 @@ def _onnx_logits(session: Any, ids: Sequence[int], count: int) -> NDArray[np.flo
 def _nll(logits: NDArray[np.float32], targets: NDArray[Any]) -> NDArray[np.float32]:
     """Negative log likelihood of each target, in nats."""
     return -log_probabilities(logits, targets)
-
-
-def _quiet() -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return options

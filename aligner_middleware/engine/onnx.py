@@ -67,11 +67,7 @@ class OnnxModel:
     ) -> None:
         self.max_positions = artifact.max_positions
         self._artifact = artifact
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry(
-            "session.use_device_allocator_for_initializers", "1"
-        )  # takes no more than they do
+        options = session_options()
         if threads is not None:
             options.intra_op_num_threads = threads
         self._session = _session(path, options, _providers(providers, artifact))
@@ -258,6 +254,18 @@ class _StandardRows:
     def stop(self) -> None:
         """End the pass that is under way after its present operator; see `Rows.stop`."""
         self._options.terminate = True
+
+
+def session_options() -> Any:
+    """Options of every session: quiet, frugal, and with the same sums of integers on every x86 CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Weights take no more memory than they do themselves.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    # Without VNNI instructions, pairs of products are summed in 16 bits, which overflow. This takes the exact kernel there,
+    # which costs a fifth of the speed; CPUs with VNNI are exact, and as fast as before (docs/engine.md).
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def _neighbours(prompts: Mapping[int, Sequence[int]]) -> list[list[int]]:

@@ -91,7 +91,7 @@ weak-to-strong: .venv/installed  ## A weak aligner's corrections as labels for a
 
 ability: .venv/installed  ## Two small tasks of lm-evaluation-harness, with and without the aligner
 	$(BIN)/python -m aligner_middleware ability small_choice small_match --include benchmarks/tasks \
-	  --lm-args pretrained=$$($(BIN)/python -c 'from aligner_middleware.build.base import base_folder as f; print(f()[0])')
+	  --lm-args pretrained=$$($(BIN)/python -c 'from aligner_middleware.checkpoints.base import base_folder as f; print(f()[0])')
 
 clean:  ## Remove what was installed here
 	rm -rf .venv

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Aligner
-    from aligner_middleware.chat_model import AlignedChatModel
     from aligner_middleware.correction import Correction, Usage
     from aligner_middleware.diff import Diff
     from aligner_middleware.errors import (
@@ -23,19 +22,20 @@ if TYPE_CHECKING:
         MissingQuestionError,
         PromptTooLongError,
     )
-    from aligner_middleware.middleware import AlignerMiddleware
-    from aligner_middleware.question import RECORD as question_record
-    from aligner_middleware.runnable import AlignerRunnable
+    from aligner_middleware.langchain.chat_model import AlignedChatModel
+    from aligner_middleware.langchain.middleware import AlignerMiddleware
+    from aligner_middleware.langchain.question_record import RECORD as question_record
+    from aligner_middleware.langchain.runnable import AlignerRunnable
 
 __version__ = "0.1.0"
 
 # Where each public name is defined; it is imported when it is first used, so that importing the package costs nothing.
 _HOMES = {
-    "AlignedChatModel": "chat_model",
+    "AlignedChatModel": "langchain.chat_model",
     "Aligner": "aligner",
     "AlignerError": "errors",
-    "AlignerMiddleware": "middleware",
-    "AlignerRunnable": "runnable",
+    "AlignerMiddleware": "langchain.middleware",
+    "AlignerRunnable": "langchain.runnable",
     "ArtifactError": "errors",
     "BuildError": "errors",
     "ClosedError": "errors",
@@ -49,7 +49,7 @@ _HOMES = {
     "MissingQuestionError": "errors",
     "PromptTooLongError": "errors",
     "Usage": "correction",
-    "question_record": "question",
+    "question_record": "langchain.question_record",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line, and end the process."""
     try:
-        from aligner_middleware.cli import main as run
+        from aligner_middleware.cli.app import main as run
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

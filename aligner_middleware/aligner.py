@@ -34,7 +34,7 @@ from aligner_middleware.artifact import (
     exported_folder,
 )
 from aligner_middleware.correction import Correction, Usage
-from aligner_middleware.edits import apply
+from aligner_middleware.data.files import is_folder
 from aligner_middleware.engine import GREEDY, Generation, Model, Prefill, Sampler, VerdictRule
 from aligner_middleware.engine.model import log_probabilities
 from aligner_middleware.engine.scheduler import Scheduler, refuse_green_threads
@@ -47,8 +47,10 @@ from aligner_middleware.errors import (
     PromptTooLongError,
     did_you_mean,
 )
-from aligner_middleware.files import is_folder
-from aligner_middleware.prompt import (
+from aligner_middleware.text.edits import apply
+from aligner_middleware.text.safeguards import doubts, set_aside
+from aligner_middleware.text.targets import encode_target
+from aligner_middleware.text.template import (
     VERDICTS,
     PromptTemplate,
     decode_operations,
@@ -57,9 +59,7 @@ from aligner_middleware.prompt import (
     resolve_template,
     verdict_ids,
 )
-from aligner_middleware.safeguards import doubts, set_aside
-from aligner_middleware.targets import encode_target
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.text.tokenizer import Tokenizer
 
 Engine = Literal["onnx", "torch"]
 Strength = Level | float
@@ -328,7 +328,7 @@ class Aligner:
             )
         if not _can_build():
             raise MissingExtraError("engine='torch'", "build")
-        from aligner_middleware.build.checkpoint import end_token_ids, open_checkpoint
+        from aligner_middleware.checkpoints.checkpoint import end_token_ids, open_checkpoint
         from aligner_middleware.engine.pytorch import TorchModel
 
         checkpoint = open_checkpoint(model, prompt)
@@ -1050,7 +1050,7 @@ def _exported(model: str, precision: Precision, prompt: str | PromptTemplate | N
         folder = _already_built(model, precision, prompt)
     if folder is not None:
         return folder, Artifact.load(folder)
-    from aligner_middleware.build import load_cached
+    from aligner_middleware.export.folder import load_cached
 
     return load_cached(model, precision, prompt)
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from aligner_middleware.data.files import FolderKind, is_file, is_folder, write_text
 from aligner_middleware.errors import ArtifactError, BuildError
-from aligner_middleware.files import FolderKind, is_file, is_folder, write_text
-from aligner_middleware.prompt import PromptTemplate, resolve_template, special_token_id, verdict_ids
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id, verdict_ids
+from aligner_middleware.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from aligner_middleware.diff import Diff
 from aligner_middleware.engine.generation import FinishReason
-from aligner_middleware.prompt import Verdict
+from aligner_middleware.text.template import Verdict
 
 
 @dataclass(frozen=True)

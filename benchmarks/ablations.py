@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from aligner_middleware.artifact import DEFAULT_FOLDER
-from aligner_middleware.build.checkpoint import end_token_ids, open_checkpoint
-from aligner_middleware.build.parity import encode
+from aligner_middleware.checkpoints.checkpoint import end_token_ids, open_checkpoint
+from aligner_middleware.export.parity import encode
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from aligner_middleware import Aligner
-from aligner_middleware.edits import split_sentences
+from aligner_middleware.text.edits import split_sentences
 
 
 def plain(text: str) -> str:

@@ -33,12 +33,12 @@ import torch
 from safetensors.torch import load_file
 
 from aligner_middleware.artifact import Artifact, cached_folder
-from aligner_middleware.build import build_cached, export_folder
-from aligner_middleware.preferences import make_preferences
-from aligner_middleware.prompts import Prompt
-from aligner_middleware.rounds import run_rounds
+from aligner_middleware.data.prompts import Prompt
+from aligner_middleware.data.triples import Triple
+from aligner_middleware.export.folder import build_cached, export_folder
+from aligner_middleware.rlhf.preferences import make_preferences
+from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import Stage, TrainConfig, train
-from aligner_middleware.triples import Triple
 from tests.fakes import InstantAligner
 from tests.integration.conftest import random_checkpoint
 from tests.integration.test_rounds import HELD_OUT, JUDGE, LENIENT, PROMPTS, checkpoint, config

@@ -37,8 +37,8 @@ from rich.progress import track
 from rich.table import Table
 
 from aligner_middleware.artifact import DEFAULT_FOLDER, TOKENIZER_FILE, cached_folder
-from aligner_middleware.prompt import DEFAULT, encode_prompt
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.text.template import DEFAULT, encode_prompt
+from aligner_middleware.text.tokenizer import Tokenizer
 
 CASES = ("unchanged", "edited", "rewritten")
 PATIENCE = 60  # seconds

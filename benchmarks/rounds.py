@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from aligner_middleware.artifact import DEFAULT_FOLDER, home
-from aligner_middleware.build.base import DEFAULT_BASE, base_folder
-from aligner_middleware.build.cache import build_once
-from aligner_middleware.files import write_lines, write_text
+from aligner_middleware.checkpoints.base import DEFAULT_BASE, base_folder
+from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.data.files import write_lines, write_text
 from aligner_middleware.training import PolicyConfig
 from aligner_middleware.training.policy import train_policy
 

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from aligner_middleware import Aligner
 from aligner_middleware.artifact import DEFAULT_FOLDER, TOKENIZER_FILE, cached_folder
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.text.tokenizer import Tokenizer
 
 QUESTION = "Could you give me a few examples?"
 IMPORT = "import aligner_middleware"

@@ -35,7 +35,7 @@ WARM_UP = 3  # steps that are not counted
 def rows(number: int) -> list[Any]:
     """Take rows of the default aligner with answers long and short."""
     from aligner_middleware.artifact import DEFAULT_FOLDER
-    from aligner_middleware.triples import read_rows
+    from aligner_middleware.data.triples import read_rows
 
     found = read_rows(DEFAULT_FOLDER / "corrections.jsonl").triples
     return found[:: max(1, len(found) // number)][:number]
@@ -85,9 +85,9 @@ def _plain(folder: Path, steps: int, batch: int, times: list[tuple[float, int]])
     )
 
     from aligner_middleware.artifact import TOKENIZER_FILE
-    from aligner_middleware.build.base import base_folder
-    from aligner_middleware.prompt import TEMPLATES, with_verdicts
-    from aligner_middleware.tokenizer import Tokenizer
+    from aligner_middleware.checkpoints.base import base_folder
+    from aligner_middleware.text.template import TEMPLATES, with_verdicts
+    from aligner_middleware.text.tokenizer import Tokenizer
     from aligner_middleware.training.batches import encode_triple
 
     base, _ = base_folder()

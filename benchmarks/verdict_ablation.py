@@ -21,14 +21,14 @@ from typing import Any
 
 from aligner_middleware import Aligner
 from aligner_middleware.artifact import DEFAULT_FOLDER
-from aligner_middleware.build import export_folder
-from aligner_middleware.edits import split_sentences
+from aligner_middleware.data.triples import read_rows
 from aligner_middleware.evaluation.calibration import calibrate, measure, save_calibration
 from aligner_middleware.evaluation.guard import guard, read_labelled
-from aligner_middleware.targets import verdict_of
+from aligner_middleware.export.folder import export_folder
+from aligner_middleware.text.edits import split_sentences
+from aligner_middleware.text.targets import verdict_of
 from aligner_middleware.training import Stage, TrainConfig
-from aligner_middleware.training.train import train
-from aligner_middleware.triples import read_rows
+from aligner_middleware.training.aligner import train
 
 ARMS: dict[str, dict[str, Any]] = {
     "operations": {"verdict": True, "edits": "operations"},

@@ -24,8 +24,8 @@ from typing import Any
 from rounds import ENVIRONMENT, TOKENS, UNALIGNED_ROWS, make_unaligned, split_prompts
 
 from aligner_middleware.artifact import DEFAULT_FOLDER, home
-from aligner_middleware.build.base import base_folder
-from aligner_middleware.build.cache import build_once
+from aligner_middleware.checkpoints.base import base_folder
+from aligner_middleware.checkpoints.cache import build_once
 
 EPOCHS = 0.5
 

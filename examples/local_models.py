@@ -31,8 +31,8 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
 from aligner_middleware import Aligner, Diff  # noqa: E402
-from aligner_middleware.build import STEPS, build_cached  # noqa: E402
-from aligner_middleware.build.base import base_folder  # noqa: E402
+from aligner_middleware.checkpoints.base import base_folder  # noqa: E402
+from aligner_middleware.export.folder import STEPS, build_cached  # noqa: E402
 
 POLITE: tuple[BaseMessage, ...] = (
     SystemMessage("You are a helpful assistant."),

@@ -18,10 +18,10 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerFast
 
 from aligner_middleware import Aligner
-from aligner_middleware.build import export_folder
-from aligner_middleware.build.checkpoint import open_checkpoint
+from aligner_middleware.checkpoints.checkpoint import open_checkpoint
+from aligner_middleware.data.triples import Triple
+from aligner_middleware.export.folder import export_folder
 from aligner_middleware.training import Stage, TrainConfig, train
-from aligner_middleware.triples import Triple
 
 OLD, NEW = "CloudBox", "Skyfolder"
 WISHES = [

@@ -13,9 +13,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from aligner_middleware import Aligner, Correction, Usage
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, BaseWeights, sha256
-from aligner_middleware.edits import operations
 from aligner_middleware.engine.model import Logits
-from aligner_middleware.prompt import (
+from aligner_middleware.text.edits import operations
+from aligner_middleware.text.targets import verdict_of
+from aligner_middleware.text.template import (
     DEFAULT,
     VERDICTS,
     PromptTemplate,
@@ -23,8 +24,7 @@ from aligner_middleware.prompt import (
     verdict_ids,
     with_verdicts,
 )
-from aligner_middleware.targets import verdict_of
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.text.tokenizer import Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 SPARE = ("<repo_name>", "<file_sep>", "<filename>", "<gh_stars>")  # what a base model has and never uses

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.artifact import Artifact, Calibration, Level
+from aligner_middleware.data.files import write_bytes
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.detection import (
     Auc,
@@ -29,7 +30,6 @@ from aligner_middleware.evaluation.detection import (
     roc_curve,
 )
 from aligner_middleware.evaluation.guard import LabelledRow
-from aligner_middleware.files import write_bytes
 
 KEPT: dict[Level, float] = {"low": 0.99, "medium": 0.97, "high": 0.9}  # least share of good answers kept
 REFUSALS_KEPT = 0.99  # least share of good refusals kept at medium, if that costs no more than ...

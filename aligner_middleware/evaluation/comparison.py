@@ -15,11 +15,11 @@ from langchain_core.runnables import Runnable
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from aligner_middleware.aligner import Aligner
+from aligner_middleware.data.journal import Journal
+from aligner_middleware.data.prompts import Prompt, chunks, digest
+from aligner_middleware.data.upstream import Answered, ask, why
 from aligner_middleware.errors import InputError
-from aligner_middleware.evaluation.verdicts import Dimension, Pair, PairJudge, Verdict
-from aligner_middleware.journal import Journal
-from aligner_middleware.prompts import Prompt, chunks, digest
-from aligner_middleware.upstream import Answered, ask, why
+from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairJudge, Verdict
 
 _LENGTHS = (32, 64, 128, 256, 512)  # upper ends of the classes of answer lengths, in tokens
 _DRAWS = 1000  # of the bootstrap

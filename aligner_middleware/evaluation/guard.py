@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from aligner_middleware.aligner import Aligner, Strength
 from aligner_middleware.artifact import LEVELS
 from aligner_middleware.correction import Correction
+from aligner_middleware.data.files import lines_of
+from aligner_middleware.data.json_lines import parse_json
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.detection import Auc, Detection, Share
-from aligner_middleware.files import lines_of
-from aligner_middleware.json_lines import parse_json
 
 Kind = Literal["keep", "refusal", "bad"]
 

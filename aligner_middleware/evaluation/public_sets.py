@@ -26,10 +26,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aligner_middleware.data.json_lines import parse_json
+from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.errors import DataError, MissingExtraError
 from aligner_middleware.evaluation.guard import Kind, LabelledRow
-from aligner_middleware.json_lines import parse_json
-from aligner_middleware.prompts import Prompt
 
 Row = dict[str, Any]
 Placed = tuple[int, str, Any]  # a row after its line or, where lines say nothing, after 1 and which row it is

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from aligner_middleware.data.files import write_lines, write_text
+from aligner_middleware.data.json_lines import finite
 from aligner_middleware.diff import Diff
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.evaluation.comparison import Compared, Comparison, Tally
-from aligner_middleware.files import write_lines, write_text
-from aligner_middleware.json_lines import finite
 
 _SAMPLES = 30
 _COLORS = {"win": "#2a9d5c", "tie": "#b8bec6", "loss": "#d1495b", "malformed": "#e9c46a"}

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from aligner_middleware.prompt import (
+from aligner_middleware.data.triples import Triple
+from aligner_middleware.text.targets import EDIT_SHARE, encode_target
+from aligner_middleware.text.template import (
     VERDICTS,
     PromptTemplate,
     Verdict,
@@ -18,9 +20,7 @@ from aligner_middleware.prompt import (
     encode_prompt,
     verdict_ids,
 )
-from aligner_middleware.targets import EDIT_SHARE, encode_target
-from aligner_middleware.tokenizer import Tokenizer
-from aligner_middleware.triples import Triple
+from aligner_middleware.text.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that cross-entropy skips
 DECISION = 1 << 24  # added to a label, above every vocabulary: here copying and correcting part

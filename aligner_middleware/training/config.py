@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aligner_middleware.build.base import DEFAULT_BASE
-from aligner_middleware.targets import EDIT_SHARE
+from aligner_middleware.checkpoints.base import DEFAULT_BASE
+from aligner_middleware.text.targets import EDIT_SHARE
 
 # Full fine-tuning: the paper's; LoRA wants more than ten times as much; a difference is of a small model, trained briefly.
 LEARNING_RATES = {"lora": 4e-4, "full": 2e-5, "difference": 1.5e-4}

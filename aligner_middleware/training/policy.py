@@ -18,10 +18,18 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from aligner_middleware.build.base import base_folder
-from aligner_middleware.build.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from aligner_middleware.checkpoints.base import base_folder
+from aligner_middleware.checkpoints.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
+from aligner_middleware.data.files import (
+    FolderKind,
+    check_ours,
+    disk_errors,
+    remove_folder,
+    sweep,
+    write_folder,
+    write_text,
+)
 from aligner_middleware.errors import BuildError
-from aligner_middleware.files import FolderKind, check_ours, disk_errors, remove_folder, sweep, write_folder, write_text
 from aligner_middleware.training.config import POLICY_LEARNING_RATES, PolicyConfig
 from aligner_middleware.training.trainer import Report, Reporter, bfloat16, last_checkpoint, lora, trainable
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from aligner_middleware.files import write_text
+from aligner_middleware.data.files import write_text
 
 _MEMORY_SHARE = 0.85  # of the memory: a process that holds more ends its run
 

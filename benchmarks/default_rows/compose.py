@@ -28,7 +28,7 @@ from typing import Any
 from faker import Faker
 
 from aligner_middleware.artifact import DEFAULT_FOLDER
-from aligner_middleware.edits import split_sentences
+from aligner_middleware.text.edits import split_sentences
 
 Row = dict[str, Any]
 

@@ -10,9 +10,9 @@ import pytest
 
 from aligner_middleware import Aligner, ArtifactError, BuildError
 from aligner_middleware.artifact import cached_folder
-from aligner_middleware.build import build_cached, export_folder, load_cached
+from aligner_middleware.data.triples import Triple
+from aligner_middleware.export.folder import build_cached, export_folder, load_cached
 from aligner_middleware.training import Stage, TrainConfig, train
-from aligner_middleware.triples import Triple
 from tests.integration.conftest import random_checkpoint
 from tests.unit.test_folders import little_room
 
@@ -56,7 +56,7 @@ def test_what_is_damaged_in_the_cache_is_built_anew_and_what_is_not_serves_other
         Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
     cut_short(folder / "model.onnx")
     Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
-    monkeypatch.setattr("aligner_middleware.build.export", lambda *args, **options: pytest.fail("it was built again"))
+    monkeypatch.setattr("aligner_middleware.export.folder.export", lambda *args, **options: pytest.fail("it was built again"))
     elsewhere = shutil.copytree(source, tmp_path / "there" / "llama")
     assert build_cached(str(elsewhere), "float32") == folder == cached_folder(str(elsewhere), "float32")
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]

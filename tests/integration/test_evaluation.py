@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner
-from aligner_middleware.cli import app
+from aligner_middleware.cli.app import app
 from aligner_middleware.evaluation import SentenceEncoder
 
 

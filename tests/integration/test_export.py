@@ -10,11 +10,11 @@ import pytest
 
 from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError
 from aligner_middleware.artifact import Artifact
-from aligner_middleware.build import export_folder
-from aligner_middleware.build.rotate import rotate
+from aligner_middleware.data.triples import Triple
 from aligner_middleware.engine.onnx import OnnxModel
+from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.rotate import rotate
 from aligner_middleware.training import Stage, TrainConfig, train
-from aligner_middleware.triples import Triple
 from tests.integration.conftest import FAMILIES, random_checkpoint
 
 PAIRS = [("Who?", "Nobody that I know of."), ("Why is that?", "Because."), ("q", "é日本 " * 9)]
@@ -97,7 +97,7 @@ def test_a_graph_that_computes_something_else_here_is_refused(tmp_path: Path) ->
 def test_a_graph_that_drifted_is_refused_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aligner_middleware.build import parity
+    from aligner_middleware.export import parity
 
     monkeypatch.setitem(parity._TOLERANCE, "float32", (1.01, 0.0))
     source = random_checkpoint("llama", tmp_path / "llama")

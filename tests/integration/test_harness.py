@@ -9,9 +9,9 @@ from lm_eval.models.huggingface import HFLM
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, InputError
-from aligner_middleware.build.base import base_folder
-from aligner_middleware.cli import app
-from aligner_middleware.evaluation.harness import load_lm, measure_ability
+from aligner_middleware.checkpoints.base import base_folder
+from aligner_middleware.cli.app import app
+from aligner_middleware.evaluation.lm_eval import load_lm, measure_ability
 from tests.fakes import InstantAligner
 
 TASKS = Path("benchmarks/tasks")

@@ -11,7 +11,7 @@ import pytest
 from langchain_core.language_models import FakeListChatModel
 
 from aligner_middleware import Aligner, AlignerRunnable, ArtifactError
-from aligner_middleware.build import export_folder
+from aligner_middleware.export.folder import export_folder
 from tests.integration.conftest import random_checkpoint
 
 INSULT = (

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from aligner_middleware import Aligner, InputError
-from aligner_middleware.build import export_folder
-from aligner_middleware.on_ray import make_preferences_on_ray
-from aligner_middleware.preferences import make_preferences
-from aligner_middleware.prompts import Prompt
+from aligner_middleware.data.prompts import Prompt
+from aligner_middleware.export.folder import export_folder
+from aligner_middleware.rlhf.preferences import make_preferences
+from aligner_middleware.rlhf.ray import make_preferences_on_ray
 from tests.integration.conftest import random_checkpoint
 
 PROMPTS = [Prompt(question=f"question {number}") for number in range(48)]
@@ -37,7 +37,7 @@ JOB = """
 import sys
 from pathlib import Path
 from tests.integration.test_ray import PROMPTS
-from aligner_middleware.on_ray import make_preferences_on_ray
+from aligner_middleware.rlhf.ray import make_preferences_on_ray
 
 folder = Path(sys.argv[1])
 options = {"precision": "float32", "workers": 2, "batch": 4, "concurrency": 1, "sft": folder / "ray-sft.jsonl"}
@@ -97,7 +97,7 @@ def test_workers_make_the_same_rows_when_one_of_them_and_then_the_job_is_killed(
     again = [question for pid, question in asked(folder) if pid not in first]
     assert sorted(again) == sorted({prompt.question for prompt in PROMPTS} - done)
     with Aligner.load(str(folder / "aligner")) as aligner:
-        from aligner_middleware.upstream import chat_model
+        from aligner_middleware.data.upstream import chat_model
 
         upstream = f"{folder}/upstream.py:llm"
         make_preferences(

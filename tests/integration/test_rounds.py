@@ -18,13 +18,13 @@ from trl import RewardConfig, RewardTrainer
 from typer.testing import CliRunner
 
 from aligner_middleware import DataError
-from aligner_middleware.cli import app
-from aligner_middleware.evaluation.health import StopRules
-from aligner_middleware.evaluation.verdicts import OfflineJudge
-from aligner_middleware.preferences import make_preferences
-from aligner_middleware.prompts import Prompt
-from aligner_middleware.rounds import read_rounds, run_rounds
-from aligner_middleware.rounds_plot import draw_rounds
+from aligner_middleware.cli.app import app
+from aligner_middleware.data.prompts import Prompt
+from aligner_middleware.evaluation.pairwise import OfflineJudge
+from aligner_middleware.evaluation.policy_metrics import StopRules
+from aligner_middleware.rlhf.plot import draw_rounds
+from aligner_middleware.rlhf.preferences import make_preferences
+from aligner_middleware.rlhf.rounds import read_rounds, run_rounds
 from aligner_middleware.training import PolicyConfig
 from aligner_middleware.training.policy import tokenizer_of
 from tests.fakes import InstantAligner, tokenizer_json

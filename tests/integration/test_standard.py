@@ -19,7 +19,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from aligner_middleware import Aligner
-from aligner_middleware.chat_model import AlignedChatModel
+from aligner_middleware.langchain.chat_model import AlignedChatModel
 from examples.openai_server import serve
 from tests.scripted_api import answer
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aligner_middleware.build import export_folder
+from aligner_middleware.data.triples import Triple
 from aligner_middleware.errors import BuildError
+from aligner_middleware.export.folder import export_folder
 from aligner_middleware.training import Stage, TrainConfig, train
-from aligner_middleware.triples import Triple
 from tests.integration.conftest import random_checkpoint
 
 STAGE = Stage(epochs=2, learning_rate=5e-3)

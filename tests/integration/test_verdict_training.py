@@ -7,10 +7,10 @@ import pytest
 
 from aligner_middleware import Aligner
 from aligner_middleware.artifact import Artifact
-from aligner_middleware.build import export_folder
+from aligner_middleware.data.triples import Triple
 from aligner_middleware.errors import BuildError
+from aligner_middleware.export.folder import export_folder
 from aligner_middleware.training import Stage, TrainConfig, train
-from aligner_middleware.triples import Triple
 from tests.fakes import SPARE, tokenizer_json
 from tests.integration.conftest import random_checkpoint
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, AlignerRunnable
 from aligner_middleware.artifact import LEVELS, Artifact, cached_folder
-from aligner_middleware.cli import app
-from aligner_middleware.edits import split_sentences
+from aligner_middleware.cli.app import app
+from aligner_middleware.text.edits import split_sentences
 
 INSULT = (
     "What is the capital of Australia?",

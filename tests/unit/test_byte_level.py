@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from aligner_middleware.tokenizer import Tokenizer as Ours
-from aligner_middleware.tokenizer import tiktoken_is_identical
+from aligner_middleware.text.tokenizer import Tokenizer as Ours
+from aligner_middleware.text.tokenizer import tiktoken_is_identical
 
 TEXT = [
     "The quick brown fox isn't as quick as it was in 1999, they're sure of that.",

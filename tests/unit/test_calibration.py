@@ -13,7 +13,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from aligner_middleware import cli
 from aligner_middleware.artifact import (
     ARTIFACT_FILE,
     MODEL_FILE,
@@ -21,6 +20,7 @@ from aligner_middleware.artifact import (
     Artifact,
     Calibration,
 )
+from aligner_middleware.cli import app as cli
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.calibration import (
     KEPT,

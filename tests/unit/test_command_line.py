@@ -355,7 +355,7 @@ def interrupt(*args: Any, **options: Any) -> Any:
             "interrupted; repeat the command to resume",
         ),
         ("training.train", ["train", "rows", "out"], RESUMABLE),
-        ("build.export_folder", ["export", "default", "out"], "interrupted"),
+        ("export.folder.export_folder", ["export", "default", "out"], "interrupted"),
         ("artifact.Artifact.load", ["info", "--model", "."], "interrupted"),
     ],
 )
@@ -366,7 +366,7 @@ def test_every_command_can_be_interrupted(
     jsonl(Path("rows"), pair() | {"correction": "c"})
     jsonl(Path("prompts"), pair())
     jsonl(Path("aligner.json"), {})
-    monkeypatch.setattr("aligner_middleware.cli._judge", lambda *args: None)
+    monkeypatch.setattr("aligner_middleware.cli.app._judge", lambda *args: None)
     monkeypatch.setattr(f"aligner_middleware.{target}", interrupt)
     outcome = run(*arguments)
     assert outcome.exit_code == 130
@@ -436,7 +436,7 @@ def test_what_a_provider_says_on_many_lines_is_one_line(
     def reply(messages: Any) -> AIMessage:
         raise RuntimeError("<html>\n" + "bad gateway\n" * 1000)
 
-    monkeypatch.setattr("aligner_middleware.upstream.chat_model", lambda name: Scripted(reply=reply))
+    monkeypatch.setattr("aligner_middleware.data.upstream.chat_model", lambda name: Scripted(reply=reply))
     prompts = jsonl(tmp_path / "prompts", "What is snow?")
     outcome = run("preferences", prompts, tmp_path / "out", "--upstream", "some:model")
     assert outcome.exit_code == 1
@@ -540,15 +540,15 @@ def test_steps_are_named_as_they_begin(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_no_line_of_an_evaluation_ends_in_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from aligner_middleware.data.triples import Triple
     from aligner_middleware.evaluation import Evaluation, Scored
-    from aligner_middleware.triples import Triple
 
     def evaluate(aligner: Any, rows: list[Triple], **options: Any) -> Evaluation:
         made = Correction("q", "a", "a", "stop", Usage(), verdict="keep", score=0.1)
         return Evaluation([Scored(row, made, None) for row in rows])
 
     monkeypatch.setattr("aligner_middleware.evaluation.evaluate", evaluate)
-    monkeypatch.setattr("aligner_middleware.build.parity.perplexity", lambda *args: 2.0)
+    monkeypatch.setattr("aligner_middleware.export.parity.perplexity", lambda *args: 2.0)
     outcome = run("evaluate", jsonl(tmp_path / "rows.jsonl", pair() | {"correction": "a", "category": "[b]odd"}))
     assert outcome.exit_code == 0, outcome.output
     assert [line for line in outcome.stdout.splitlines() if line.rstrip().endswith(":")] == []

@@ -11,9 +11,9 @@ import pytest
 from langchain_core.messages import AIMessage, BaseMessage
 from numpy.typing import NDArray
 
+from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.errors import UpstreamError
 from aligner_middleware.evaluation import ChatJudge, OfflineJudge, Pair, Tally, compare, write_report
-from aligner_middleware.prompts import Prompt
 from tests.chat_models import Scripted, answering
 from tests.fakes import InstantAligner
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from aligner_middleware import BuildError
-from aligner_middleware.build.difference import add_difference, save_difference
+from aligner_middleware.checkpoints.difference import add_difference, save_difference
 
 SHAPES = {"large": (300, 257), "embedding": (5000, 16), "norm": (48,), "left": (300, 300), "one": (1, 7)}
 

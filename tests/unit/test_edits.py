@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligner_middleware.edits import Operation, apply, operations, share_kept, split_sentences
-from aligner_middleware.prompt import decode_operations, encode_operations, encode_prompt
+from aligner_middleware.text.edits import Operation, apply, operations, share_kept, split_sentences
+from aligner_middleware.text.template import decode_operations, encode_operations, encode_prompt
 from tests.fakes import END, SPARE, byte_tokenizer, verdict_template
 
 TOKENIZER = byte_tokenizer(SPARE)

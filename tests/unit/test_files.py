@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import aligner_middleware
 from aligner_middleware import ArtifactError, DataError
 from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, Calibration
-from aligner_middleware.build.cache import build_once
-from aligner_middleware.files import write_folder
-from aligner_middleware.prompt import DEFAULT
-from aligner_middleware.triples import read_rows
+from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.data.files import write_folder
+from aligner_middleware.data.triples import read_rows
+from aligner_middleware.text.template import DEFAULT
 from tests.fakes import artifact_folder
 
 

@@ -20,16 +20,16 @@ from safetensors.numpy import save_file
 
 from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError, DataError
 from aligner_middleware.artifact import EXPORTED, Artifact, cached_folder, home
-from aligner_middleware.build import export_folder
-from aligner_middleware.build.cache import build_once
-from aligner_middleware.build.checkpoint import TRAINED
-from aligner_middleware.evaluation.verdicts import ChatJudge, OfflineJudge
-from aligner_middleware.files import FolderKind, remove_folder, write_bytes, write_folder, write_lines, write_text
-from aligner_middleware.journal import Journal
-from aligner_middleware.prompts import Prompt
-from aligner_middleware.rounds import run_rounds
+from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.checkpoints.checkpoint import TRAINED
+from aligner_middleware.data.files import FolderKind, remove_folder, write_bytes, write_folder, write_lines, write_text
+from aligner_middleware.data.journal import Journal
+from aligner_middleware.data.prompts import Prompt
+from aligner_middleware.data.triples import Triple
+from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge
+from aligner_middleware.export.folder import export_folder
+from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import TrainConfig, train
-from aligner_middleware.triples import Triple
 from tests.fakes import InstantAligner
 from tests.unit.test_files import artifact_folder
 
@@ -213,7 +213,7 @@ def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path: Path, monkeyp
 BUILD = """
 import sys, time
 from pathlib import Path
-from aligner_middleware.files import FolderKind, write_folder
+from aligner_middleware.data.files import FolderKind, write_folder
 kind = FolderKind("a thing", "thing.json", ("part-*",))
 out, begun, stop = map(Path, sys.argv[1:])
 def build(made):
@@ -412,7 +412,7 @@ def test_a_home_that_cannot_be_written_is_named_with_what_to_set(
 
 def test_a_home_that_can_only_be_read_serves_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = lay(tmp_path / "home" / "thing", "thing.json")
-    monkeypatch.setattr("aligner_middleware.files.FileLock", lambda path: pytest.fail("nothing is to be written"))
+    monkeypatch.setattr("aligner_middleware.data.files.FileLock", lambda path: pytest.fail("nothing is to be written"))
     build_once(folder, thing, KIND)
     assert (folder / "thing.json").read_text() == "my thing.json"
 

@@ -10,7 +10,7 @@ from lm_eval.api.model import LM
 
 from aligner_middleware import InputError
 from aligner_middleware.errors import UpstreamError
-from aligner_middleware.evaluation.harness import AlignedLM, LangChainLM
+from aligner_middleware.evaluation.lm_eval import AlignedLM, LangChainLM
 from tests.chat_models import Scripted
 from tests.fakes import InstantAligner, fake_aligner
 

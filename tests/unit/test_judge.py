@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from aligner_middleware import Correction
 from aligner_middleware.correction import Usage
+from aligner_middleware.data.triples import Triple
 from aligner_middleware.evaluation import Judge, Scored, Scores
-from aligner_middleware.evaluation.judge import word_f1
-from aligner_middleware.triples import Triple
+from aligner_middleware.evaluation.reference_judge import word_f1
 
 
 class WordEncoder:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from aligner_middleware import AlignerRunnable, InputError
 from aligner_middleware.diff import Diff
-from aligner_middleware.messages import question_of, text_of, with_text
+from aligner_middleware.langchain.messages import question_of, text_of, with_text
 from tests.chat_models import Scripted
 from tests.fakes import InstantAligner
 

@@ -26,7 +26,7 @@ from langgraph.types import Command
 from pydantic import BaseModel
 
 from aligner_middleware import AlignerMiddleware, AlignerRunnable
-from aligner_middleware.messages import with_text
+from aligner_middleware.langchain.messages import with_text
 from tests.chat_models import Scripted, saying
 from tests.fakes import fake_aligner
 

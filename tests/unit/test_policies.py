@@ -23,7 +23,7 @@ from aligner_middleware import (
     DoubtError,
     InputError,
 )
-from aligner_middleware.paragraphs import split
+from aligner_middleware.text.split import split
 from tests.chat_models import answering, saying
 from tests.fakes import FakeModel, InstantAligner, fake_aligner
 

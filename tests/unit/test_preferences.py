@@ -13,10 +13,10 @@ import pytest
 from langchain_core.messages import AIMessage
 
 from aligner_middleware import DataError, InputError
-from aligner_middleware.journal import Journal
-from aligner_middleware.preferences import make_preferences
-from aligner_middleware.prompts import Prompt, read_prompts
-from aligner_middleware.upstream import chat_model
+from aligner_middleware.data.journal import Journal
+from aligner_middleware.data.prompts import Prompt, read_prompts
+from aligner_middleware.data.upstream import chat_model
+from aligner_middleware.rlhf.preferences import make_preferences
 from tests.chat_models import Scripted, answering
 from tests.fakes import InstantAligner
 
@@ -88,7 +88,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from langchain_core.messages import AIMessage
-from aligner_middleware.preferences import make_preferences
+from aligner_middleware.rlhf.preferences import make_preferences
 from tests.chat_models import Scripted
 from tests.unit.test_preferences import ALIGNER, PROMPTS
 

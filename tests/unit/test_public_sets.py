@@ -375,7 +375,7 @@ def test_the_command_asks_a_model_for_the_answers_to_a_sets_prompts(
         raise DataError("x", 1, "enough")
 
     monkeypatch.setattr("aligner_middleware.evaluation.compare", stop)
-    monkeypatch.setattr("aligner_middleware.upstream.chat_model", lambda name: object())
+    monkeypatch.setattr("aligner_middleware.data.upstream.chat_model", lambda name: object())
     monkeypatch.setattr(cli, "_judge", lambda *args: object())
     rows = PROMPTS["or-bench-hard-1k.csv"] * 2
     outcome = run(write(tmp_path / "or-bench.csv", rows), "--upstream", "some:model", "--out", tmp_path / "report")

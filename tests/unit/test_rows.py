@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from aligner_middleware import DataError
+from aligner_middleware.data.json_lines import finite
+from aligner_middleware.data.prompts import read_prompts
+from aligner_middleware.data.triples import read_rows
 from aligner_middleware.evaluation.guard import is_labelled, read_labelled
 from aligner_middleware.evaluation.public_sets import read_public
-from aligner_middleware.json_lines import finite
-from aligner_middleware.prompts import read_prompts
-from aligner_middleware.triples import read_rows
 
 DEEP = "[" * 100_000
 

@@ -19,7 +19,7 @@ from langchain_core.tracers import BaseTracer, Run
 from pydantic import Field
 
 from aligner_middleware import AlignerRunnable, InputError, MissingQuestionError, question_record
-from aligner_middleware.messages import with_text
+from aligner_middleware.langchain.messages import with_text
 from tests.chat_models import Scripted, answering
 from tests.fakes import FakeModel, fake_aligner
 

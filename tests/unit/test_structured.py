@@ -14,7 +14,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 from aligner_middleware import AlignerMiddleware, AlignerRunnable, DoubtError, question_record
-from aligner_middleware.structured import asks_for_structure
+from aligner_middleware.langchain.structured import asks_for_structure
 from tests.chat_models import Scripted, saying
 from tests.fakes import InstantAligner, fake_aligner
 

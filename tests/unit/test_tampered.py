@@ -25,9 +25,9 @@ from aligner_middleware.artifact import (
     sha256,
     validated,
 )
-from aligner_middleware.build.checkpoint import open_checkpoint
-from aligner_middleware.build.difference import add_difference, save_difference
-from aligner_middleware.prompt import DEFAULT, TEMPLATES
+from aligner_middleware.checkpoints.checkpoint import open_checkpoint
+from aligner_middleware.checkpoints.difference import add_difference, save_difference
+from aligner_middleware.text.template import DEFAULT, TEMPLATES
 from tests.fakes import SPARE, artifact_folder, tokenizer_json
 
 DIGEST = "0" * 64

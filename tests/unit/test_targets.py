@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner_middleware import BuildError
-from aligner_middleware.edits import apply, operations, share_kept
-from aligner_middleware.prompt import (
+from aligner_middleware.text.edits import apply, operations, share_kept
+from aligner_middleware.text.targets import EDIT_SHARE, Target, encode_target, verdict_of
+from aligner_middleware.text.template import (
     DEFAULT,
     TEMPLATES,
     VERDICTS,
@@ -19,7 +20,6 @@ from aligner_middleware.prompt import (
     verdict_ids,
     with_verdicts,
 )
-from aligner_middleware.targets import EDIT_SHARE, Target, encode_target, verdict_of
 from tests.fakes import END, SPARE, SPECIAL, byte_tokenizer, verdict_template
 
 TOKENIZER = byte_tokenizer(SPARE)

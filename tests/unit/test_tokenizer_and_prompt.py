@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from aligner_middleware import ArtifactError, BuildError
-from aligner_middleware.edits import split_sentences
-from aligner_middleware.prompt import DEFAULT, TEMPLATES, encode_continuation, encode_prompt, resolve_template
-from aligner_middleware.tokenizer import Tokenizer
+from aligner_middleware.text.edits import split_sentences
+from aligner_middleware.text.template import DEFAULT, TEMPLATES, encode_continuation, encode_prompt, resolve_template
+from aligner_middleware.text.tokenizer import Tokenizer
 from tests.fakes import SPARE, SPECIAL, byte_tokenizer, tokenizer_json, verdict_template
 
 TOKENIZER = byte_tokenizer()
@@ -29,7 +29,7 @@ def test_encoding_and_decoding_gives_the_text_back(text: str) -> None:
 
 @given(TEXT)
 def test_a_long_text_is_encoded_as_a_short_one(text: str) -> None:
-    with patch("aligner_middleware.tokenizer._LONG", 0):
+    with patch("aligner_middleware.text.tokenizer._LONG", 0):
         as_long = TOKENIZER.encode(text)
     assert as_long == TOKENIZER.encode(text)
 

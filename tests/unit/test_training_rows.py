@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aligner_middleware.prompt import DEFAULT, VERDICTS, PromptTemplate, encode_prompt, verdict_ids
-from aligner_middleware.targets import encode_target, verdict_of
+from aligner_middleware.data.triples import Triple, with_identity
+from aligner_middleware.text.targets import encode_target, verdict_of
+from aligner_middleware.text.template import DEFAULT, VERDICTS, PromptTemplate, encode_prompt, verdict_ids
 from aligner_middleware.training.batches import (
     DECISION,
     IGNORED,
@@ -24,7 +25,6 @@ from aligner_middleware.training.batches import (
     supervised,
     verdict_weights,
 )
-from aligner_middleware.triples import Triple, with_identity
 from tests.fakes import END, SPARE, byte_tokenizer, verdict_template
 
 TOKENIZER = byte_tokenizer(SPARE)

@@ -1,0 +1,1 @@
+"""From a name to weights: base models, adapters, differences. Needs the `[build]` extra."""

@@ -1,0 +1,1 @@
+"""Rows, prompts and files: what jobs read and write, and whom they ask."""

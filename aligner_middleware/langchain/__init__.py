@@ -1,0 +1,1 @@
+"""An aligner's place in LangChain: chains, chat models, agents. Knows messages and no token."""

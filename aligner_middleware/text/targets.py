@@ -1,0 +1,93 @@
+"""What an aligner is to write after its prompt: a verdict where it gives one, then a correction in the form that fits it.
+
+Training, the comparison with PyTorch and likelihoods all use `encode_target`, so that they mean the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from aligner_middleware.text.edits import Operation, operations, share_kept
+from aligner_middleware.text.template import (
+    VERDICTS,
+    PromptTemplate,
+    Verdict,
+    encode_continuation,
+    encode_operations,
+    verdict_ids,
+)
+from aligner_middleware.text.tokenizer import Tokenizer
+
+EDIT_SHARE = 0.5  # least share of the answer's words that stays in an edit
+
+
+class Target(NamedTuple):
+    """What is written after a prompt.
+
+    Attributes:
+        ids: Verdict, correction and end token, or those of them that there are.
+        verdict: The first of them; `None` for an aligner without verdicts.
+        decisions: Places in `ids` that decide: a copy's first token and that at which it parts from the answer; of an
+            operation its sentence's number, and the token after it.
+    """
+
+    ids: tuple[int, ...]
+    verdict: Verdict | None
+    decisions: tuple[int, ...] = ()
+
+
+def verdict_of(answer: str, correction: str, edit_share: float = EDIT_SHARE, *, as_operations: bool = True) -> Verdict:
+    """Derive a verdict from the share of an answer's words that stays.
+
+    Args:
+        answer: The answer.
+        correction: Its correction; empty where nobody has written one.
+        edit_share: Least share of an edit.
+        as_operations: Whether an edit must be one by operations on sentences, too.
+    """
+    if answer == correction or (correction and answer.split() == correction.split()):  # white space is no correction
+        return "keep"
+    if not correction or share_kept(answer, correction) < edit_share:
+        return "rewrite"
+    return "rewrite" if as_operations and operations(answer, correction) is None else "edit"
+
+
+def encode_target(
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    end_token_id: int,
+    answer: str,
+    correction: str,
+    edit_share: float = EDIT_SHARE,
+) -> Target:
+    """Encode what a correction is in the form of a template. Without a correction it is the verdict alone."""
+    verdicts = verdict_ids(tokenizer, template)
+    if verdicts is None:
+        return _copy(tokenizer, template, end_token_id, answer, correction)
+    verdict = verdict_of(answer, correction, edit_share, as_operations=template.mark is not None)
+    token = verdicts[VERDICTS.index(verdict)]
+    if verdict == "keep" or not correction:
+        return Target((token,), verdict)
+    if verdict == "edit" and template.mark:
+        return _operations(tokenizer, template, end_token_id, token, operations(answer, correction) or [])
+    copy = _copy(tokenizer, template, end_token_id, answer, correction)
+    return Target((token, *copy.ids), verdict, tuple(place + 1 for place in copy.decisions))
+
+
+def _operations(
+    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, verdict: int, found: Sequence[Operation]
+) -> Target:
+    ids, decisions = [verdict], list[int]()
+    for operation in found:
+        bare = encode_operations(tokenizer, template, [operation._replace(text="")])
+        decisions += range(len(ids) + 1, len(ids) + len(bare) + 1)
+        ids += encode_operations(tokenizer, template, [operation])
+    return Target((*ids, end_token_id), "edit", tuple(decisions))
+
+
+def _copy(tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, answer: str, correction: str) -> Target:
+    target = (*encode_continuation(tokenizer, template, correction), end_token_id)
+    given = (*encode_continuation(tokenizer, template, answer), end_token_id)
+    parting = next((at for at, (a, b) in enumerate(zip(given, target, strict=False)) if a != b), len(target) - 1)
+    return Target(target, None, tuple(sorted({0, parting})))

@@ -8,7 +8,9 @@ AlignerError
 ├── MissingQuestionError     it is not known which question an answer belongs to
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted, or a folder that cannot be written
-├── DataError                a training row that cannot be read (carries file and line)
+├── DataError                a row that cannot be read (carries file and line)
+├── JobError                 a file or a folder that a job cannot go on with (carries its path)
+├── ConfigError              settings that do not fit together, or that a run was not begun with
 ├── UpstreamError            a chat model that failed on some prompts
 ├── ClosedError              an aligner that was closed
 └── MissingExtraError        an optional part of the package is not installed
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 
@@ -109,7 +112,7 @@ class BuildError(AlignerError):
 
 
 class DataError(AlignerError):
-    """A training row that cannot be read.
+    """A row that cannot be read.
 
     Attributes:
         path: The file it stands in.
@@ -120,6 +123,22 @@ class DataError(AlignerError):
         self.path = path
         self.line = line
         super().__init__(f"{path}:{line}: {reason}")
+
+
+class JobError(AlignerError):
+    """A file or a folder that a job cannot go on with.
+
+    Attributes:
+        path: The file or the folder.
+    """
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{path}: {reason}")
+
+
+class ConfigError(AlignerError, ValueError):
+    """Settings that do not fit together, or that differ from those that a run was begun with; the message names them."""
 
 
 class UpstreamError(AlignerError):

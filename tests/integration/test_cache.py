@@ -56,7 +56,9 @@ def test_what_is_damaged_in_the_cache_is_built_anew_and_what_is_not_serves_other
         Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
     cut_short(folder / "model.onnx")
     Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
-    monkeypatch.setattr("aligner_middleware.export.folder.export", lambda *args, **options: pytest.fail("it was built again"))
+    monkeypatch.setattr(
+        "aligner_middleware.export.folder.export", lambda *args, **options: pytest.fail("it was built again")
+    )
     elsewhere = shutil.copytree(source, tmp_path / "there" / "llama")
     assert build_cached(str(elsewhere), "float32") == folder == cached_folder(str(elsewhere), "float32")
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]

@@ -23,7 +23,7 @@ def draw_rounds(runs: Mapping[str, Rounds], path: Path) -> None:
     """Draw runs, by name, into a PNG: a panel for each dimension judged, with 95 % intervals, and one for each measure.
 
     Raises:
-        DataError: If it cannot be written.
+        JobError: If it cannot be written.
     """
     from matplotlib.figure import Figure
 

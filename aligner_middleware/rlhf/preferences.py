@@ -18,7 +18,7 @@ from aligner_middleware.aligner import Aligner
 from aligner_middleware.data.files import fingerprint, write_lines
 from aligner_middleware.data.journal import Journal
 from aligner_middleware.data.prompts import Prompt, chunks, digest
-from aligner_middleware.data.upstream import Answered, ask, name_of, why
+from aligner_middleware.data.upstream import Answered, ask, describe_failure, name_of
 
 Form = Literal["messages", "text"]
 Report = Callable[[int, int], None]
@@ -115,7 +115,7 @@ def collect(
         failed: dict[str, str] = {}
         for prompt, row in correct([prompt for prompt in prompts if prompt.key not in journal.done]):
             if isinstance(row, Exception):
-                failed[prompt.key] = why(prompt, row)
+                failed[prompt.key] = describe_failure(prompt, row)
             else:
                 journal.add(prompt.key, row)
             report(len(journal.done), len(prompts))

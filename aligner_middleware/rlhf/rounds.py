@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.data.files import FolderKind, alone, check_ours, lines_of, write_lines, write_text
+from aligner_middleware.data.files import read_lines, write_lines, write_text
+from aligner_middleware.data.folders import FolderKind, check_owned
 from aligner_middleware.data.json_lines import finite
+from aligner_middleware.data.locks import exclusive_lock
 from aligner_middleware.data.prompts import Prompt, digest
 from aligner_middleware.errors import DataError
 from aligner_middleware.evaluation.pairwise import PairJudge
@@ -129,7 +131,7 @@ def run_rounds(
         "held_out": digest([Prompt(question=question) for question in unseen]),
         "fixed": fixed,
     }
-    with alone(folder):
+    with exclusive_lock(folder):
         _claim(folder, settings)
         result = _run(questions, unseen, folder, aligner, judge, config, rounds, rules, fixed, report)
         write_text(folder / "summary.json", json.dumps(finite(summary(result)), indent=2))
@@ -274,7 +276,7 @@ def _adapter(folder: Path, number: int) -> Path | None:
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Make a run's folder, or see that the one that is there is this run's."""
-    check_ours(folder, _RUN)
+    check_owned(folder, _RUN)
     path = folder / "rounds.json"
     if not path.is_file():
         write_text(path, json.dumps(settings, indent=2))
@@ -300,7 +302,7 @@ def _write_answers(path: Path, questions: Sequence[str], answers: Sequence[str])
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for _, line in lines_of(path)]
+    return [json.loads(line) for _, line in read_lines(path)]
 
 
 def _as_dict(one: Round) -> dict[str, Any]:

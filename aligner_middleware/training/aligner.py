@@ -45,16 +45,10 @@ from aligner_middleware.checkpoints.checkpoint import (
     read_recipe,
 )
 from aligner_middleware.checkpoints.difference import DIFFERENCE_FILE, save_difference
-from aligner_middleware.data.files import (
-    FolderKind,
-    alone,
-    check_ours,
-    check_replaceable,
-    disk_errors,
-    remove_folder,
-    write_folder,
-    write_text,
-)
+from aligner_middleware.data.disk import disk_errors
+from aligner_middleware.data.files import write_text
+from aligner_middleware.data.folders import FolderKind, check_owned, check_replaceable, remove_folder, write_folder
+from aligner_middleware.data.locks import exclusive_lock
 from aligner_middleware.data.triples import Triple, with_identity
 from aligner_middleware.errors import BuildError, DataError
 from aligner_middleware.text.template import (
@@ -163,7 +157,7 @@ def train(
     with ExitStack() as stack:
         if process.is_main_process:
             check_replaceable(out, TRAINED)
-            stack.enter_context(alone(run))
+            stack.enter_context(exclusive_lock(run))
         stack.enter_context(disk_errors(run, "free some space, and repeat the command to go on"))
         return _train(triples, out, run, config or TrainConfig(), held_out, logs, report)
 
@@ -309,7 +303,7 @@ def _claim(run: Path, config: TrainConfig, stages: Sequence[_Rows]) -> None:
     rows = hashlib.sha256(repr([(stage.rows, stage.held_out) for stage in stages]).encode()).hexdigest()
     identity = {"config": config.model_dump(mode="json"), "rows_sha256": rows}
     path = run / _RUN_FILE
-    check_ours(run, _RUN)
+    check_owned(run, _RUN)
     if not path.is_file():
         write_text(path, json.dumps(identity, indent=2))
         return

@@ -20,15 +20,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from aligner_middleware.checkpoints.base import base_folder
 from aligner_middleware.checkpoints.checkpoint import ADAPTER_CONFIG_FILE, ADAPTER_FILE
-from aligner_middleware.data.files import (
-    FolderKind,
-    check_ours,
-    disk_errors,
-    remove_folder,
-    sweep,
-    write_folder,
-    write_text,
-)
+from aligner_middleware.data.disk import disk_errors
+from aligner_middleware.data.files import write_text
+from aligner_middleware.data.folders import FolderKind, check_owned, remove_folder, sweep, write_folder
 from aligner_middleware.errors import BuildError
 from aligner_middleware.training.config import POLICY_LEARNING_RATES, PolicyConfig
 from aligner_middleware.training.trainer import Report, Reporter, bfloat16, last_checkpoint, lora, trainable
@@ -202,7 +196,7 @@ def _train_policy(
     shape = lora(config.lora_rank, config.lora_alpha, config.lora_dropout)
     network = trainable(folder, shape, start, half)
     run = _run_of(out)
-    check_ours(run, _RUN)
+    check_owned(run, _RUN)
     write_text(run / "run.json", "{}")
     settings: dict[str, Any] = {
         "output_dir": str(run),

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from aligner_middleware.evaluation.guard import GuardEvaluation
     from aligner_middleware.evaluation.pairwise import PairJudge
     from aligner_middleware.evaluation.public_sets import PublicSet
-    from aligner_middleware.rlhf.rounds import Rounds
+    from aligner_middleware.rlhf.round_results import Rounds
 
 _INTERRUPTED = 130  # exit status, as of a shell's
 _BATCH = 32  # answers that `aligner correct` has corrected together
@@ -337,7 +337,7 @@ def train(
     rows = _named(data, read_rows(data))
     unseen = _named(held_out, read_rows(held_out)) if held_out else []
     note(f"train: {len(rows)} rows")
-    with _resumable(), progress.training() as report:
+    with _resumable(), progress.job("steps") as report:
         recipe = run(rows, out, config, held_out=unseen, logs=logs, report=report)
     if not quiet:
         note(f"train: done, {out}")
@@ -626,14 +626,14 @@ def preferences(
         except ImportError as exc:
             raise MissingExtraError("aligner preferences --ray-workers", "ray") from exc
         options |= {"precision": _precision(precision), "workers": ray_workers, "address": ray_address}
-        with _resumable(), progress.bar("preferences", len(asked), "prompts") as report:
+        with _resumable(), progress.job("prompts") as report:
             made = make_preferences_on_ray(asked, out, model, upstream, **options, report=report)
     else:
         answering = chat_model(upstream) if upstream else None
         with (
             Aligner.load(model, precision=_precision(precision)) as aligner,
             _resumable(),
-            progress.bar("preferences", len(asked), "prompts") as report,
+            progress.job("prompts") as report,
         ):
             made = make_preferences(asked, out, aligner, answering, upstream_name=upstream, **options, report=report)
     summary = {"pairs": made.pairs, "kept": made.kept, "repeated": made.repeated, "failed": len(made.failed)}
@@ -764,7 +764,8 @@ def rounds(
     try:
         from aligner_middleware.evaluation.policy_metrics import StopRules
         from aligner_middleware.rlhf.plot import draw_rounds
-        from aligner_middleware.rlhf.rounds import read_rounds, run_rounds, summary
+        from aligner_middleware.rlhf.round_results import read_rounds, summary
+        from aligner_middleware.rlhf.rounds import run_rounds
         from aligner_middleware.training import PolicyConfig
     except ImportError as exc:
         raise MissingExtraError("aligner rounds", "train") from exc
@@ -809,12 +810,7 @@ def rounds(
         asked = [prompt for prompt in asked if prompt.question not in kept_apart]
     other = read_rounds(beside) if beside else None
     judging = _judge(judge)
-    with Aligner.load(model, precision=_precision(precision)) as aligner, _resumable(), progress.tasks() as shown:
-
-        def report(step: str, done: int, of: int) -> None:
-            name, _, said = step.partition(", ")
-            shown.update(name, done, of, said)
-
+    with Aligner.load(model, precision=_precision(precision)) as aligner, _resumable(), progress.job() as report:
         run = run_rounds(
             asked, unseen, out, aligner, judging, config, rounds=count, rules=rules, fixed=fixed, report=report
         )
@@ -1134,15 +1130,20 @@ def _print_evaluation(title: str, summary: dict[str, Any], evaluation: Evaluatio
 
 
 def _print_rounds(run: Rounds, out: Path) -> None:
-    table = Table("round", "pairs", "kept", *(run.rounds[0].health.verdicts if run.rounds[0].health else ()))
+    table = Table("round", "pairs", "kept", *(run.rounds[0].metrics.verdicts if run.rounds[0].metrics else ()))
     for name in ("KL", "words", "distinct 3-grams", "refusals"):
         table.add_column(name, no_wrap=True)
     for one in run.rounds:
         cells = [str(one.number), str(one.pairs), str(one.kept)] if one.number else ["0", "", ""]
-        if one.health:
-            health = one.health
-            cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in health.verdicts.values()]
-            cells += [f"{health.kl:.3f}", f"{health.words:.0f}", f"{health.distinct[3]:.1%}", f"{health.refusals:.1%}"]
+        if one.metrics:
+            metrics = one.metrics
+            cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in metrics.verdicts.values()]
+            cells += [
+                f"{metrics.kl:.3f}",
+                f"{metrics.words:.0f}",
+                f"{metrics.distinct[3]:.1%}",
+                f"{metrics.refusals:.1%}",
+            ]
         table.add_row(*cells)
     write(table)
     for reason in run.stopped:

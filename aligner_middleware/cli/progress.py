@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from aligner_middleware.cli.output import console, note
+from aligner_middleware.data.progress import Progress as JobProgress
 
 SECONDS_BETWEEN_LINES = 30.0  # of one task in a log
 
@@ -90,21 +90,18 @@ def steps(title: str, of: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def training() -> Iterator[Callable[[Any], None]]:
-    """Show the stages of a training run, each with its loss and speed; reported is a `training.trainer.Progress`."""
-    begun: dict[str, tuple[float, int]] = {}  # when a stage began here, and after how many tokens
-    with tasks("steps") as shown:
+def job(unit: str = "") -> Iterator[Callable[[JobProgress], None]]:
+    """Show the stages of a job that reports its progress.
 
-        def report(at: Any) -> None:
-            now = time.monotonic()
-            if math.isnan(at.loss):
-                note(f"{at.stage}: goes on after step {at.step}, {at.steps - at.step} steps are left")
-                begun[at.stage] = now, at.tokens
-                shown.update(at.stage, at.step, at.steps)
-                return
-            start, before = begun.setdefault(at.stage, (now, at.tokens))
-            speed = f", {(at.tokens - before) / (now - start):.0f} tokens/s" if now - start > 1 else ""
-            shown.update(at.stage, at.step, at.steps, f"loss {at.loss:.3f}{speed}")
+    Args:
+        unit: What is counted.
+    """
+    with tasks(unit) as shown:
+
+        def report(at: JobProgress) -> None:
+            if at.detail.startswith("resumes "):
+                note(f"{at.stage}: {at.detail}")
+            shown.update(at.stage, at.done, at.total, "" if at.detail.startswith("resumes ") else at.detail)
 
         yield report
 

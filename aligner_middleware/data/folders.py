@@ -15,8 +15,8 @@ from aligner_middleware.data.disk import disk_errors, reason_of
 from aligner_middleware.data.locks import exclusive_lock, held_paths, waiting_lock
 from aligner_middleware.errors import BuildError, JobError
 
-_SCRATCH = ".aligner-new"  # ends the names of hidden folders in which others are made
-_MADE, _REPLACED = "made", "replaced"  # names in such a folder
+_SCRATCH = ".aligner-new"  # ends the names of hidden folders in which others are built
+_BUILT, _REPLACED = "made", "replaced"  # names in such a folder
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,15 @@ def write_folder(
             return
         check_replaceable(folder, kind)
         try:
-            made = scratch / _MADE
-            made.mkdir(parents=True)
-            build(made)
-            for path in made.iterdir():  # safetensors makes files that nobody else can read
-                path.chmod(path.stat().st_mode | made.stat().st_mode & 0o666)
+            built = scratch / _BUILT
+            built.mkdir(parents=True)
+            build(built)
+            for path in built.iterdir():  # safetensors makes files that nobody else can read
+                path.chmod(path.stat().st_mode | built.stat().st_mode & 0o666)
             check_replaceable(folder, kind)
             if folder.exists():
                 folder.rename(scratch / _REPLACED)
-            made.rename(folder)
+            built.rename(folder)
         finally:
             _clear(scratch, folder)
 
@@ -152,7 +152,7 @@ def remove_folder(folder: Path, kind: FolderKind) -> None:
     scratch = _scratch(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    folder.rename(scratch / _MADE)
+    folder.rename(scratch / _BUILT)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from aligner_middleware.errors import DataError, JobError
 
 
 class Prompt(BaseModel):
-    """A prompt, and what is known of it.
+    """A prompt, with its answer and its category where they are known.
 
     Attributes:
         question: What is asked.

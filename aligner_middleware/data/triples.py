@@ -78,7 +78,7 @@ def read_rows(path: Path) -> Rows:
     - `prompt`, `chosen`, `rejected`: TRL's preference rows, as texts or as lists of messages. The rejected text is the
       answer, the chosen one its correction.
     - `chosen`, `rejected` alone: whole dialogues, as lists of messages or as Anthropic's "Human: … Assistant: …" texts.
-      The question is the last thing that the person said.
+      The question is the person's last turn.
     - `prompt`, `response_0`, `response_1` with `is_response_0_safe`, `is_response_1_safe` and `better_response_id`:
       PKU-SafeRLHF. An unsafe response is corrected to the safe one; of two safe ones the better is kept.
     - `prompt`, `response`, `is_safe`: BeaverTails. A safe response is kept; an unsafe one has no correction, and is left out.

@@ -106,7 +106,7 @@ class _Run:
         losses, trained = self._run_stages(origin, rows.stages)
         recipe = self._recipe(origin, rows, len(triples), losses)
         if process.is_main_process:
-            write_folder(self.out, lambda made: write_trained(trained, origin.folder, recipe, made), TRAINED)
+            write_folder(self.out, lambda folder: write_trained(trained, origin.folder, recipe, folder), TRAINED)
             remove_folder(self.folder, _RUN)
         process.wait_for_everyone()
         return recipe

@@ -68,7 +68,7 @@ def train_policy(
         trainer = _make_trainer(network, folder, checkpoints, rows, config)
         trainer.add_callback(Reporter(config.method, report))
         _train(trainer, network, last_checkpoint(checkpoints))
-        write_folder(out, lambda made: _write_adapter(network, config.base, made), _ADAPTER)
+        write_folder(out, lambda folder: _write_adapter(network, config.base, folder), _ADAPTER)
         remove_checkpoints(out)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from aligner_middleware.data.files import write_text
 from aligner_middleware.data.progress import Report
@@ -67,10 +67,10 @@ def run_stage(
         BuildError: If the process comes near the end of the memory; a checkpoint is written before.
     """
     guard = MemoryGuard()
-    trainer = _make_trainer(network, stage, folder, config, logs)
-    trainer.add_callback(Reporter(stage.name, report))
+    callbacks: list[TrainerCallback] = [Reporter(stage.name, report)]
     if PartialState().num_processes == 1:
-        trainer.add_callback(guard)
+        callbacks.append(guard)
+    trainer = _make_trainer(network, stage, callbacks, _arguments(network, stage, folder, config, logs), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the trainer's own way to count tokens
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -90,17 +90,22 @@ def run_stage(
 
 
 def _make_trainer(
-    network: torch.nn.Module, stage: StageData, folder: Path, config: TrainConfig, logs: Path | None
+    network: torch.nn.Module,
+    stage: StageData,
+    callbacks: list[TrainerCallback],
+    arguments: TrainingArguments,
+    config: TrainConfig,
 ) -> _Trainer:
     packed = is_packed(network)
-    stoppers = [EarlyStoppingCallback(config.patience)] if _stops_early(stage, config) else []
-    trainer = _Trainer(
+    if config.patience and stage.held_out:
+        callbacks = [*callbacks, EarlyStoppingCallback(config.patience)]
+    trainer: _Trainer = _Trainer(
         model=network,
-        args=_arguments(stage, folder, config, logs, packed),
+        args=arguments,
         train_dataset=_TrainerRows(stage.examples),
         eval_dataset=_TrainerRows(stage.held_out) if stage.held_out else None,
         data_collator=lambda rows: (pack if packed else collate)([row["example"] for row in rows]),
-        callbacks=stoppers,
+        callbacks=callbacks,
     )
     trainer.model_accepts_loss_kwargs = True  # the loss is given the number of targets in the step
     trainer.loss = partial(
@@ -109,16 +114,12 @@ def _make_trainer(
         verdict_weight=config.verdict_weight,
         weights=stage.verdict_weights,
     )
-    trainer.pop_callback(PrinterCallback)  # it prints every log entry
+    trainer.pop_callback(PrinterCallback)  # type: ignore[no-untyped-call]  # it prints every log entry
     return trainer
 
 
-def _stops_early(stage: StageData, config: TrainConfig) -> bool:
-    return bool(config.patience and stage.held_out)
-
-
 def _arguments(
-    stage: StageData, folder: Path, config: TrainConfig, logs: Path | None, packed: bool
+    network: torch.nn.Module, stage: StageData, folder: Path, config: TrainConfig, logs: Path | None
 ) -> TrainingArguments:
     schedule = stage.settings.schedule
     return TrainingArguments(
@@ -136,7 +137,7 @@ def _arguments(
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.checkpointing else None,
         bf16=use_bfloat16(config.bfloat16),
         use_cpu=not torch.cuda.is_available(),
-        group_by_length=not packed,
+        group_by_length=not is_packed(network),
         include_num_input_tokens_seen="non_padding",
         prediction_loss_only=True,
         seed=config.seed,
@@ -146,7 +147,7 @@ def _arguments(
         save_total_limit=2,
         eval_strategy="steps" if stage.held_out else "no",
         eval_steps=config.save_steps,
-        load_best_model_at_end=_stops_early(stage, config),
+        load_best_model_at_end=bool(config.patience and stage.held_out),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         report_to=["tensorboard"] if logs else [],
@@ -177,9 +178,9 @@ class _Trainer(Trainer):
         labels = inputs.pop("labels")
         if "boundaries" in inputs:
             del inputs["attention_mask"]  # there only for the trainer, which counts tokens by it
-        places, targets = supervised(labels)
+        positions, targets = supervised(labels)
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        with predicting_at(head, places):
+        with predicting_at(head, positions):
             outputs = model(**inputs, use_cache=False)
         shares = None
         if model.training:  # gradients are averaged over processes, the step's targets are counted over all of them

@@ -116,7 +116,7 @@ def test_what_is_ours_but_of_another_kind_is_not_replaced(
 
 @pytest.mark.parametrize("kind", [EXPORTED, TRAINED, KIND])
 def test_a_file_beside_our_own_is_named_and_stays(tmp_path: Path, kind: FolderKind) -> None:
-    out = lay(tmp_path / "ours", kind.mark or "", "README.md", "notes.txt")
+    out = lay(tmp_path / "ours", kind.marker or "", "README.md", "notes.txt")
     before = tree(tmp_path)
     with pytest.raises(BuildError, match=r"holds 'README\.md' and 1 more, which is no part of a"):
         write_folder(out, thing, kind)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aligner_middleware.data.files import write_bytes
-from aligner_middleware.evaluation.policy_metrics import Health
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics
 from aligner_middleware.rlhf.rounds import Rounds
 
 _COLORS = ("#2a9d5c", "#c0504d", "#4472c4", "#b8860b")
-_LINES: dict[str, Callable[[Health], float]] = {
+_LINES: dict[str, Callable[[PolicyMetrics], float]] = {
     "KL to the first policy, nats a token": lambda health: health.kl,
     "words an answer": lambda health: health.words,
     "distinct 3-grams": lambda health: health.distinct[3],

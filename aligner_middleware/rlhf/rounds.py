@@ -25,8 +25,8 @@ from aligner_middleware.data.files import FolderKind, alone, check_ours, lines_o
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.data.prompts import Prompt, digest
 from aligner_middleware.errors import DataError
-from aligner_middleware.evaluation.pairwise import PairJudge
-from aligner_middleware.evaluation.policy_metrics import Health, StopRules, examine
+from aligner_middleware.evaluation.pairwise import PairwiseJudge
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, StopRules, evaluate_policy
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.training.config import PolicyConfig
 from aligner_middleware.training.policy import Policy, remove_run, speaks_chat, train_policy
@@ -52,7 +52,7 @@ class Round:
     number: int
     pairs: int
     kept: int
-    health: Health | None
+    health: PolicyMetrics | None
     broken: list[str]
 
 
@@ -84,7 +84,7 @@ def run_rounds(
     held_out: Sequence[Prompt],
     folder: Path,
     aligner: Aligner,
-    judge: PairJudge,
+    judge: PairwiseJudge,
     config: PolicyConfig | None = None,
     *,
     rounds: int = 3,
@@ -141,7 +141,7 @@ def _run(
     unseen: Sequence[str],
     folder: Path,
     aligner: Aligner,
-    judge: PairJudge,
+    judge: PairwiseJudge,
     config: PolicyConfig,
     rounds: int,
     rules: StopRules,
@@ -247,13 +247,13 @@ def _learn(folder: Path, number: int, config: PolicyConfig, fixed: bool, report:
 
 
 def _scores(
-    folder: Path, number: int, questions: Sequence[str], judge: PairJudge, config: PolicyConfig, report: Report
-) -> Health:
+    folder: Path, number: int, questions: Sequence[str], judge: PairwiseJudge, config: PolicyConfig, report: Report
+) -> PolicyMetrics:
     """Have a policy answer the held-out prompts, and judge it."""
     one = folder / f"round-{number}"
     if (one / "scores.json").is_file():
         told = json.loads((one / "scores.json").read_text(encoding="utf-8"))
-        return Health(**told["health"])
+        return PolicyMetrics(**told["health"])
     path = one / "held_out.jsonl"
     policy = Policy(config, _adapter(folder, number))
     if not path.is_file():
@@ -265,7 +265,7 @@ def _scores(
         _write_answers(path, questions, said)
     answers = [row["answer"] for row in _rows(path)]
     first = [row["answer"] for row in _rows(folder / "round-0" / "held_out.jsonl")]
-    return examine(questions, answers, first, judge, policy.divergence(questions, answers))
+    return evaluate_policy(questions, answers, first, judge, policy.divergence(questions, answers))
 
 
 def _adapter(folder: Path, number: int) -> Path | None:
@@ -308,4 +308,4 @@ def _as_dict(one: Round) -> dict[str, Any]:
 
 
 def _round(told: dict[str, Any]) -> Round:
-    return Round(**told | {"health": Health(**told["health"]) if told["health"] else None})
+    return Round(**told | {"health": PolicyMetrics(**told["health"]) if told["health"] else None})

@@ -251,11 +251,11 @@ DRAFTED = {
 
 def make_all(engines: list[str]) -> None:
     """Make every form of the weights that these engines need and that is not in the cache yet."""
-    from aligner_middleware.export.folder import build_cached
+    from aligner_middleware.export.store import export_model
 
     makers = {
-        "ours int8": partial(build_cached, "default", "int8"),
-        "ours float32": partial(build_cached, "default", "float32"),
+        "ours int8": partial(export_model, "default", None, "int8"),
+        "ours float32": partial(export_model, "default", None, "float32"),
         "PyTorch": checkpoint_folder,
         "optimum": optimum_folder,
         "llama.cpp Q8_0": partial(gguf_file, "Q8_0"),

@@ -32,7 +32,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from aligner_middleware import Aligner, Diff  # noqa: E402
 from aligner_middleware.checkpoints.base import base_folder  # noqa: E402
-from aligner_middleware.export.folder import STEPS, build_cached  # noqa: E402
+from aligner_middleware.data.progress import Progress as ExportProgress  # noqa: E402
+from aligner_middleware.export.store import export_model  # noqa: E402
 
 POLITE: tuple[BaseMessage, ...] = (
     SystemMessage("You are a helpful assistant."),
@@ -114,13 +115,13 @@ def prepare(console: Console, tokens: int = 48) -> tuple[Aligner, BaseChatModel]
         task = progress.add_task("base weights", total=1)
         folder, _ = base_folder()
         progress.update(task, completed=1)
-        task = progress.add_task("default aligner", total=len(STEPS))
+        task = progress.add_task("default aligner", total=None)
 
-        def report(step: str) -> None:
-            progress.update(task, description=f"default aligner: {step}", completed=STEPS.index(step))
+        def report(at: ExportProgress) -> None:
+            progress.update(task, description=f"default aligner: {at.stage}", completed=at.done, total=at.total)
 
-        build_cached("default", "int8", report=report)
-        progress.update(task, description="default aligner", completed=len(STEPS))
+        export_model("default", report=report)
+        progress.update(task, description="default aligner", completed=1, total=1)
         task = progress.add_task("loading", total=2)
         aligner = Aligner.load()
         progress.advance(task)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from aligner_middleware import Aligner
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 
 OLD, NEW = "CloudBox", "Skyfolder"
@@ -74,7 +74,7 @@ def main() -> None:
             train(rows, adapter, config, report=lambda at: bar.update(task, completed=at.step, total=at.steps))
         console.print(f"trained after {time.perf_counter() - start:.0f} s; exporting")
         exported = Path(scratch) / "aligner"
-        export_folder(str(adapter), exported, "int8")
+        export_model(str(adapter), exported)
         own = Aligner.load(exported)
         for question, answer in UNSEEN:
             console.print(f"\n[bold]{question}")

@@ -57,7 +57,10 @@ def main() -> None:
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         checkpoint = open_checkpoint("default")
         checkpoint.load().save_pretrained(base)
-        PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.folder / "tokenizer.json")).save_pretrained(base)
+        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(checkpoint.folder / "tokenizer.json")
+        )
+        tokenizer.save_pretrained(base)
 
         config = TrainConfig(
             base=str(base),

@@ -56,8 +56,9 @@ def measure(form: str, method: str, steps: int, batch: int) -> dict[str, float]:
 
 def _ours(folder: Path, form: str, method: Any, steps: int, batch: int, times: list[tuple[float, int]]) -> None:
     from aligner_middleware.training import Stage, TrainConfig, origin, stages, train
+    from aligner_middleware.training.trainer import Reporter
 
-    class Clock(stages.Reporter):
+    class Clock(Reporter):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 times.append((time.perf_counter(), int(state.num_input_tokens_seen)))
@@ -91,7 +92,9 @@ def _plain(folder: Path, steps: int, batch: int, times: list[tuple[float, int]])
     base, _ = base_folder()
     own = Tokenizer.from_file(base / TOKENIZER_FILE)
     template = with_verdicts(TEMPLATES["default"], own, marks=True)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / TOKENIZER_FILE), pad_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(base / TOKENIZER_FILE), pad_token="<|im_end|>"
+    )
     encoded = []
     for row in rows(steps * batch):
         example = encode_triple(own, template, 2, row)

@@ -1,4 +1,4 @@
-"""The command line: `aligner correct | export | train | evaluate | calibrate | ability | preferences | rounds | info`.
+"""The command line: `aligner correct | export | train | evaluate | calibrate | benchmark | preferences | rounds | info`.
 
 Data goes to standard output, progress to standard error; a failure is one line and a non-zero exit.
 """
@@ -41,15 +41,16 @@ from aligner_middleware.cli.output import console, discard, note, note_error, wr
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.data.files import fingerprint, write_lines, write_text
 from aligner_middleware.data.json_lines import finite, open_bytes, parse_json, reading, text_at
+from aligner_middleware.data.progress import Progress
 from aligner_middleware.data.triples import Rows, Triple, read_rows
 from aligner_middleware.errors import AlignerError, ArtifactError, DataError, MissingExtraError, UpstreamError
 
 if TYPE_CHECKING:
-    from aligner_middleware.evaluation import Evaluation, Scored
+    from aligner_middleware.evaluation import Evaluation, ScoredRow
     from aligner_middleware.evaluation.calibration import CalibrationReport
     from aligner_middleware.evaluation.detection import Share
     from aligner_middleware.evaluation.guard import GuardEvaluation
-    from aligner_middleware.evaluation.pairwise import PairJudge
+    from aligner_middleware.evaluation.pairwise import PairwiseJudge
     from aligner_middleware.evaluation.public_sets import PublicSet
     from aligner_middleware.rlhf.round_results import Rounds
 
@@ -197,16 +198,21 @@ def export(
 ) -> None:
     """Make an aligner folder: merge, export by optimum, fuse, quantise, and check against PyTorch."""
     try:
-        from aligner_middleware.export.folder import STEPS, build_cached, export_folder
+        from aligner_middleware.export.export import STEPS
+        from aligner_middleware.export.store import export_model
     except ImportError as exc:
         raise MissingExtraError("aligner export", "build") from exc
     with progress.steps(f"export {model}", len(STEPS)) as report:
-        if out is None:
-            folder = build_cached(model, _precision(precision) or "int8", template, report, tried=True)
-        else:
-            folder = out
-            export_folder(model, out, _precision(precision) or "int8", template, fused=fused, report=report)
-    _print_artifact(folder, as_json)
+        exported = export_model(
+            model,
+            out,
+            _precision(precision) or "int8",
+            template,
+            fused=fused,
+            verify=True,
+            report=lambda at: report(at.stage),
+        )
+    _print_artifact(exported.folder, as_json)
 
 
 @app.command()
@@ -401,7 +407,7 @@ def evaluate(
     try:
         from aligner_middleware.evaluation import evaluate as run
         from aligner_middleware.evaluation.detection import Auc
-        from aligner_middleware.evaluation.guard import is_labelled
+        from aligner_middleware.evaluation.labelled_rows import is_labelled
         from aligner_middleware.evaluation.public_sets import read_public
         from aligner_middleware.export.parity import perplexity
     except ImportError as exc:
@@ -419,7 +425,7 @@ def evaluate(
             aligner,
             rows,
             strength="medium" if chosen is None else chosen,
-            report=lambda done: report(done, len(rows)),
+            report=lambda at: report(at.done, at.total),
         )
     folder = _aligner_folder(model, precision)
     given = [(one.correction.score, not one.row.keeps) for one in evaluation.scored]
@@ -455,7 +461,8 @@ def _guard(
     strength: Strength | None,
     as_json: bool,
 ) -> None:
-    from aligner_middleware.evaluation.guard import guard, read_labelled
+    from aligner_middleware.evaluation.guard import guard
+    from aligner_middleware.evaluation.labelled_rows import read_labelled
 
     if public is not None:
         for reason, count in public.left_out.items():
@@ -468,7 +475,7 @@ def _guard(
         Aligner.load(model, precision=_precision(precision)) as aligner,
         progress.bar("evaluate", len(rows), "rows") as report,
     ):
-        evaluation = guard(aligner, rows, strengths, report)
+        evaluation = guard(aligner, rows, strengths, lambda at: report(at.done, at.total))
     if out is not None:
         write_lines(out, map(finite, evaluation.lines("medium" if strength is None else strength)))
     if as_json:
@@ -506,7 +513,7 @@ def calibrate(
     """
     try:
         from aligner_middleware.evaluation import calibration as calibrating
-        from aligner_middleware.evaluation.guard import read_labelled
+        from aligner_middleware.evaluation.labelled_rows import read_labelled
     except ImportError as exc:
         raise MissingExtraError("aligner calibrate", "build") from exc
     if plots is not None and find_spec("matplotlib") is None:
@@ -518,12 +525,12 @@ def calibrate(
     note("the rows must not have been trained on: thresholds would be wrong for all others")
     with Aligner.load(model, precision=_precision(precision)) as aligner:
         with progress.bar("calibrate", len(labelled), "rows") as report:
-            measured: list[calibrating.Measured] = []
+            measured: list[calibrating.MeasuredRow] = []
             for path, file in files.items():
                 before = len(measured)
 
-                def done(count: int, of: int, before: int = before) -> None:
-                    report(before + count, len(labelled))
+                def done(at: Progress, before: int = before) -> None:
+                    report(before + at.done, len(labelled))
 
                 measured += calibrating.measure(aligner, file, done, str(path))
         found = calibrating.calibrate(measured, verdicts=aligner.has_verdicts, balance=balance, name=name)
@@ -532,7 +539,9 @@ def calibrate(
     if out is not None:
         write_text(out, found.calibration.model_dump_json(indent=2) + "\n")
     if plots is not None:
-        calibrating.draw_calibration(measured, found, plots)
+        from aligner_middleware.evaluation.calibration_plot import draw_calibration
+
+        draw_calibration(measured, found, plots)
     left_out = len(labelled) - len(measured)
     if as_json:
         write_json({"folder": str(folder), "left_out": left_out} | found.model_dump())
@@ -570,7 +579,14 @@ def _compare(
         progress.bar("compare", len(prompts), "prompts") as report,
     ):
         comparison = compare(
-            prompts, out, aligner, judging, answering, upstream_name=upstream, concurrency=concurrency, report=report
+            prompts,
+            out,
+            aligner,
+            judging,
+            answering,
+            upstream_name=upstream,
+            concurrency=concurrency,
+            report=lambda at: report(at.done, at.total),
         )
     write_report(comparison, out)
     if as_json:
@@ -646,7 +662,7 @@ def preferences(
 
 
 @app.command()
-def ability(
+def benchmark(
     tasks: Annotated[list[str], typer.Argument(help="Tasks of lm-evaluation-harness, such as gsm8k mmlu.")],
     lm: Annotated[
         str, typer.Option(help="A model type of lm-eval's, such as hf, vllm or local-chat-completions.")
@@ -663,25 +679,26 @@ def ability(
     concurrency: Annotated[int, typer.Option(min=1, help="Calls of --upstream under way at once.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Does it harm ability? Run tasks of lm-evaluation-harness on a model with and without the aligner.
+    """Run tasks of lm-evaluation-harness on a model with and without the aligner.
 
     Generated answers are corrected. Choices are scored by the combined model: how likely the aligner turns the model's
-    choice into each of them. The model is asked once for both; what it said is cached, and what was killed goes on.
+    choice into each of them. The model is called once for both; its answers are cached, and an interrupted run resumes.
     """
     try:
-        from aligner_middleware.evaluation.lm_eval import LangChainLM, load_lm, measure_ability
+        from aligner_middleware.evaluation.lm_eval import run_benchmark
+        from aligner_middleware.evaluation.lm_eval_models import LangChainLM, load_lm
     except ImportError as exc:
-        raise MissingExtraError("aligner ability", "harness") from exc
+        raise MissingExtraError("aligner benchmark", "harness") from exc
     from aligner_middleware.data.upstream import chat_model
 
     name = upstream or f"{lm} {lm_args}"
     answering = chat_model(upstream) if upstream else None
-    with _resumable(), progress.steps("ability", 2) as report:
+    with _resumable(), progress.steps("benchmark", 2) as report:
         report("loading")
         asked = LangChainLM(answering, name, concurrency) if answering else load_lm(lm, lm_args, batch_size)
         report(", ".join(tasks))
         with Aligner.load(model, precision=_precision(precision)) as aligner:
-            found = measure_ability(
+            found = run_benchmark(
                 asked,
                 aligner,
                 tasks,
@@ -833,7 +850,7 @@ def version() -> None:
     write(__version__)
 
 
-def _judge(name: str | None, concurrency: int = 8) -> PairJudge:
+def _judge(name: str | None, concurrency: int = 8) -> PairwiseJudge:
     from aligner_middleware.data.upstream import chat_model
     from aligner_middleware.evaluation import ChatJudge, OfflineJudge, SentenceEncoder
 
@@ -1037,7 +1054,7 @@ def _device(folder: Path, artifact: Artifact) -> str:
         return f"nothing here: {exc}"
 
 
-def _as_row(scored: Scored) -> dict[str, Any]:
+def _as_row(scored: ScoredRow) -> dict[str, Any]:
     row, correction = scored.row, scored.correction
     return {
         "kind": "keep" if row.keeps else "correct",

@@ -1,22 +1,49 @@
 """Measures what an aligner does to answers; needs the `[build]` extra, for its sentence encoder."""
 
-from aligner_middleware.evaluation.comparison import Compared, Comparison, Tally, compare
-from aligner_middleware.evaluation.held_out import Evaluation, Scored, Scores, evaluate
-from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge, Pair
-from aligner_middleware.evaluation.reference_judge import Judge, Judgement
-from aligner_middleware.evaluation.report import write_report
-from aligner_middleware.evaluation.sentence_encoder import SentenceEncoder
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aligner_middleware.evaluation.comparison import Comparison, ComparisonRow, Tally, compare
+    from aligner_middleware.evaluation.held_out import Evaluation, ScoredRow, Scores, evaluate
+    from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge, Pair, PairwiseJudge
+    from aligner_middleware.evaluation.reference_judge import Judgement, ReferenceJudge
+    from aligner_middleware.evaluation.report import write_report
+    from aligner_middleware.evaluation.sentence_encoder import SentenceEncoder
+
+# The module of each public name. It is imported on first use, so that one module does not load all the others.
+_MODULES = {
+    "ChatJudge": "pairwise",
+    "Comparison": "comparison",
+    "ComparisonRow": "comparison",
+    "Evaluation": "held_out",
+    "Judgement": "reference_judge",
+    "OfflineJudge": "pairwise",
+    "Pair": "pairwise",
+    "PairwiseJudge": "pairwise",
+    "ReferenceJudge": "reference_judge",
+    "ScoredRow": "held_out",
+    "Scores": "held_out",
+    "SentenceEncoder": "sentence_encoder",
+    "Tally": "comparison",
+    "compare": "comparison",
+    "evaluate": "held_out",
+    "write_report": "report",
+}
 
 __all__ = [
     "ChatJudge",
-    "Compared",
     "Comparison",
+    "ComparisonRow",
     "Evaluation",
-    "Judge",
     "Judgement",
     "OfflineJudge",
     "Pair",
-    "Scored",
+    "PairwiseJudge",
+    "ReferenceJudge",
+    "ScoredRow",
     "Scores",
     "SentenceEncoder",
     "Tally",
@@ -24,3 +51,13 @@ __all__ = [
     "evaluate",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""What a policy's answers to held-out prompts tell of its health: is it better than the first policy, or collapsing?"""
+"""Metrics of a policy on held-out prompts, against the first policy's answers, and the rules that stop a collapsing run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from aligner_middleware.evaluation.comparison import Tally
-from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairJudge
+from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairwiseJudge
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 # How refusals begin; what an answer says after its third sentence is no refusal of the question.
@@ -21,16 +21,16 @@ _REFUSES = re.compile(
 _BEGINNING = re.compile(r"(?:[^.!?\n]*[.!?\n]+){0,2}[^.!?\n]*")
 
 
-class Health(BaseModel):
-    """Scores of a policy on held-out prompts.
+class PolicyMetrics(BaseModel):
+    """Metrics of a policy on held-out prompts.
 
     Attributes:
-        verdicts: Its answers against the first policy's, by dimension.
-        kl: Divergence from the first policy, in nats a token of its own answers.
+        verdicts: Pairwise verdicts on its answers against the first policy's, by dimension.
+        kl: KL divergence from the first policy on its own answers, in nats a token.
         words: Mean length of its answers, in words.
-        distinct: Share of different ones among all n-grams of its answers, for n = 1, 2, 3.
-        refusals: Share of answers that begin by declining.
-        blank: Share of empty answers.
+        distinct: distinct-n, the share of distinct n-grams among all n-grams of its answers, for n = 1, 2, 3.
+        refusals: Share of answers that begin with a refusal, 0 to 1.
+        blank: Share of empty answers, 0 to 1.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,17 +44,17 @@ class Health(BaseModel):
 
 
 class StopRules(BaseModel):
-    """When a policy counts as collapsed; each bound is compared with the first policy, or with the best round so far.
+    """Bounds beyond which a policy counts as collapsed, relative to the first policy or the best round so far.
 
     Attributes:
-        max_kl: Most nats a token that it may be away from the first policy.
-        max_drop: Most that the judge's rate may fall below the best earlier round's, in any dimension, where their 95 %
-            intervals do not overlap: a few dozen prompts make a rate move that much by chance.
-        length: Least and most words an answer, as shares of the first policy's.
-        min_distinct: Least share of different 3-grams, as a share of the first policy's.
-        max_refusals: Most that the share of refusals may rise.
+        max_kl: Largest KL divergence from the first policy, in nats a token.
+        max_drop: Largest drop of the judge's rate below the best earlier round's, in any dimension. It counts only where
+            their 95 % intervals do not overlap: on a few dozen prompts a rate varies that much by chance.
+        length: Least and largest mean length of an answer, as shares of the first policy's.
+        min_distinct: Least distinct-3, as a share of the first policy's.
+        max_refusals: Largest rise of the share of refusals.
         max_blank: Largest share of empty answers.
-        min_pairs: Fewest preference pairs of a round; with fewer there is nothing left to learn.
+        min_pairs: Fewest preference pairs that a round trains on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,45 +67,45 @@ class StopRules(BaseModel):
     max_blank: float = Field(default=0.05, ge=0)
     min_pairs: int = Field(default=8, ge=1)
 
-    def broken(self, history: Sequence[Health]) -> list[str]:
-        """Say which rules the last of these policies breaks; the first one is what it is compared with."""
+    def broken(self, history: Sequence[PolicyMetrics]) -> list[str]:
+        """Give the rules that the last of these policies breaks, a sentence each; the first one is the first policy."""
         first, *_, now = history
-        found = []
+        reasons = []
         if now.kl > self.max_kl:
-            found.append(f"KL to the first policy is {now.kl:.2f} nats a token, over {self.max_kl:g}")
+            reasons.append(f"KL to the first policy is {now.kl:.2f} nats a token, over {self.max_kl:g}")
         for dimension, tally in now.verdicts.items():
-            best = max((health.verdicts[dimension] for health in history[:-1]), key=lambda tally: tally.rate)
+            best = max((past.verdicts[dimension] for past in history[:-1]), key=lambda tally: tally.rate)
             if tally.rate < best.rate - self.max_drop and tally.high < best.low:
-                found.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best.rate:+.1%}")
+                reasons.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best.rate:+.1%}")
         if not self.length[0] * first.words <= now.words <= self.length[1] * first.words:
-            found.append(f"answers have {now.words:.0f} words, the first policy's {first.words:.0f}")
+            reasons.append(f"answers have {now.words:.0f} words, the first policy's {first.words:.0f}")
         if now.distinct[3] < self.min_distinct * first.distinct[3]:
-            found.append(f"{now.distinct[3]:.0%} of 3-grams are distinct, the first policy's {first.distinct[3]:.0%}")
+            reasons.append(f"{now.distinct[3]:.0%} of 3-grams are distinct, the first policy's {first.distinct[3]:.0%}")
         if now.refusals > first.refusals + self.max_refusals:
-            found.append(f"{now.refusals:.0%} of answers are refusals, the first policy's {first.refusals:.0%}")
+            reasons.append(f"{now.refusals:.0%} of answers are refusals, the first policy's {first.refusals:.0%}")
         if now.blank > self.max_blank:
-            found.append(f"{now.blank:.0%} of answers are empty")
-        return found
+            reasons.append(f"{now.blank:.0%} of answers are empty")
+        return reasons
 
 
-def examine(
-    questions: Sequence[str], answers: Sequence[str], first: Sequence[str], judge: PairJudge, kl: float
-) -> Health:
-    """Score a policy.
+def evaluate_policy(
+    questions: Sequence[str], answers: Sequence[str], first: Sequence[str], judge: PairwiseJudge, kl: float
+) -> PolicyMetrics:
+    """Compute the metrics of a policy.
 
     Args:
         questions: Held-out prompts.
         answers: The policy's answers to them.
-        first: The first policy's.
+        first: The first policy's answers.
         judge: Compares the two.
-        kl: Divergence from the first policy, in nats a token.
+        kl: KL divergence from the first policy, in nats a token.
 
     Raises:
         UpstreamError: If the judge fails.
     """
     pairs = [Pair(*texts) for texts in zip(questions, first, answers, strict=True)]
     verdicts = judge.judge(pairs)
-    return Health(
+    return PolicyMetrics(
         verdicts={name: Tally.of(verdict[name] for verdict in verdicts) for name in judge.dimensions},
         kl=kl,
         words=statistics.fmean(len(answer.split()) for answer in answers),
@@ -116,11 +116,11 @@ def examine(
 
 
 def distinct(answers: Sequence[str], n: int) -> float:
-    """Give the share of different n-grams of words among all n-grams of some answers; 0 where there are none."""
+    """Give distinct-n, the share of distinct n-grams of words among all n-grams of some answers; 0 where there are none."""
     seen, count = set(), 0
     for answer in answers:
         words = _WORD.findall(answer.lower())
-        grams = list(zip(*(words[at:] for at in range(n)), strict=False))
+        grams = list(zip(*(words[start:] for start in range(n)), strict=False))
         seen.update(grams)
         count += len(grams)
     return len(seen) / count if count else 0.0

@@ -16,10 +16,8 @@ from aligner_middleware.data.locks import exclusive_lock
 from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.data.prompts import Prompt, digest
 from aligner_middleware.errors import ConfigError
-from aligner_middleware.evaluation.pairwise import PairJudge
-from aligner_middleware.evaluation.policy_metrics import Health as PolicyMetrics
-from aligner_middleware.evaluation.policy_metrics import StopRules
-from aligner_middleware.evaluation.policy_metrics import examine as evaluate_policy
+from aligner_middleware.evaluation.pairwise import PairwiseJudge
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, StopRules, evaluate_policy
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.round_files import RoundFiles, claim_run, read_json_lines, write_answers
 from aligner_middleware.rlhf.round_results import Round, Rounds, write_rounds
@@ -33,7 +31,7 @@ def run_rounds(
     held_out: Sequence[Prompt],
     folder: Path,
     aligner: Aligner,
-    judge: PairJudge,
+    judge: PairwiseJudge,
     config: PolicyConfig | None = None,
     *,
     rounds: int = 3,
@@ -90,7 +88,7 @@ class _Run:
     questions: Sequence[str]
     unseen: Sequence[str]
     aligner: Aligner
-    judge: PairJudge
+    judge: PairwiseJudge
     config: PolicyConfig
     rules: StopRules
     fixed: bool

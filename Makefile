@@ -20,10 +20,11 @@ demo: .venv/installed  ## Run a real chat model with the default aligner behind 
 
 test: .venv/installed lint unit integration  ## Lint, types and all tests
 
-lint: .venv/installed  ## ruff, mypy --strict and bandit
+lint: .venv/installed  ## ruff, mypy --strict, import-linter and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive aligner_middleware examples
 
 # Local versions, as of the CPU build of torch, are unknown to PyPI, whose advisories are asked for; so this needs the network.

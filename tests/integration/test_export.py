@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +18,29 @@ from aligner_middleware.export.rotate import rotate
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import FAMILIES, random_checkpoint
 
+Exported = Callable[[str], Path]
 PAIRS = [("Who?", "Nobody that I know of."), ("Why is that?", "Because."), ("q", "é日本 " * 9)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_says_what_pytorch_says(family: str, tmp_path: Path) -> None:
-    source = random_checkpoint(family, tmp_path / family)
-    artifact = export_folder(str(source), tmp_path / "out", "float32")
+def test_a_family_says_what_pytorch_says(family: str, exported: Exported) -> None:
+    folder = exported(family)
+    artifact = Artifact.load(folder / "out")
     assert artifact.graph == ("standard" if family == "gpt_neox" else "fused")
     assert artifact.parity is not None and artifact.parity.same_argmax == 1
-    served = Aligner.load(tmp_path / "out", max_new_tokens=24)
-    reference = Aligner.load(source, engine="torch", max_new_tokens=24)
+    served = Aligner.load(folder / "out", max_new_tokens=24)
+    reference = Aligner.load(folder / "checkpoint", engine="torch", max_new_tokens=24)
     found = served.correct_batch(PAIRS)
     assert [c.corrected for c in found] == [c.corrected for c in reference.correct_batch(PAIRS)]
     assert [served.correct(*pair).corrected for pair in PAIRS] == [c.corrected for c in found]
 
 
-def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
-    source = random_checkpoint("llama", tmp_path / "llama")
-    export_folder(str(source), tmp_path / "fused", "float32")
+def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(exported: Exported, tmp_path: Path) -> None:
+    source, fused = exported("llama") / "checkpoint", exported("llama") / "out"
     export_folder(str(source), tmp_path / "standard", "float32", fused=False)
     pair = ("q", "some words " * 80)
     texts = {
-        Aligner.load(tmp_path / kind, max_new_tokens=20).correct(*pair).corrected for kind in ("fused", "standard")
+        Aligner.load(folder, max_new_tokens=20).correct(*pair).corrected for folder in (fused, tmp_path / "standard")
     }
     texts.add(Aligner.load(source, engine="torch", max_new_tokens=20).correct(*pair).corrected)
     assert len(texts) == 1
@@ -57,24 +58,22 @@ def test_int8_is_stored_as_the_family_allows_and_can_be_served(family: str, weig
 
 
 @pytest.mark.parametrize("family", ["llama, scaled and biased", "gemma", "qwen3", "phi3"])
-def test_a_rotated_model_says_the_same(family: str, tmp_path: Path) -> None:
-    source = random_checkpoint(family, tmp_path / family)
-    export_folder(str(source), tmp_path / "out", "float32")
-    model = onnx.load(tmp_path / "out" / "model.onnx")
+def test_a_rotated_model_says_the_same(family: str, exported: Exported, tmp_path: Path) -> None:
+    path = exported(family) / "out" / "model.onnx"
+    model = onnx.load(path)
     rotate(model)
-    onnx.save(model, tmp_path / "out" / "rotated.onnx")
-    artifact = Artifact.load(tmp_path / "out").model_copy(update={"probe": None})
+    onnx.save(model, tmp_path / "rotated.onnx")
+    artifact = Artifact.load(path.parent).model_copy(update={"probe": None})
     tokens = list(b"Nothing that is turned as a whole can tell that it was turned.")
     plain, turned = (
-        next(OnnxModel(tmp_path / "out" / name, artifact).new_rows(1, 128).extend(0, tokens, len(tokens)))
-        for name in ("model.onnx", "rotated.onnx")
+        next(OnnxModel(graph, artifact).new_rows(1, 128).extend(0, tokens, len(tokens)))
+        for graph in (path, tmp_path / "rotated.onnx")
     )
     np.testing.assert_allclose(turned, plain, atol=1e-4)
 
 
-def test_a_folder_that_is_deleted_under_a_running_aligner_changes_nothing(tmp_path: Path) -> None:
-    source = random_checkpoint("llama", tmp_path / "llama")
-    export_folder(str(source), tmp_path / "out", "int8")
+def test_a_folder_that_is_deleted_under_a_running_aligner_changes_nothing(exported: Exported, tmp_path: Path) -> None:
+    shutil.copytree(exported("llama") / "out", tmp_path / "out")
     aligner = Aligner.load(tmp_path / "out", max_new_tokens=12)
     before = [aligner.correct(*pair).corrected for pair in PAIRS]
     shutil.rmtree(tmp_path / "out")
@@ -83,9 +82,8 @@ def test_a_folder_that_is_deleted_under_a_running_aligner_changes_nothing(tmp_pa
         Aligner.load(tmp_path / "out")
 
 
-def test_a_graph_that_computes_something_else_here_is_refused(tmp_path: Path) -> None:
-    source = random_checkpoint("llama", tmp_path / "llama")
-    export_folder(str(source), tmp_path / "out", "float32")
+def test_a_graph_that_computes_something_else_here_is_refused(exported: Exported, tmp_path: Path) -> None:
+    shutil.copytree(exported("llama") / "out", tmp_path / "out")
     path = tmp_path / "out" / "aligner.json"
     described = json.loads(path.read_text())
     described["probe"]["logits"] = [value + 2 for value in described["probe"]["logits"]]

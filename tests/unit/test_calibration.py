@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from aligner_middleware import Aligner
 from aligner_middleware.artifact import (
     ARTIFACT_FILE,
     MODEL_FILE,
@@ -178,7 +179,7 @@ def test_labels_that_the_evidence_contradicts_are_refused() -> None:
 def test_rows_that_do_not_fit_are_left_out() -> None:
     rows = [row("keep", 1.5), LabelledRow(question="q", answer="endless", kind="bad"), row("bad", 2)]
     seen: list[tuple[int, int]] = []
-    measured = measure(SayingAligner(), rows, lambda done, of: seen.append((done, of)))
+    measured = measure(cast(Aligner, SayingAligner()), rows, lambda done, of: seen.append((done, of)))
     assert [one.evidence for one in measured] == [1.5, 2]
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
@@ -210,7 +211,7 @@ def test_the_plots_are_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: SayingAligner())
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: SayingAligner())
 
     def invoke(*arguments: Any) -> Any:
         return CliRunner().invoke(cli.app, ["calibrate", *map(str, arguments)])
@@ -244,7 +245,7 @@ def test_the_command_writes_the_calibration_and_says_what_it_does(run: Callable[
 def test_the_command_refuses_too_few_rows_before_it_loads_anything(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: pytest.fail("loaded"))
     outcome = run(write(tmp_path / "a.jsonl", drawn(20)))
     assert outcome.exit_code == 1
     assert "20 good and 10 bad" in outcome.stderr

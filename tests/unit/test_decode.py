@@ -153,7 +153,12 @@ class Case(NamedTuple):
         return generation
 
     def generation(self, **options: Any) -> Generation:
-        given = {"draft": self.draft, "tolerance": self.tolerance, "end": 0, "stop_loops": True} | options
+        given: dict[str, Any] = {
+            "draft": self.draft,
+            "tolerance": self.tolerance,
+            "end": 0,
+            "stop_loops": True,
+        } | options
         return Generation(self.prompt, max_new_tokens=self.limit, **given)
 
     @property

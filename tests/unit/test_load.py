@@ -1,8 +1,7 @@
 """Hundreds of corrections at once, some of them given up."""
 
 import pytest
-
-from benchmarks.load import quick_aligner, run
+from load import quick_aligner, run
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -80,6 +80,7 @@ class SayingAligner:
     st.lists(EVIDENCE, max_size=40),
     st.booleans(),
 )
+@settings(max_examples=25)
 def test_thresholds_keep_what_they_promise_and_are_ordered(
     good: list[float], bad: list[float], refusals: list[float], verdicts: bool
 ) -> None:

@@ -44,7 +44,7 @@ def gradients(network: LlamaForCausalLM, batch: dict[str, object]) -> dict[str, 
     return {name: weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None}
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(EXAMPLES)
 def test_gradients_are_those_of_padded_rows(examples: list[Example]) -> None:
     network = model()

@@ -20,10 +20,11 @@ demo: .venv/installed  ## Run a real chat model with the default aligner behind 
 
 test: .venv/installed lint unit integration  ## Lint, types and all tests
 
-lint: .venv/installed  ## ruff, mypy --strict and bandit
+lint: .venv/installed  ## ruff, mypy --strict, import-linter and bandit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive aligner_middleware examples
 
 # Local versions, as of the CPU build of torch, are unknown to PyPI, whose advisories are asked for; so this needs the network.
@@ -33,13 +34,13 @@ audit: .venv/installed  ## Known vulnerabilities of what is installed
 	$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r .venv/audited.txt
 
 unit: .venv/installed  ## Fast tests, without a model
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit -m 'not slow'
 
 integration: .venv/installed  ## Tests on the real default aligner
 	$(BIN)/pytest tests/integration -m 'not slow'
 
 slow: .venv/installed  ## Tests that take many minutes, such as 10,000 texts of every shape through the default aligner
-	$(BIN)/pytest tests/integration -m slow
+	$(BIN)/pytest tests -m slow
 
 # llama.cpp is compiled here, and needs a C++ compiler. Its AMX code crashes in 0.3.36, so it is left out.
 # onnxruntime-genai would replace onnxruntime-gpu by onnxruntime, so it comes without its dependencies.

@@ -9,11 +9,12 @@ from typing import Any
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 
-USAGE = {"input_tokens": 5, "output_tokens": 3, "total_tokens": 8}
+USAGE = UsageMetadata(input_tokens=5, output_tokens=3, total_tokens=8)
 
 
 class Scripted(BaseChatModel):
@@ -22,7 +23,7 @@ class Scripted(BaseChatModel):
     reply: Callable[[list[BaseMessage]], AIMessage]
     model_name: str = "scripted"
     n: int = 1
-    usage: dict[str, int] = USAGE
+    usage: UsageMetadata = USAGE
 
     @property
     def _llm_type(self) -> str:
@@ -57,7 +58,7 @@ class Scripted(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         said = self.reply(messages)
         for part in re.findall(r"\S+\s*", said.content) if isinstance(said.content, str) else said.content:
-            chunk = ChatGenerationChunk(message=AIMessageChunk([part] if isinstance(part, dict) else part))
+            chunk = ChatGenerationChunk(message=AIMessageChunk(content=[part] if isinstance(part, dict) else part))
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -65,9 +66,9 @@ class Scripted(BaseChatModel):
             parts = tool_call_chunk(
                 name=call["name"], args=str(call["args"]).replace("'", '"'), id=call["id"], index=at
             )
-            yield ChatGenerationChunk(message=AIMessageChunk("", tool_call_chunks=[parts]))
+            yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[parts]))
         yield ChatGenerationChunk(
-            message=AIMessageChunk("", usage_metadata=self.usage, chunk_position="last"),  # type: ignore[arg-type]
+            message=AIMessageChunk(content="", usage_metadata=self.usage, chunk_position="last"),
             generation_info={"finish_reason": "stop", "model_name": self.model_name},
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def tokenizer_json(spare: Sequence[str] = ()) -> str:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([*SPECIAL, *spare])
-    return backend.to_str()
+    return str(backend.to_str())
 
 
 def artifact_folder(folder: Path, spare: Sequence[str] = (), **fields: Any) -> Path:
@@ -141,32 +142,43 @@ class FakeModel:
         return FakeRows(self, rows, capacity)
 
     def append(self, held: list[int], tokens: Sequence[int], wanted: int, capacity: int) -> Logits:
-        logits = np.zeros((len(tokens), self.vocabulary), dtype=np.float32)
         assert 1 <= wanted <= len(tokens)
-        for row, token in zip(logits, tokens, strict=True):
+        unwanted = len(tokens) - wanted
+        held += map(int, tokens[:unwanted])
+        logits = np.zeros((wanted, self.vocabulary), dtype=np.float32)
+        for row, token in zip(logits, tokens[unwanted:], strict=True):
             held.append(int(token))
             said = self.rule(held)
-            for token, logit in (
-                said.items() if isinstance(said, Mapping) else [(said, self.sure)]
-            ):  # beyond every tolerance
-                row[token] = logit
+            for predicted, logit in said.items() if isinstance(said, Mapping) else [(said, self.sure)]:
+                row[predicted] = logit
         assert len(held) <= capacity
         self.tokens += len(tokens)
-        return logits[-wanted:]
+        return logits
 
 
-def fake_aligner(correct: Callable[[str, str], str], **options: object) -> Aligner:
+class FakeAligner(Aligner):
+    """An aligner over a fake model, which tests may look at and replace."""
+
+    fake_model: FakeModel
+
+
+def fake_aligner(correct: Callable[[str, str], str], **options: object) -> FakeAligner:
     """An aligner whose model reads the default prompt back and writes `correct(question, answer)`."""
     tokenizer = byte_tokenizer()
     start = tokenizer.special["<|im_start|>"]
 
+    @lru_cache(maxsize=32)
+    def target(prompt: tuple[int, ...]) -> list[int]:
+        parts = _parts(prompt, start)
+        question, answer = (tokenizer.decode(part[: part.index(END)]).partition("\n")[2] for part in parts)
+        return tokenizer.encode(correct(question, answer))
+
     def rule(tokens: list[int]) -> int:
-        parts = _parts(tokens, start)
-        if len(parts) < 3:  # inside the prompt, where no prediction counts
+        place = _third(start, tokens)
+        if place is None:  # inside the prompt, where no prediction counts
             return END
-        question, answer = (tokenizer.decode(part[: part.index(END)]).partition("\n")[2] for part in parts[:2])
-        said = parts[2][len(tokenizer.encode("correction\n")) :]
-        return _next(tokenizer.encode(correct(question, answer)), said)
+        said = tokens[place + 1 + len(tokenizer.encode("correction\n")) :]
+        return _next(target(tuple(tokens[:place])), said)
 
     return _aligner(FakeModel(rule), tokenizer, DEFAULT, options)
 
@@ -177,7 +189,7 @@ def judging_aligner(
     *,
     marks: bool = True,
     **options: object,
-) -> Aligner:
+) -> FakeAligner:
     """An aligner with verdicts, whose model reads its prompt back and corrects to `correct(question, answer)`.
 
     Its verdict is what the two texts differ by. A single space at the end of an answer it does not see.
@@ -200,13 +212,17 @@ def judging_aligner(
         texts = [tokenizer.decode(sentence).partition(" ")[2] for sentence in sentences]
         return "".join(text if text[-1:].isspace() else text + " " for text in texts[:-1]) + texts[-1]
 
+    @lru_cache(maxsize=32)
+    def target(prompt: tuple[int, ...]) -> tuple[str, str, str]:
+        question, answer = map(read, _parts(prompt, start))
+        return question, answer, correct(question, answer)
+
     def rule(tokens: list[int]) -> int | Mapping[int, float]:
-        parts = _parts(tokens, start)
-        if len(parts) < 3:
+        place = _third(start, tokens)
+        if place is None:
             return END
-        question, answer = map(read, parts[:2])
-        correction = correct(question, answer)
-        said = parts[2][len(tokenizer.encode("correction\n")) :]
+        question, answer, correction = target(tuple(tokens[:place]))
+        said = tokens[place + 1 + len(tokenizer.encode("correction\n")) :]
         if not said:
             wanted = verdict_of(answer, correction, as_operations=marks)
             odds = log_odds(question, answer) if log_odds else -20.0 if wanted == "keep" else 20.0
@@ -217,6 +233,17 @@ def judging_aligner(
         return _next(tokenizer.encode(correction), said[1:])
 
     return _aligner(FakeModel(rule), tokenizer, template, options)
+
+
+def _third(token: int, tokens: list[int]) -> int | None:
+    """Where a token stands for the third time."""
+    place = -1
+    for _ in range(3):
+        try:
+            place = tokens.index(token, place + 1)
+        except ValueError:
+            return None
+    return place
 
 
 def _parts(tokens: Sequence[int], *starts: int) -> list[list[int]]:
@@ -230,12 +257,12 @@ def _parts(tokens: Sequence[int], *starts: int) -> list[list[int]]:
 
 
 def _next(target: Sequence[int], said: Sequence[int]) -> int:
-    return target[len(said)] if said == target[: len(said)] and len(said) < len(target) else END
+    return target[len(said)] if len(said) < len(target) and said == target[: len(said)] else END
 
 
-def _aligner(model: FakeModel, tokenizer: Tokenizer, template: PromptTemplate, options: dict[str, Any]) -> Aligner:
-    aligner = Aligner(model, tokenizer, template, [END], name="fake", **options)
-    aligner.fake_model = model  # type: ignore[attr-defined]
+def _aligner(model: FakeModel, tokenizer: Tokenizer, template: PromptTemplate, options: dict[str, Any]) -> FakeAligner:
+    aligner = FakeAligner(model, tokenizer, template, [END], name="fake", **options)
+    aligner.fake_model = model
     return aligner
 
 
@@ -262,7 +289,7 @@ class InstantAligner(Aligner):
         yield made.corrected[3:]
         return made
 
-    async def astream(self, question: str, answer: Any, *, on_end: Any, **options: Any) -> AsyncIterator[str]:
+    async def astream(self, question: str, answer: Any, *, on_end: Any = None, **options: Any) -> AsyncIterator[str]:
         made = self._made(question, answer)
         for piece in (made.corrected[:3], made.corrected[3:]):
             await asyncio.sleep(0)

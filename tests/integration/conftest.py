@@ -1,6 +1,8 @@
 """The real default aligner, built once into the user's cache, and small random models of several families."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from aligner_middleware import Aligner
 from aligner_middleware.artifact import DEFAULT_FOLDER
+from aligner_middleware.export.store import export_model
 from tests.fakes import tokenizer_json
 
 
@@ -22,7 +25,12 @@ def held_out() -> list[dict[str, str]]:
     return [json.loads(line) for line in (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-_GEMMA = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32}
+_GEMMA: dict[str, object] = {
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 32,
+}
 _LLAMA_3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"num_key_value_heads": 2},
@@ -60,7 +68,7 @@ def random_checkpoint(family: str, folder: Path) -> Path:
         pad_token_id=2,
         **FAMILIES[family],
     )
-    network = AutoModelForCausalLM.from_config(config)
+    network = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, weight in network.named_parameters():
             spread = 0.2 if weight.ndim == 1 else 1.5 / weight.shape[1] ** 0.5
@@ -69,3 +77,16 @@ def random_checkpoint(family: str, folder: Path) -> Path:
     network.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer_json())
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a family's random `checkpoint` and of its float32 export, `out`; both are made once, to be read."""
+
+    @cache
+    def folder_of(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("exported")
+        export_model(str(random_checkpoint(family, folder / "checkpoint")), folder / "out", "float32")
+        return folder
+
+    return folder_of

@@ -8,7 +8,6 @@ import pytest
 
 from aligner_middleware import Aligner, ClosedError
 
-RUNS = 3  # of each way: an abort is a race
 LONG = "You silly fool. " + "Rinse the rice, add water and wait until it has gone, then let it rest. " * 250
 
 BEGIN = f"""
@@ -59,14 +58,21 @@ WAYS: dict[str, tuple[str, int]] = {
 }
 
 
-@pytest.mark.parametrize(("end", "status"), WAYS.values(), ids=WAYS)
+EVERY_WAY = pytest.mark.parametrize(("end", "status"), WAYS.values(), ids=WAYS)
+
+
+@EVERY_WAY
 def test_python_ends_with_its_own_status_in_the_middle_of_a_pass(aligner: Aligner, end: str, status: int) -> None:
-    for _ in range(RUNS):
-        done = subprocess.run(
-            [sys.executable, "-c", BEGIN + end], capture_output=True, text=True, timeout=600, check=False
-        )
-        assert done.returncode == status, done.stderr
-        assert "terminate called" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", BEGIN + end], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == status, done.stderr
+    assert "terminate called" not in done.stderr
+
+
+@pytest.mark.slow
+@EVERY_WAY
+def test_python_ends_with_its_own_status_every_time(aligner: Aligner, end: str, status: int) -> None:
+    for _ in range(10):  # an abort is a race
+        test_python_ends_with_its_own_status_in_the_middle_of_a_pass(aligner, end, status)
 
 
 def test_closing_stops_the_pass_that_is_under_way() -> None:

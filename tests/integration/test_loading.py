@@ -4,6 +4,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime as ort
@@ -11,8 +12,6 @@ import pytest
 from langchain_core.language_models import FakeListChatModel
 
 from aligner_middleware import Aligner, AlignerRunnable, ArtifactError
-from aligner_middleware.export.store import export_model
-from tests.integration.conftest import random_checkpoint
 
 INSULT = (
     "What is the capital of Australia?",
@@ -24,10 +23,8 @@ needs_cuda_build = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("float32")
-    export_model(str(random_checkpoint("llama", folder / "llama")), folder / "out", "float32")
-    return folder / "out"
+def float32(exported: Callable[[str], Path]) -> Path:
+    return exported("llama") / "out"
 
 
 def test_a_folder_has_its_own_precision_and_no_other(float32: Path) -> None:

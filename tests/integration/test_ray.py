@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,8 @@ import pytest
 
 from aligner_middleware import Aligner, InputError
 from aligner_middleware.data.prompts import Prompt
-from aligner_middleware.export.store import export_model
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.ray import make_preferences_on_ray
-from tests.integration.conftest import random_checkpoint
 
 PROMPTS = [Prompt(question=f"question {number}") for number in range(48)]
 UPSTREAM = """
@@ -72,10 +72,9 @@ def wait_until(condition: Any, seconds: float = 120) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(exported: Callable[[str], Path], tmp_path: Path) -> Path:
     """A small random aligner, exported, and a chat model that notes who asks it."""
-    random_checkpoint("llama", tmp_path / "checkpoint")
-    export_model(str(tmp_path / "checkpoint"), tmp_path / "aligner", "float32")
+    shutil.copytree(exported("llama") / "out", tmp_path / "aligner")
     (tmp_path / "upstream.py").write_text(UPSTREAM)
     return tmp_path
 

@@ -14,7 +14,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
-from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 from typer.testing import CliRunner
 
 from aligner_middleware import ConfigError
@@ -52,7 +53,8 @@ JUDGE = OfflineJudge(Letters())
 def checkpoint(folder: Path, family: str = "llama", chat: bool = True) -> Path:
     random_checkpoint(family, folder)
     (folder / "tokenizer.json").write_text(tokenizer_json())
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|im_end|>")
+    file = str(folder / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|im_end|>")  # type: ignore[no-untyped-call]
     tokenizer.chat_template = CHAT.replace("{% endfor %}", "{% endfor %}{% if add_generation_prompt %}") + "{% endif %}"
     if not chat:
         tokenizer.chat_template = None
@@ -201,7 +203,7 @@ def test_the_reward_trainer_reads_the_rows(form: Any, tmp_path: Path) -> None:
     prompts = [Prompt(question=prompt.question, answer="bad answer") for prompt in PROMPTS]
     make_preferences(prompts, tmp_path / "out.jsonl", ALIGNER, form=form)
     network = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    settings = {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
+    settings: dict[str, Any] = {"max_steps": 2, "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
     trainer = RewardTrainer(
         model=network,
         args=RewardConfig(output_dir=str(tmp_path / "reward"), **settings),

@@ -17,10 +17,10 @@ from langchain_core.load import dumpd, load
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
+from openai_server import serve
 
 from aligner_middleware import Aligner
 from aligner_middleware.langchain.chat_model import AlignedChatModel
-from examples.openai_server import serve
 from tests.scripted_api import answer
 
 pytestmark = pytest.mark.enable_socket

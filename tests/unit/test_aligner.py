@@ -23,8 +23,7 @@ from aligner_middleware import (
     PromptTooLongError,
 )
 from aligner_middleware.artifact import Calibration
-from tests.fakes import FakeModel, byte_tokenizer, fake_aligner, judging_aligner
-from tests.unit.test_files import artifact_folder
+from tests.fakes import FakeModel, artifact_folder, byte_tokenizer, fake_aligner, judging_aligner
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 
@@ -163,7 +162,7 @@ def test_a_tolerance_leaves_what_is_hardly_less_likely(gap: float, tolerance: fl
     assume(abs(gap - tolerance) > 1e-3)
     answer = "One. Two of it. Three of it all."
     with fake_aligner(lambda q, a: answer, draft=draft) as aligner:
-        aligner._scheduler._model = Wavering(aligner.fake_model, gap)  # type: ignore[attr-defined]
+        aligner._scheduler._model = Wavering(aligner.fake_model, gap)
         correction = aligner.correct("q", answer, strength=tolerance)
         assert correction.corrected == (answer if gap <= tolerance else answer.replace(".", "!"))
         assert aligner.evidence("q", answer) == pytest.approx(gap, abs=1e-4)
@@ -192,7 +191,7 @@ def test_nul_bytes_pass_through() -> None:
 def test_a_tolerance_is_found_with_drawn_tokens_too() -> None:
     answer = "One. Two of it. Three of it all."
     with fake_aligner(lambda q, a: answer, temperature=0.7, seed=1) as aligner:
-        aligner._scheduler._model = Wavering(aligner.fake_model, 2.5)  # type: ignore[attr-defined]
+        aligner._scheduler._model = Wavering(aligner.fake_model, 2.5)
         assert aligner.evidence("q", answer) == pytest.approx(2.5, abs=1e-4)
 
 
@@ -267,11 +266,16 @@ async def streamed(aligner: Aligner, question: str, answer: str) -> str:
 
 
 def test_no_text_is_encoded_or_compared_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    aligner, threads = judging_aligner(soften), set()
+    aligner = judging_aligner(soften)
+    threads: set[int] = set()
     encode, decode = aligner._tokenizer.encode, aligner._tokenizer.decode
 
     def seen(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda given: [threads.add(threading.get_ident()), work(given)][1]
+        def noted(given: Any) -> Any:
+            threads.add(threading.get_ident())
+            return work(given)
+
+        return noted
 
     monkeypatch.setattr(aligner._tokenizer, "encode", seen(encode))
     monkeypatch.setattr(aligner._tokenizer, "decode", seen(decode))

@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -81,6 +81,7 @@ class SayingAligner:
     st.lists(EVIDENCE, max_size=40),
     st.booleans(),
 )
+@settings(max_examples=25)
 def test_thresholds_keep_what_they_promise_and_are_ordered(
     good: list[float], bad: list[float], refusals: list[float], verdicts: bool
 ) -> None:
@@ -180,7 +181,7 @@ def test_labels_that_the_evidence_contradicts_are_refused() -> None:
 def test_rows_that_do_not_fit_are_left_out() -> None:
     rows = [row("keep", 1.5), LabelledRow(question="q", answer="endless", kind="bad"), row("bad", 2)]
     seen: list[Progress] = []
-    measured = measure(SayingAligner(), rows, seen.append)
+    measured = measure(cast(Aligner, SayingAligner()), rows, seen.append)
     assert [one.evidence for one in measured] == [1.5, 2]
     assert seen == [Progress("calibrate", done, 3) for done in (1, 2, 3)]
 

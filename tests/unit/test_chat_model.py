@@ -59,7 +59,7 @@ class Runs(BaseTracer):
 def added(chunks: list[AIMessageChunk]) -> AIMessageChunk:
     whole = chunks[0]
     for chunk in chunks[1:]:
-        whole += chunk  # type: ignore[assignment]
+        whole += chunk
     return whole
 
 
@@ -135,7 +135,9 @@ def test_one_call_is_one_run_and_usage_counts_once() -> None:
     assert [(run.run_type, run.name, len(run.child_runs)) for run in tracer.runs] == [
         ("llm", "AlignedChatModel", 0)
     ] * 2
-    assert tracer.runs[0].outputs["generations"][0][0]["text"] == good("why")
+    outputs = tracer.runs[0].outputs
+    assert outputs is not None
+    assert outputs["generations"][0][0]["text"] == good("why")
 
 
 def test_a_custom_event_tells_of_each_correction() -> None:
@@ -186,7 +188,7 @@ def test_json_that_was_asked_for_is_not_rewritten() -> None:
 def test_what_is_bound_configured_or_retried_stays_around_the_model() -> None:
     assert wrap(answering().bind(stop=["x"])).invoke("q").response_metadata["stop"] == ["x"]
     assert wrap(answering().with_retry()).invoke("q").content == good("q")
-    failing = Scripted(reply=lambda messages: 1 / 0)  # type: ignore[arg-type,return-value]
+    failing = Scripted(reply=lambda messages: 1 / 0)
     assert wrap(failing.with_fallbacks([answering()])).invoke("q").content == good("q")
     tracer = Runs()
     wrap(answering()).with_config(run_name="mine", tags=["t"]).invoke("q", {"callbacks": [tracer]})
@@ -243,11 +245,15 @@ def test_a_model_that_does_not_stream_is_not_made_to() -> None:
 
 
 def test_content_blocks_stream_whole_and_in_place() -> None:
-    blocks = [{"type": "reasoning", "reasoning": "hm", "index": 0}, {"type": "text", "text": "bad", "index": 1}]
+    blocks: list[Any] = [
+        {"type": "reasoning", "reasoning": "hm", "index": 0},
+        {"type": "text", "text": "bad", "index": 1},
+    ]
     model = wrap(Scripted(reply=lambda messages: AIMessage(blocks)))
     assert [block["type"] for block in model.invoke("q").content] == ["reasoning", "text"]
     whole = added(list(model.stream("q")))
-    assert [block.get("text") for block in whole.content] == [None, "good for q"]
+    content: list[Any] = list(whole.content)
+    assert [block.get("text") for block in content] == [None, "good for q"]
 
 
 def test_questions_that_are_given_and_whole_dialogues() -> None:

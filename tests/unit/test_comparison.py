@@ -82,7 +82,8 @@ def test_a_judge_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rate_is_the_papers_with_an_interval_around_it() -> None:
-    tally = Tally.of(["win"] * 6 + ["tie"] * 2 + ["loss"] * 2 + ["malformed"])
+    verdicts: list[Any] = ["win"] * 6 + ["tie"] * 2 + ["loss"] * 2 + ["malformed"]
+    tally = Tally.of(verdicts)
     assert (tally.win, tally.tie, tally.loss, tally.malformed) == (6, 2, 2, 1)
     assert tally.rate == pytest.approx(0.4)
     assert tally.low < 0.4 < tally.high

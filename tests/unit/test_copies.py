@@ -46,7 +46,8 @@ def test_what_holds_an_aligner_can_be_copied(runnable: Any) -> None:
 def test_an_agent_with_a_copied_middleware_corrects() -> None:
     middleware = copy.deepcopy(AlignerMiddleware(ALIGNER))
     agent = create_agent(saying("an idiot"), [], middleware=[middleware])
-    assert agent.invoke({"messages": [("user", ASKED)]})["messages"][-1].text == "an friend"
+    ask: Any = {"messages": [("user", ASKED)]}
+    assert agent.invoke(ask)["messages"][-1].text == "an friend"
 
 
 def test_an_aligner_made_of_parts_says_that_it_cannot_be_pickled() -> None:

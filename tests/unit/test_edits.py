@@ -36,19 +36,19 @@ TEXT = st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text(st.
 
 
 @given(TEXT)
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_the_split_loses_nothing(text: str) -> None:
     assert "".join(split_sentences(text)) == text
 
 
 @given(TEXT)
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_white_space_goes_with_what_stands_before_it(text: str) -> None:
     assert all(piece.strip() for piece in split_sentences(text)[1:])
 
 
 @given(TEXT, TEXT)
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_of_a_text_that_grows_all_sentences_but_the_last_stay(text: str, more: str) -> None:
     before, after = split_sentences(text), split_sentences(text + more)
     assert after[: max(0, len(before) - 1)] == before[:-1]
@@ -103,7 +103,7 @@ def joined(sentences: list[tuple[str, str]]) -> str:
 
 
 @given(edited(LATIN) | edited(CHINESE))
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_the_operations_make_the_correction_up_to_white_space(pair: tuple[str, str]) -> None:
     answer, correction = pair
     found = operations(answer, correction)
@@ -117,14 +117,14 @@ def test_the_operations_make_the_correction_up_to_white_space(pair: tuple[str, s
 
 
 @given(TEXT, TEXT)
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_of_any_two_texts_the_operations_make_the_correction_or_there_are_none(answer: str, correction: str) -> None:
     found = operations(answer, correction)
     assert found is None or apply(answer, found).split() == correction.split()
 
 
 @given(TEXT, st.data())
-@settings(max_examples=400)
+@settings(max_examples=150)
 def test_what_is_not_named_comes_back_byte_for_byte(answer: str, data: st.DataObject) -> None:
     pieces = split_sentences(answer)
     texts = st.just("") | SENTENCE

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import aligner_middleware
 from aligner_middleware import ArtifactError, DataError, JobError
 from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, Calibration
 from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.cli.app import app
 from aligner_middleware.data.folders import write_folder
 from aligner_middleware.data.triples import read_rows
 from aligner_middleware.text.template import DEFAULT
@@ -300,15 +302,13 @@ def run_cli(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
 def test_the_command_line_fails_with_one_line(tmp_path: Path) -> None:
     bad = tmp_path / "rows.jsonl"
     bad.write_text("nonsense\n")
-    for arguments in (
-        ("train", str(bad), str(tmp_path / "out")),
-        ("info", "--model", str(artifact_folder(tmp_path / "a")) + "/none"),
-    ):
-        result = run_cli(*arguments)
-        assert result.returncode == 1
-        assert result.stdout == ""
-        assert result.stderr.startswith("error: ")
-        assert result.stderr.count("\n") == 1
+    result = run_cli("info", "--model", str(artifact_folder(tmp_path / "a")) + "/none")
+    assert (result.returncode, result.stdout) == (1, "")
+    refused = CliRunner().invoke(app, ["train", str(bad), str(tmp_path / "out")])
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    for told in (result.stderr, refused.stderr):
+        assert told.startswith("error: ")
+        assert told.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

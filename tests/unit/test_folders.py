@@ -31,8 +31,7 @@ from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge
 from aligner_middleware.export.store import export_model
 from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import TrainConfig, train
-from tests.fakes import InstantAligner
-from tests.unit.test_files import artifact_folder
+from tests.fakes import InstantAligner, artifact_folder
 
 KIND = FolderKind("a thing", "thing.json", ("part-*",))
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from aligner_middleware.evaluation.detection import (
 )
 from aligner_middleware.evaluation.guard import guard
 from aligner_middleware.evaluation.labelled_rows import LabelledRow, is_labelled, read_labelled
+from aligner_middleware.text.template import Verdict
 
 THRESHOLDS = {"low": 0.9, "medium": 0.5, "high": 0.1}
 SCORED = st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2).filter(
@@ -69,7 +70,7 @@ class ScoringAligner:
             flagged = score > THRESHOLDS.get(strength, strength)
             doubts = ("loops",) if flagged and answer.startswith("doubtful") else ()
             corrected = "No." if flagged and not doubts else answer
-            verdict = "rewrite" if flagged else "keep"
+            verdict: Verdict = "rewrite" if flagged else "keep"
             found.append(
                 Correction(question, answer, corrected, "stop", Usage(), verdict=verdict, score=score, doubts=doubts)
             )
@@ -228,7 +229,7 @@ ROWS = [
 
 
 def test_answers_are_counted_by_kind_and_source_at_each_strength() -> None:
-    found = guard(ScoringAligner(), ROWS)
+    found = guard(cast(Aligner, ScoringAligner()), ROWS)
     assert (len(found.rows), found.left_out) == (6, 1)
     kept = {
         strength: {kind: share.hits for (_, kind), share in found.kept(strength, lambda row: "").items()}
@@ -252,7 +253,7 @@ def test_answers_are_counted_by_kind_and_source_at_each_strength() -> None:
 
 def test_what_is_certain_is_not_asked_again() -> None:
     aligner = ScoringAligner()
-    guard(aligner, ROWS[:4] + ROWS[4:5])
+    guard(cast(Aligner, aligner), ROWS[:4] + ROWS[4:5])
     asked = {strength: [answer for one, answer in aligner.asked if one == strength] for strength in LEVELS}
     assert len(asked["high"]) == 5
     assert asked["low"] == ["said 0.3", "said 0.95", "said 0.95", "said 0.6"]
@@ -263,16 +264,16 @@ def test_what_is_certain_is_not_asked_again() -> None:
 def test_leaving_out_what_is_certain_changes_nothing(scores: list[float]) -> None:
     rows = [row(score, "bad", "doubtful" if score > 0.7 else "said") for score in scores]
     for kind in (ScoringAligner, SurprisedAligner):
-        found = guard(kind(), rows)
+        found = guard(cast(Aligner, kind()), rows)
         for strength in LEVELS:
-            alone = guard(kind(), rows, [strength])
+            alone = guard(cast(Aligner, kind()), rows, [strength])
             texts = [[one.corrections[strength].corrected for one in run.rows] for run in (found, alone)]
             assert texts[0] == texts[1]
             assert found.doubts(strength) == alone.doubts(strength)
 
 
 def test_an_aligner_without_verdicts_is_scored_by_its_evidence() -> None:
-    found = guard(SurprisedAligner(), ROWS, [0.55])
+    found = guard(cast(Aligner, SurprisedAligner()), ROWS, [0.55])
     assert [one.score for one in found.rows] == [0.5, 3, 9.5, 9.5, 6, 6]
     assert found.verdicts(0.55) == {}
 

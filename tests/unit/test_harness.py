@@ -108,13 +108,14 @@ def test_what_the_aligner_cannot_take_is_left_as_it_is_and_counted() -> None:
 
 def test_the_likelihood_of_a_correction_is_that_of_its_tokens() -> None:
     aligner = fake_aligner(lambda question, answer: "good" if answer == "bad" else answer)
-    aligner.fake_model.sure = 1.0  # type: ignore[attr-defined]
+    aligner.fake_model.sure = 1.0
     # It gives the next token a logit of 1 and 1,023 others 0. "good" and its end are five such tokens; of "bad" and its end
     # only the last is one.
     total = math.log(math.e + 1023)
-    good, bad = aligner.log_likelihood("q", "bad", ["good", "bad"])
-    assert good == (pytest.approx(5 * (1 - total), rel=1e-5), True)
-    assert bad == (pytest.approx(1 - 4 * total, rel=1e-5), False)
+    (good, good_is_likeliest), (bad, bad_is_likeliest) = aligner.log_likelihood("q", "bad", ["good", "bad"])
+    assert good == pytest.approx(5 * (1 - total), rel=1e-5)
+    assert bad == pytest.approx(1 - 4 * total, rel=1e-5)
+    assert (good_is_likeliest, bad_is_likeliest) == (True, False)
     assert aligner.log_likelihood("q", "fine", ["fine"])[0][1]
     with pytest.raises(InputError, match="blank"):
         aligner.log_likelihood(" ", "a", ["a"])

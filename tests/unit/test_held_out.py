@@ -24,7 +24,8 @@ class WordEncoder:
         for vector, text in zip(vectors, texts, strict=True):
             for word in text.lower().split():
                 vector[sum(map(ord, word)) % 512] += 1
-        return vectors / np.maximum(1e-9, np.linalg.norm(vectors, axis=1, keepdims=True))
+        unit: NDArray[np.float32] = vectors / np.maximum(1e-9, np.linalg.norm(vectors, axis=1, keepdims=True))
+        return unit
 
 
 JUDGE = ReferenceJudge(WordEncoder())

@@ -31,7 +31,7 @@ from tests.chat_models import Scripted, saying
 from tests.fakes import fake_aligner
 
 ALIGNER = fake_aligner(lambda question, answer: answer.replace("RAW", f"good for {question}"))
-ASK = {"messages": [HumanMessage("why")]}
+ASK: Any = {"messages": [HumanMessage("why")]}
 
 
 @tool
@@ -77,7 +77,8 @@ def test_the_final_answer_is_corrected_for_the_users_question(asynchronous: bool
     assert [type(message) for message in state["messages"]] == [HumanMessage, AIMessage, ToolMessage, AIMessage]
     assert state["messages"][1].tool_calls == [CALL]
     assert state["messages"][2].content == "sunny in RAW-Rome"
-    assert last(state).usage_metadata["total_tokens"] == 8
+    usage = last(state).usage_metadata
+    assert usage is not None and usage["total_tokens"] == 8
     assert last(state).response_metadata["aligner"]["changed"]
 
 
@@ -346,7 +347,8 @@ def test_agents_within_agents() -> None:
     @tool("weather")
     def ask_inner(place: str) -> str:
         """Ask another agent."""
-        return last(inner.invoke({"messages": [HumanMessage(f"at {place}")]})).text
+        asked: Any = {"messages": [HumanMessage(f"at {place}")]}
+        return last(inner.invoke(asked)).text
 
     outer = create_agent(tool_then_answer(), [ask_inner], middleware=[AlignerMiddleware(ALIGNER)])
     state = outer.invoke(ASK)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables import ConfigurableField, RunnableConfig
 
 from aligner_middleware import (
     AlignedChatModel,
@@ -47,7 +47,7 @@ class Slow(FakeModel):
 
 def slow(**options: Any) -> AlignerRunnable:
     aligner = fake_aligner(lambda question, answer: answer)
-    aligner.fake_model.__class__ = Slow  # type: ignore[attr-defined]
+    aligner.fake_model.__class__ = Slow
     return AlignerRunnable(aligner, question="Q", **options)
 
 
@@ -103,13 +103,17 @@ def test_a_long_answer_is_corrected_piece_by_piece_and_what_is_kept_is_kept_byte
     def correct(question: str, answer: str) -> str:
         return answer.replace("bad", "good")
 
+    def noted(question: str, answer: str) -> bool:
+        asked.append((question, answer))
+        return True
+
     aligner = fake_aligner(correct)
     align = AlignerRunnable(
         aligner,
         question="Q",
         max_answer_tokens=30,
         on_long_answer="piecewise",
-        when=lambda question, answer: asked.append((question, answer)) is None,
+        when=noted,
         keep_original=True,
     )
     answer = "  First bad paragraph.\n\n\nSecond good one.\n \n```\ncode\n\nmore code\n```\n\nLast, a bad one.\n"
@@ -165,7 +169,7 @@ def test_policies_per_call() -> None:
     )
     chain = answering() | align
     assert chain.invoke("q").content == "good(q)"
-    sorry = {"configurable": {"fallback": "Sorry.", "longest": 2}}
+    sorry = RunnableConfig(configurable={"fallback": "Sorry.", "longest": 2})
     assert chain.invoke("q", sorry).content == "Sorry."
     assert chain.with_config(configurable={"when": lambda q, a: False}).invoke("q").content == "bad(q)"
     kept = asyncio.run(chain.ainvoke("q", {"configurable": {"keep": True}}))
@@ -185,8 +189,12 @@ def test_a_users_function_that_fails_is_an_error_as_any_other() -> None:
 @pytest.mark.parametrize("limit", [None, 6])
 def test_a_users_function_is_asked_once_an_answer(limit: int | None) -> None:
     asked: list[str] = []
-    options = {"max_answer_tokens": limit, "on_long_answer": "piecewise"}
-    align = runnable(when=lambda question, answer: asked.append(answer) is None, **options)
+
+    def noted(question: str, answer: str) -> bool:
+        asked.append(answer)
+        return True
+
+    align = runnable(when=noted, max_answer_tokens=limit, on_long_answer="piecewise")
     answer = "bad one.\n\nbad two."
     for call in (
         lambda: align.invoke(answer),

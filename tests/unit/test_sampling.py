@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from aligner_middleware import InputError
 from aligner_middleware.engine import Generation, Sampler, decode
@@ -23,14 +24,15 @@ class Markov(FakeModel):
         return LOGITS[list(tokens)][-wanted:].astype(np.float32)
 
 
-def probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+def probabilities(logits: Logits, temperature: float, top_p: float) -> NDArray[np.float64]:
     weights = np.exp(logits / temperature)
     weights /= weights.sum()
     order = np.argsort(-weights)
     kept = order[: int(np.searchsorted(np.cumsum(weights[order]), top_p)) + 1] if top_p < 1 else order
-    masked = np.zeros_like(weights)
+    masked: NDArray[np.float64] = np.zeros_like(weights)
     masked[kept] = weights[kept]
-    return masked / masked.sum()
+    masked /= masked.sum()
+    return masked
 
 
 @pytest.mark.parametrize("draft", [[], [2, 2, 2], [3, 0, 3, 0], [1]])
@@ -47,7 +49,9 @@ def test_three_tokens_have_the_distribution_that_the_model_gives_them(
             pass
         found[tuple(generation.tokens)] += 1
     rows = [probabilities(row, temperature, top_p) for row in LOGITS]
-    expected = {(a, b, c): rows[0][a] * rows[a][b] * rows[b][c] for a in range(4) for b in range(4) for c in range(4)}
+    expected: dict[tuple[int, ...], float] = {
+        (a, b, c): rows[0][a] * rows[a][b] * rows[b][c] for a in range(4) for b in range(4) for c in range(4)
+    }
     assert all(expected[tokens] > 0 for tokens in found)
     cells = [(found[tokens], DRAWS * share) for tokens, share in expected.items() if DRAWS * share >= 5]
     chi_squared = sum((seen - hoped) ** 2 / hoped for seen, hoped in cells)

@@ -172,7 +172,7 @@ def test_a_model_that_fails_outside_its_passes_leaves_nobody_waiting() -> None:
                     raise RuntimeError("lost")
                 trim(row, length)
 
-            made.trim = failing
+            made.trim = failing  # type: ignore[method-assign]
             return made
 
     scheduler = Scheduler(Forgetful(lambda tokens: 5), STOP)
@@ -205,7 +205,8 @@ def test_memory_that_runs_out_fails_the_call_that_needed_it(error: type[Exceptio
 
 
 def test_whoever_came_first_is_taken_first_however_many_wait() -> None:
-    model, taken = GatedModel(rule), []
+    model = GatedModel(rule)
+    taken: list[int] = []
     scheduler = Scheduler(model, STOP)
     calls = [
         scheduler.submit(Generation([1, 1 + number % 12], max_new_tokens=1), partial(taken.append, number))
@@ -352,7 +353,7 @@ def test_chunks_as_they_come_give_what_the_whole_gives(chunks: list[str]) -> Non
 
 def test_what_is_known_of_a_prompt_goes_through_before_the_rest_is() -> None:
     aligner = fake_aligner(lambda question, answer: answer)
-    model = aligner.fake_model  # type: ignore[attr-defined]
+    model = aligner.fake_model
     seen = []
 
     def chunks() -> Iterator[str]:

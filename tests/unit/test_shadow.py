@@ -24,7 +24,15 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from typer.testing import CliRunner
 
-from aligner_middleware import AlignedChatModel, AlignerMiddleware, AlignerRunnable, Correction, cli, question_record
+from aligner_middleware import (
+    AlignedChatModel,
+    Aligner,
+    AlignerMiddleware,
+    AlignerRunnable,
+    Correction,
+    question_record,
+)
+from aligner_middleware.cli import app as cli
 from tests.chat_models import USAGE, Scripted, answering, saying
 from tests.fakes import FakeModel, InstantAligner, fake_aligner, judging_aligner
 
@@ -56,7 +64,7 @@ def closed() -> Any:
 
 def slow() -> Any:
     aligner = judging_aligner(correct)
-    aligner.fake_model.__class__ = Slow  # type: ignore[attr-defined]
+    aligner.fake_model.__class__ = Slow
     return aligner
 
 
@@ -150,8 +158,8 @@ STREAMS: dict[str, Callable[[Runnable[Any, Any], Any], list[Any]]] = {
 }
 VALUES: list[Any] = [
     "bad",
-    AIMessage("bad", id="7", tool_calls=[{"name": "f", "args": {}, "id": "1"}], usage_metadata=USAGE),  # type: ignore[arg-type]
-    AIMessageChunk("bad", id="7", usage_metadata=USAGE, chunk_position="last"),  # type: ignore[arg-type]
+    AIMessage("bad", id="7", tool_calls=[{"name": "f", "args": {}, "id": "1"}], usage_metadata=USAGE),
+    AIMessageChunk(content="bad", id="7", usage_metadata=USAGE, chunk_position="last"),
     AIMessage([{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "bad"}]),
     {"question": "q", "answer": "bad", "more": 1},
     {"question": "q", "answer": AIMessage("bad", id="7"), "more": 1},
@@ -203,7 +211,7 @@ def test_what_is_no_answer_passes_and_is_logged(call: str, caplog: pytest.LogCap
 
 
 def test_what_cannot_be_added_up_passes_piece_by_piece(caplog: pytest.LogCaptureFixture) -> None:
-    pieces: list[Any] = ["bad", 1, None, AIMessageChunk("x")]
+    pieces: list[Any] = ["bad", 1, None, AIMessageChunk(content="x")]
     assert list(shadow(question="q").transform(iter(pieces))) == pieces
     assert asyncio.run(collected(shadow(question="q").atransform(one_by_one(pieces)))) == pieces
     assert "was not aligned" in caplog.text
@@ -359,15 +367,15 @@ def test_an_answer_is_read_while_it_is_shown_and_not_read_again() -> None:
         def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
             for _ in range(40):
                 time.sleep(0.003)
-                yield ChatGenerationChunk(message=AIMessageChunk("words, "))
-            read.append(aligner.fake_model.tokens)  # type: ignore[attr-defined]
+                yield ChatGenerationChunk(message=AIMessageChunk(content="words, "))
+            read.append(aligner.fake_model.tokens)
 
     chain = Slow(reply=answering().reply) | shadow(aligner)
     assert joined(list(chain.stream("q"))).content == words
     assert read[0] > 0.5 * len(words)
-    streamed = aligner.fake_model.tokens  # type: ignore[attr-defined]
+    streamed = aligner.fake_model.tokens
     aligner.correct("q", words)
-    alone = aligner.fake_model.tokens - streamed  # type: ignore[attr-defined]
+    alone = aligner.fake_model.tokens - streamed
     assert streamed < 1.2 * alone
 
 
@@ -424,10 +432,11 @@ def test_what_shadow_mode_looked_at_is_still_aligned(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_of_two_that_only_look_the_later_one_reports_and_both_are_told(call: str) -> None:
     likely = judging_aligner(correct, lambda question, answer: 1.0)
-    for chain in (
+    chains: list[Any] = [
         saying("bad words") | shadow(likely, strength="low") | shadow(likely, strength="high"),
         wrap(saying("bad words"), likely, strength="low") | shadow(likely, strength="high"),
-    ):
+    ]
+    for chain in chains:
         ear = Ear()
         result = CALLS[call](chain.with_config(callbacks=[ear]), "q")
         assert result.content == "bad words"
@@ -508,7 +517,7 @@ def test_the_models_own_failure_is_raised_as_ever() -> None:
 
 def test_who_stops_listening_leaves_the_aligner_to_others() -> None:
     for chain in (saying("some bad words") | shadow(), wrap(saying("some bad words"))):
-        stream = chain.stream("q")
+        stream: Any = chain.stream("q")
         assert next(stream).content == "some "
         stream.close()
     assert ALIGNER.correct("q", "bad").corrected == "good"
@@ -516,7 +525,7 @@ def test_who_stops_listening_leaves_the_aligner_to_others() -> None:
 
 # --- agents and graphs --------------------------------------------------------------------------------
 
-ASK = {"messages": [HumanMessage("why", id="0")]}
+ASK: Any = {"messages": [HumanMessage("why", id="0")]}
 
 
 @tool
@@ -656,7 +665,7 @@ def test_the_log_tells_what_would_have_been(caplog: pytest.LogCaptureFixture) ->
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     aligner = judging_aligner(correct, lambda question, answer: 1.0 if "bad" in answer else -20.0)
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: aligner)
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: aligner)
 
     def invoke(*arguments: str, stdin: str | None = None) -> Any:
         return CliRunner().invoke(cli.app, ["correct", "--mode", "shadow", *arguments], input=stdin)

@@ -65,7 +65,8 @@ def test_verdicts_of_everyday_pairs(answer: str, correction: str, verdict: str) 
 
 
 def numbers_and_what_follows(ids: Sequence[int]) -> list[int]:
-    digits, found = TOKENIZER.encode("0123456789"), []
+    digits = TOKENIZER.encode("0123456789")
+    found: list[int] = []
     for place, token in enumerate(ids):
         if token == TOKENIZER.special[MARKED.mark or ""]:
             end = next(at for at in range(place + 1, len(ids)) if ids[at] not in digits)

@@ -4,7 +4,8 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_what_was_read_ahead_is_not_read_again(prompt: list[int], known: int, wr
 
 def test_a_verdict_on_a_streamed_answer_needs_its_last_tokens_only() -> None:
     aligner = judging_aligner(soften, marks=False)
-    model = aligner.fake_model  # type: ignore[attr-defined]
+    model = aligner.fake_model
     answer = "All of this is as it should be. " * 12
     ahead = aligner.read_ahead("q")
     ahead.feed(answer)
@@ -270,11 +271,15 @@ def test_the_stronger_the_more_is_corrected(one: float, other: float) -> None:
             assert abs(score - min(one, other)) < 1e-5 or is_kept == (score <= min(one, other))
 
 
+def always(value: float, question: str, answer: str) -> float:
+    return value
+
+
 def test_a_level_is_a_threshold_on_the_score() -> None:
     calibration = Calibration(levels={"low": 0.8, "medium": 0.6, "high": 0.4})
     odds = {"low": 2.0, "medium": 1.0, "high": 0.0}  # scores 0.88, 0.73, 0.50
     for least, value in odds.items():
-        with judging_aligner(soften, lambda question, answer, value=value: value, calibration=calibration) as aligner:
+        with judging_aligner(soften, partial(always, value), calibration=calibration) as aligner:
             changed = {level for level in odds if aligner.correct("q", "idiot", strength=level).changed}  # type: ignore[arg-type]
         assert changed == {"low": {"low", "medium", "high"}, "medium": {"medium", "high"}, "high": {"high"}}[least]
 
@@ -295,7 +300,7 @@ def test_a_misspelt_level_is_set_right() -> None:
 def test_the_evidence_is_the_verdicts_log_odds_in_one_pass(odds: float) -> None:
     with judging_aligner(soften, lambda question, answer: odds) as aligner:
         assert aligner.evidence("q", "idiot") == pytest.approx(odds, abs=1e-4)
-        assert aligner.fake_model.passes == 1  # type: ignore[attr-defined]
+        assert aligner.fake_model.passes == 1
         assert aligner.evidence("q", " ") == -math.inf
 
 
@@ -316,7 +321,7 @@ def test_operations_that_are_none_leave_the_answer_as_it_is(said: tuple[str, ...
         id for piece in said for id in ([tokenizer.special[piece]] if piece in SPARE else tokenizer.encode(piece))
     ]
     aligner = judging_aligner(soften)
-    model = aligner.fake_model  # type: ignore[attr-defined]
+    model = aligner.fake_model
     inner, edit = model.rule, tokenizer.special["<file_sep>"]
 
     def rule(tokens: list[int]) -> Any:
@@ -337,9 +342,10 @@ def test_operations_that_are_none_leave_the_answer_as_it_is(said: tuple[str, ...
 @EVERY_FORM
 def test_a_stream_with_verdicts_gives_nothing_that_could_be_taken_back(marks: bool) -> None:
     answer = "First turn left. You idiot! Then turn right at the second traffic light."
-    for on_doubt in ("passthrough", "keep"):
+    choices: tuple[Literal["passthrough", "keep"], ...] = ("passthrough", "keep")
+    for on_doubt in choices:
         with judging_aligner(soften, marks=marks) as aligner:
-            steps: Iterator[str] = aligner.stream("q", answer, on_doubt=on_doubt)  # type: ignore[arg-type]
+            steps: Iterator[str] = aligner.stream("q", answer, on_doubt=on_doubt)
             assert [step for step in steps if step] == [soften("q", answer)]
 
 

@@ -7,19 +7,18 @@ derived class gives the answers: `_generate`, `_stream` and their asynchronous f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+# All of these are imported at runtime: LangChain evaluates the type hints of a model's methods.
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
 from pydantic import model_validator
 
 from aligner_middleware.langchain.nested import map_chat_models
 from aligner_middleware.langchain.options import check_names
-
-if TYPE_CHECKING:
-    from langchain_core.language_models.base import LangSmithParams
-    from langchain_core.messages import AIMessage, BaseMessage
-    from langchain_core.tools import BaseTool
 
 # Settings of the model and of its runs, which the wrapper takes from the inner model.
 _INHERITED = (

@@ -15,11 +15,16 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import MissingExtraError
-from aligner_middleware.langchain.alignment import EVENT, Asked, check_names, is_about, or_raise
-from aligner_middleware.langchain.answers import Answer, locate
-from aligner_middleware.langchain.chat_model import gives_structure, wrapped
+from aligner_middleware.langchain.answers import Answer, find_answer
+from aligner_middleware.langchain.chat_model import gives_structure
+from aligner_middleware.langchain.events import EVENT
 from aligner_middleware.langchain.messages import question_or_error
+from aligner_middleware.langchain.metadata import aligner_metadata, is_about
+from aligner_middleware.langchain.options import check_names
+from aligner_middleware.langchain.outcome import unwrap
+from aligner_middleware.langchain.piecewise import QuestionOrError
 from aligner_middleware.langchain.runnable import OPTIONS, AlignerRunnable
+from aligner_middleware.langchain.wrap import wrap_chat_models
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
@@ -38,7 +43,7 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
     warning says so.
 
     Args:
-        aligner: An `AlignerRunnable`, whose policies are taken; or what that takes: an `Aligner`, or the name of one.
+        aligner: An `AlignerRunnable`, whose options are taken; or, as that takes it, an `Aligner`, or the name of one.
         intermediate: Whether text beside tool calls is corrected too.
         tool_results: Whether what tools have answered since the question goes along with it.
         raw_streaming: Whether the model's raw tokens are streamed as they come, and the answer is corrected only when it
@@ -84,10 +89,10 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
             return handler(request)
         question = self._question(request)
         response = handler(self._around(request, question))
-        for at, answer in self._left(request, response).items():
+        for index, answer in self._unseen(request, response).items():
             (outcome,) = self.align.align_pairs([(question, answer.text)])
-            response = _with(response, at, answer.put(or_raise(outcome)))
-        self._write(request, response)
+            response = _with_message(response, index, answer.replace(unwrap(outcome)))
+        self._write_events(request, response)
         return response
 
     async def awrap_model_call(
@@ -98,13 +103,13 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
             return await handler(request)
         question = await self.align.aquestion(self._question, request)
         response = await handler(self._around(request, question))
-        for at, answer in self._left(request, response).items():
+        for index, answer in self._unseen(request, response).items():
             outcome = await self.align.aalign_pair(question, answer.text)
-            response = _with(response, at, answer.put(or_raise(outcome)))
-        self._write(request, response)
+            response = _with_message(response, index, answer.replace(unwrap(outcome)))
+        self._write_events(request, response)
         return response
 
-    def _question(self, request: ModelRequest[Any]) -> Asked:
+    def _question(self, request: ModelRequest[Any]) -> QuestionOrError:
         """Find the question of this call."""
         if isinstance(self.align.question, str):
             return self.align.question
@@ -113,44 +118,43 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
             return self.align.ask(self.align.question, messages)
         return question_or_error(messages, dialogue=self.align.dialogue, tool_results=self.tool_results)
 
-    def _around(self, request: ModelRequest[Any], question: Asked) -> ModelRequest[Any]:
+    def _around(self, request: ModelRequest[Any], question: QuestionOrError) -> ModelRequest[Any]:
         if self.raw_streaming:
             return request
         align = self.align.model_copy(
             update={"question": question if isinstance(question, str) else _raising(question)}
         )
-        # A model that an aligner is in already keeps that one.
-        model: Any = wrapped(request.model, align, again=False, final_only=not self.intermediate)
+        # A model that has an aligner already keeps that one.
+        model: Any = wrap_chat_models(request.model, align, again=False, final_only=not self.intermediate)
         return request.override(model=model)
 
-    def _left(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
+    def _unseen(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> dict[int, Answer]:
         """Find the answers that no aligner has seen: those of raw streaming, and of models put in after this one.
 
         One that an aligner has seen in shadow mode is still to be corrected, and one that was changed since.
         """
         shadow = self.align.mode == "shadow"
-        left: dict[int, Answer] = {}
+        answers: dict[int, Answer] = {}
         if gives_structure(request.model, request.model_settings):
-            return left
-        for at, message in enumerate(response.result):
+            return answers
+        for index, message in enumerate(response.result):
             if not isinstance(message, AIMessage) or (message.tool_calls and not self.intermediate):
                 continue
-            answer = locate(message)
-            seen = is_about(answer.report, answer.text) and (shadow or answer.report.get("mode") != "shadow")
+            answer = find_answer(message)
+            seen = is_about(answer.metadata, answer.text) and (shadow or answer.metadata.get("mode") != "shadow")
             if answer.text.strip() and not seen:
-                left[at] = answer
-        if not self.raw_streaming and not shadow and not all(answer.report for answer in left.values()):
+                answers[index] = answer
+        if not self.raw_streaming and not shadow and not all(answer.metadata for answer in answers.values()):
             warnings.warn(_LEAK, RuntimeWarning, stacklevel=2)
-        return left
+        return answers
 
-    def _write(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> None:
-        """Tell the stream mode `custom` what was done."""
+    def _write_events(self, request: ModelRequest[Any], response: ModelResponse[Any]) -> None:
+        """Write the metadata of each answer to the stream mode `custom`."""
         if request.runtime is None:
             return
         for message in response.result:
-            report = message.response_metadata.get("aligner")
-            if report:
-                request.runtime.stream_writer({EVENT: {"message_id": message.id, **report}})
+            if metadata := aligner_metadata(message):
+                request.runtime.stream_writer({EVENT: {"message_id": message.id, **metadata}})
 
 
 _LEAK = (
@@ -172,5 +176,5 @@ def _raising(error: Exception) -> Callable[[Any], str]:
     return question
 
 
-def _with(response: ModelResponse[Any], at: int, message: BaseMessage) -> ModelResponse[Any]:
-    return replace(response, result=[*response.result[:at], message, *response.result[at + 1 :]])
+def _with_message(response: ModelResponse[Any], index: int, message: BaseMessage) -> ModelResponse[Any]:
+    return replace(response, result=[*response.result[:index], message, *response.result[index + 1 :]])

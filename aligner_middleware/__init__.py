@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aligner_middleware.langchain.question_record import RECORD as question_record
     from aligner_middleware.langchain.runnable import AlignerRunnable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name is defined; it is imported when it is first used, so that importing the package costs nothing.
 _HOMES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import importlib
 import inspect
 import re
@@ -276,12 +277,17 @@ def test_modules_and_folders_that_are_named_exist(path: Path) -> None:
         assert set(folders) == package
 
 
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / "aligner_middleware" / module).read_text())
+
+
 def test_the_walks_in_contributing_name_functions_that_exist() -> None:
     walks = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text()).partition("## Three walks")[2]
     steps = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", walks)
     assert len(steps) > 20
     for module, name in steps:
-        nodes: list[Any] = [ast.parse((ROOT / "aligner_middleware" / module).read_text())]
+        nodes: list[Any] = [tree_of(module)]
         for part in name.split("."):
             nodes = [n for node in nodes for n in node.body if getattr(n, "name", None) == part]
         assert nodes, f"CONTRIBUTING.md: no {name} in {module}"

@@ -24,7 +24,9 @@ def release_notes(tag: str, root: Path = ROOT) -> str:
     found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
     version = found.group(1) if found else None
     if tag != f"v{version}":
-        raise ValueError(f"the tag is {tag!r}, and aligner_middleware.__version__ is {version!r}: expected 'v{version}'")
+        raise ValueError(
+            f"the tag is {tag!r}, and aligner_middleware.__version__ is {version!r}: expected 'v{version}'"
+        )
     changelog = (root / "CHANGELOG.md").read_text()
     section = re.search(
         rf"^## \[{re.escape(version or '')}\] - \d{{4}}-\d{{2}}-\d{{2}}\n(.*?)(?=^## \[|^\[|\Z)",
@@ -32,7 +34,9 @@ def release_notes(tag: str, root: Path = ROOT) -> str:
         re.MULTILINE | re.DOTALL,
     )
     if section is None or not section.group(1).strip():
-        raise ValueError(f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD' with text: write it before the tag")
+        raise ValueError(
+            f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD' with text: write it before the tag"
+        )
     return section.group(1).strip() + "\n"
 
 

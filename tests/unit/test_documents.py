@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import functools
 import importlib
 import inspect
 import re
@@ -200,7 +201,10 @@ def test_the_first_lines_of_the_readme_print_the_corrected_answer(capsys: pytest
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OPTIONS = {
-    option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts + parameter.secondary_opts
+    option
+    for command in COMMANDS.values()
+    for parameter in command.params
+    for option in parameter.opts + parameter.secondary_opts
 }
 
 
@@ -261,6 +265,29 @@ def test_modules_and_folders_that_are_named_exist(path: Path) -> None:
         if re.fullmatch(r"[\w./-]+\.py", name) and Path(name).name not in FOREIGN_FILES:
             assert any((base / name).is_file() for base in bases), f"{path.name}: no module {name}"
     if path.name == "CONTRIBUTING.md":
-        folders = re.findall(r"^\| `(\w+/)`", path.read_text(), re.MULTILINE)
-        package = {f"{folder.name}/" for folder in (ROOT / "aligner_middleware").iterdir() if (folder / "__init__.py").exists()}
+        rows = re.findall(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|$", path.read_text(), re.MULTILINE)
+        folders = [f"{folder}/" for folder, _ in rows]
+        for folder, modules in rows:
+            for module in re.findall(r"`(\w+)`", modules):
+                file = ROOT / "aligner_middleware" / folder / f"{module}.py"
+                assert file.is_file(), f"{path.name}: no module {folder}/{module}.py"
+        package = {
+            f"{folder.name}/" for folder in (ROOT / "aligner_middleware").iterdir() if (folder / "__init__.py").exists()
+        }
         assert set(folders) == package
+
+
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((ROOT / "aligner_middleware" / module).read_text())
+
+
+def test_the_walks_in_contributing_name_functions_that_exist() -> None:
+    walks = re.sub(r"\s+", " ", (ROOT / "CONTRIBUTING.md").read_text()).partition("## Three walks")[2]
+    steps = re.findall(r"`([\w/]+\.py)` `([\w.]+)`", walks)
+    assert len(steps) > 20
+    for module, name in steps:
+        nodes: list[Any] = [tree_of(module)]
+        for part in name.split("."):
+            nodes = [n for node in nodes for n in node.body if getattr(n, "name", None) == part]
+        assert nodes, f"CONTRIBUTING.md: no {name} in {module}"

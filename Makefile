@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint audit unit integration slow bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
+.PHONY: help demo test lint audit unit integration coverage slow bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -34,10 +34,13 @@ audit: .venv/installed  ## Known vulnerabilities of what is installed
 	$(BIN)/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r .venv/audited.txt
 
 unit: .venv/installed  ## Fast tests, without a model
-	$(BIN)/pytest tests/unit -m 'not slow'
+	$(BIN)/pytest tests/unit -m 'not slow' -n auto --maxprocesses 4
 
 integration: .venv/installed  ## Tests on the real default aligner
 	$(BIN)/pytest tests/integration -m 'not slow'
+
+coverage: .venv/installed  ## Branch coverage of unit and integration tests together, which may not fall; slower than they
+	$(BIN)/pytest tests -m 'not slow' --cov
 
 slow: .venv/installed  ## Tests that take many minutes, such as 10,000 texts of every shape through the default aligner
 	$(BIN)/pytest tests -m slow

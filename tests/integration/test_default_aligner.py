@@ -74,6 +74,7 @@ def test_threads_and_tasks_share_one_aligner(aligner: Aligner) -> None:
     assert asyncio.run(together()) == expected
 
 
+@pytest.mark.slow  # small random models do so in test_export.py
 def test_float32_says_what_pytorch_says_with_a_draft_without_together_and_in_a_stream(
     held_out: list[dict[str, str]],
 ) -> None:

@@ -33,7 +33,10 @@ def test_a_family_says_what_pytorch_says(family: str, exported: Exported) -> Non
     reference = Aligner.load(folder / "checkpoint", engine="torch", max_new_tokens=24)
     found = served.correct_batch(PAIRS)
     assert [c.corrected for c in found] == [c.corrected for c in reference.correct_batch(PAIRS)]
-    assert [served.correct(*pair).corrected for pair in PAIRS] == [c.corrected for c in found]
+    plain = Aligner.load(folder / "out", max_new_tokens=24, draft=False)
+    for aligner in (served, plain):
+        assert [aligner.correct(*pair).corrected for pair in PAIRS] == [c.corrected for c in found]
+        assert ["".join(aligner.stream(*pair)) for pair in PAIRS] == [c.corrected for c in found]
 
 
 def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(exported: Exported, tmp_path: Path) -> None:

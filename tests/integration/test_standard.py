@@ -23,7 +23,14 @@ from aligner_middleware import Aligner
 from aligner_middleware.langchain.chat_model import AlignedChatModel
 from tests.scripted_api import answer
 
-pytestmark = pytest.mark.enable_socket
+pytestmark = [
+    pytest.mark.enable_socket,
+    # What langchain-openai, and the suites themselves, say of what the suites do.
+    pytest.mark.filterwarnings("ignore:OpenAI may require a filename for file uploads:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:LANGCHAIN_TESTS_USER_AGENT environment variable not set:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

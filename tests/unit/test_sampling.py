@@ -13,7 +13,7 @@ from aligner_middleware.engine.model import Logits
 from tests.fakes import FakeModel, fake_aligner
 
 LOGITS = np.array([[0.0, 1.0, 2.0, 0.5], [1.5, 0.0, -1.0, 2.0], [0.0, 0.0, 3.0, 1.0], [1.0, 2.0, 0.0, 0.0]])
-DRAWS = 4000
+DRAWS = 1500
 
 
 class Markov(FakeModel):

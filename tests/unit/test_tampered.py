@@ -179,7 +179,7 @@ def test_a_newer_version_with_new_fields_says_what_to_do(tmp_path: Path) -> None
 
 
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), lambda one: st.lists(one)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_any_value_in_any_field_is_taken_or_refused(tmp_path: Path, value: Any) -> None:
     folder = tmp_path / "any"
     if not folder.exists():

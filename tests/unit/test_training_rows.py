@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware.data.triples import Triple, with_identity
@@ -117,6 +117,7 @@ class Network(torch.nn.Module):
 
 
 @given(st.lists(CORRECTED, min_size=1, max_size=4), st.integers(0, 2**31))
+@settings(max_examples=30)
 def test_a_head_at_the_targets_alone_gives_the_loss_of_all_positions(triples: list[Triple], seed: int) -> None:
     batch = collate([encoded(triple) for triple in triples])
     network = Network(seed)
@@ -150,6 +151,7 @@ def all_alike(*examples: Example) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(st.lists(TRIPLE, min_size=1, max_size=4))
+@settings(max_examples=30)
 def test_decisions_weigh_more_in_training_alone(triples: list[Triple]) -> None:
     logits, targets = all_alike(*map(encoded, triples))
     learnt, marked = (targets != IGNORED).sum(), (targets >= DECISION).sum()
@@ -159,6 +161,7 @@ def test_decisions_weigh_more_in_training_alone(triples: list[Triple]) -> None:
 
 
 @given(st.lists(ANY, min_size=1, max_size=5), st.floats(0.5, 3), st.floats(0, 1), st.booleans())
+@settings(max_examples=30)
 def test_verdicts_have_a_loss_of_their_own_over_rows(
     triples: list[Triple], weight: float, balance: float, training: bool
 ) -> None:
@@ -188,6 +191,7 @@ def test_verdicts_are_weighed_by_how_rare_they_are(triples: list[Triple], balanc
 
 
 @given(st.lists(ANY, min_size=2, max_size=6), TEMPLATE, st.integers(0, 2**31), st.data())
+@settings(max_examples=30)
 def test_passes_of_a_step_add_up_to_the_loss_of_all_its_rows(
     triples: list[Triple], template: PromptTemplate, seed: int, data: st.DataObject
 ) -> None:

@@ -44,28 +44,35 @@ class Health(BaseModel):
 
 
 class StopRules(BaseModel):
-    """When a policy counts as collapsed; each bound is compared with the first policy, or with the best round so far.
-
-    Attributes:
-        max_kl: Most nats a token that it may be away from the first policy.
-        max_drop: Most that the judge's rate may fall below the best earlier round's, in any dimension, where their 95 %
-            intervals do not overlap: a few dozen prompts make a rate move that much by chance.
-        length: Least and most words an answer, as shares of the first policy's.
-        min_distinct: Least share of different 3-grams, as a share of the first policy's.
-        max_refusals: Most that the share of refusals may rise.
-        max_blank: Largest share of empty answers.
-        min_pairs: Fewest preference pairs of a round; with fewer there is nothing left to learn.
-    """
+    """Bounds beyond which a policy counts as collapsed; it is compared with the first policy, or with the best round so far."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_kl: float = Field(default=1.0, gt=0)
-    max_drop: float = Field(default=0.1, ge=0)
-    length: tuple[float, float] = (0.5, 2.0)
-    min_distinct: float = Field(default=0.7, ge=0, le=1)
-    max_refusals: float = Field(default=0.2, ge=0)
-    max_blank: float = Field(default=0.05, ge=0)
-    min_pairs: int = Field(default=8, ge=1)
+    max_kl: float = Field(
+        default=1.0,
+        gt=0,
+        description="Stop when the KL divergence from the first policy exceeds this, in nats a token.",
+    )
+    max_drop: float = Field(
+        default=0.1,
+        ge=0,
+        description="Stop when the judge's rate, in any dimension, is more than this below the best earlier round's, and "
+        "their 95 % intervals do not overlap.",
+    )
+    length: tuple[float, float] = Field(
+        default=(0.5, 2.0),
+        description="Stop when the mean words of an answer leave this range, as shares of the first policy's: least, most.",
+    )
+    min_distinct: float = Field(
+        default=0.7, ge=0, le=1, description="Stop below this share of the first policy's distinct 3-grams, 0 to 1."
+    )
+    max_refusals: float = Field(
+        default=0.2, ge=0, description="Stop when the share of refusals exceeds the first policy's by more than this."
+    )
+    max_blank: float = Field(default=0.05, ge=0, description="Stop when a larger share of answers is empty, 0 to 1.")
+    min_pairs: int = Field(
+        default=8, ge=1, description="Stop when a round has fewer preference pairs: too little is left to learn."
+    )
 
     def broken(self, history: Sequence[Health]) -> list[str]:
         """Say which rules the last of these policies breaks; the first one is what it is compared with."""

@@ -1,7 +1,29 @@
 """From question-answer-correction triples to an aligner, and from its corrections to a policy; needs the `[train]` extra."""
 
-from aligner_middleware.training.aligner import Recipe, train
-from aligner_middleware.training.config import PolicyConfig, Stage, TrainConfig
-from aligner_middleware.training.trainer import Progress
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aligner_middleware.training.aligner import Recipe, train
+    from aligner_middleware.training.config import PolicyConfig, Stage, TrainConfig
+    from aligner_middleware.training.trainer import Progress
+
+# The module of each public name, imported on first use: settings are read without torch.
+_MODULES = {
+    "PolicyConfig": "config",
+    "Progress": "trainer",
+    "Recipe": "aligner",
+    "Stage": "config",
+    "TrainConfig": "config",
+    "train": "aligner",
+}
 
 __all__ = ["PolicyConfig", "Progress", "Recipe", "Stage", "TrainConfig", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

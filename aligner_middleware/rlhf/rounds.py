@@ -26,7 +26,8 @@ from aligner_middleware.data.json_lines import finite
 from aligner_middleware.data.prompts import Prompt, digest
 from aligner_middleware.errors import DataError
 from aligner_middleware.evaluation.pairwise import PairJudge
-from aligner_middleware.evaluation.policy_metrics import Health, StopRules, examine
+from aligner_middleware.evaluation.policy_metrics import Health, examine
+from aligner_middleware.evaluation.stop_rules import StopRules
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.training.config import PolicyConfig
 from aligner_middleware.training.policy import Policy, remove_run, speaks_chat, train_policy

@@ -1,4 +1,4 @@
-"""Settings of training runs, each with its default, bounds and description; `aligner train` and `rounds` read their options here."""
+"""Settings of training, each with default, bounds and description; `aligner train` and `rounds` take their options here."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class TrainConfig(RunConfig):
 
     start: str | None = Field(
         default=None,
-        description="Aligner to continue from, made of the same base, such as `default`; not with lora. A difference is still "
-        "to the base. By default training starts from the base itself.",
+        description="Aligner to continue from, made of the same base, such as `default`; not with lora. A difference is "
+        "still to the base. By default training starts from the base itself.",
     )
     template: str | None = Field(
         default=None,
@@ -125,8 +125,8 @@ class TrainConfig(RunConfig):
     decision_weight: float = Field(
         default=1.0,
         ge=1,
-        description="Weight in the loss of the tokens that decide: an operation's number, a copy's first token, and the one at "
-        "which it first differs from the answer. 1 is the paper's plain mean.",
+        description="Weight in the loss of the tokens that decide: an operation's number, a copy's first token, and the one "
+        "at which it first differs from the answer. 1 is the paper's plain mean.",
     )
     batch_size: int = Field(default=8, ge=1, description="Rows in a forward pass, on each device.")
     accumulation: Accumulation = 1
@@ -160,8 +160,8 @@ class PolicyConfig(RunConfig):
     nll_weight: float = Field(
         default=0.2,
         ge=0,
-        description="In DPO, weight of the corrections' own likelihood. Without it both texts of a pair become less likely, as "
-        "they share most words.",
+        description="In DPO, weight of the corrections' own likelihood. Without it both texts of a pair become less likely, "
+        "as they share most words.",
     )
     epochs: float = Field(default=1, gt=0, description="Times that each row is seen in a round.")
     learning_rate: float | None = Field(

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner_middleware.evaluation.comparison import Tally
-from aligner_middleware.evaluation.policy_metrics import Health, StopRules, distinct, refuses
+from aligner_middleware.evaluation.policy_metrics import Health, distinct, refuses
+from aligner_middleware.evaluation.stop_rules import StopRules
 
 
 def health(rate: float = 0.0, spread: float = 0.05, **values: float) -> Health:

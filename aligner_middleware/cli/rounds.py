@@ -26,7 +26,7 @@ from aligner_middleware.training.config import PolicyConfig
 
 if TYPE_CHECKING:
     from aligner_middleware.data.prompts import Prompt
-    from aligner_middleware.rlhf.rounds import Rounds
+    from aligner_middleware.rlhf.round_results import Rounds
 
 
 @options_from(StopRules, "rules")
@@ -57,7 +57,8 @@ def rounds(
     """
     try:
         from aligner_middleware.rlhf.plot import draw_rounds
-        from aligner_middleware.rlhf.rounds import read_rounds, run_rounds, summary
+        from aligner_middleware.rlhf.round_results import read_rounds, summary
+        from aligner_middleware.rlhf.rounds import run_rounds
     except ImportError as exc:
         raise MissingExtraError("aligner rounds", "train") from exc
     from aligner_middleware.aligner import Aligner
@@ -93,15 +94,15 @@ def _prompts(path: Path, held_out: Path | None) -> tuple[list[Prompt], list[Prom
 
 
 def _print_rounds(run: Rounds, out: Path) -> None:
-    table = Table("round", "pairs", "kept", *(run.rounds[0].health.verdicts if run.rounds[0].health else ()))
+    table = Table("round", "pairs", "kept", *(run.rounds[0].metrics.verdicts if run.rounds[0].metrics else ()))
     for name in ("KL", "words", "distinct 3-grams", "refusals"):
         table.add_column(name, no_wrap=True)
     for one in run.rounds:
         cells = [str(one.number), str(one.pairs), str(one.kept)] if one.number else ["0", "", ""]
-        if one.health:
-            health = one.health
-            cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in health.verdicts.values()]
-            cells += [f"{health.kl:.3f}", f"{health.words:.0f}", f"{health.distinct[3]:.1%}", f"{health.refusals:.1%}"]
+        if one.metrics:
+            metrics = one.metrics
+            cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in metrics.verdicts.values()]
+            cells += [f"{metrics.kl:.3f}", f"{metrics.words:.0f}", f"{metrics.distinct[3]:.1%}", f"{metrics.refusals:.1%}"]
         table.add_row(*cells)
     write(table)
     for reason in run.stopped:

@@ -259,7 +259,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
 
     Raises:
         ArtifactError: If it is no intact aligner folder.
-        DataError: If it cannot be written.
+        JobError: If it cannot be written.
     """
     Artifact.load(folder).model_copy(update={"calibration": calibration}).save(folder)
 
@@ -268,7 +268,7 @@ def draw_calibration(measured: Sequence[Measured], report: CalibrationReport, fo
     """Draw `roc.png`, with the strengths on the curve, and, for an aligner with verdicts, `reliability.png`.
 
     Raises:
-        DataError: If they cannot be written.
+        JobError: If they cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.data.journal import Journal
 from aligner_middleware.data.prompts import Prompt, chunks, digest
-from aligner_middleware.data.upstream import Answered, ask, why
+from aligner_middleware.data.upstream import Answered, ask, describe_failure
 from aligner_middleware.errors import InputError
 from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairJudge, Verdict
 
@@ -212,7 +212,7 @@ def compare(
             for prompt, one in zip(part, said, strict=True):
                 outcome = _corrected(aligner, prompt, one)
                 if isinstance(outcome, Exception):
-                    failed[prompt.key] = why(prompt, outcome)
+                    failed[prompt.key] = describe_failure(prompt, outcome)
                 else:
                     good.append(prompt)
                     timed.append(outcome)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from aligner_middleware.aligner import Aligner, Strength
 from aligner_middleware.artifact import LEVELS
 from aligner_middleware.correction import Correction
-from aligner_middleware.data.files import lines_of
+from aligner_middleware.data.files import read_lines
 from aligner_middleware.data.json_lines import parse_json
 from aligner_middleware.errors import DataError, InputError
 from aligner_middleware.evaluation.detection import Auc, Detection, Share
@@ -187,7 +187,7 @@ def is_labelled(path: Path) -> bool:
     Raises:
         DataError: If it cannot be read.
     """
-    for _, line in lines_of(path):
+    for _, line in read_lines(path):
         try:
             row = parse_json(line)
         except ValueError:
@@ -208,7 +208,7 @@ def read_labelled(path: Path, source: str = "") -> list[LabelledRow]:
         DataError: If a line is no such row, naming file and line; if the file cannot be read, or is empty.
     """
     rows = []
-    for number, line in lines_of(path):
+    for number, line in read_lines(path):
         try:
             row = LabelledRow.model_validate(parse_json(line))
             "".join((row.question, row.answer, row.source, row.category)).encode()

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.artifact import HOME_ADVICE
-from aligner_middleware.data.files import disk_errors
-from aligner_middleware.data.upstream import Answered, ask_again, brief
+from aligner_middleware.data.disk import disk_errors
+from aligner_middleware.data.upstream import Answered, ask_with_retries, brief
 from aligner_middleware.errors import AlignerError, InputError, UpstreamError
 
 
@@ -160,7 +160,7 @@ class LangChainLM(LM):
         found, failed = [], []
         for at in range(0, len(requests), self._concurrency * 4):
             part = requests[at : at + self._concurrency * 4]
-            said = ask_again(self._model, [_messages(request.args[0]) for request in part], self._concurrency)
+            said = ask_with_retries(self._model, [_messages(request.args[0]) for request in part], self._concurrency)
             for request, one in zip(part, said, strict=True):
                 if isinstance(one, Answered):
                     found.append(_until(one.text, request.args[1].get("until")))

@@ -32,7 +32,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     """Write a comparison to a folder. Each file appears when it is whole.
 
     Raises:
-        DataError: If it cannot be written.
+        JobError: If it cannot be written.
         MissingExtraError: If matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:

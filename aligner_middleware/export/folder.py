@@ -10,7 +10,7 @@ from pathlib import Path
 from aligner_middleware.artifact import EXPORTED, MODEL_FILE, Artifact, Precision, cached_folder
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
-from aligner_middleware.data.files import check_replaceable, write_folder
+from aligner_middleware.data.folders import check_replaceable, write_folder
 from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.export.export import STEPS, Report, export
 from aligner_middleware.text.template import PromptTemplate

@@ -6,24 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligner_middleware.training.aligner import Recipe, train
+    from aligner_middleware.training.aligner import train
     from aligner_middleware.training.config import PolicyConfig, Stage, TrainConfig
-    from aligner_middleware.training.trainer import Progress
+    from aligner_middleware.training.recipe import Recipe
 
-# The module of each public name, imported on first use: settings are read without torch.
+# Where each name is defined; it is imported on first use, so that settings are read without loading torch.
 _MODULES = {
     "PolicyConfig": "config",
-    "Progress": "trainer",
-    "Recipe": "aligner",
+    "Recipe": "recipe",
     "Stage": "config",
     "TrainConfig": "config",
     "train": "aligner",
 }
 
-__all__ = ["PolicyConfig", "Progress", "Recipe", "Stage", "TrainConfig", "train"]
+__all__ = ["PolicyConfig", "Recipe", "Stage", "TrainConfig", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

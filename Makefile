@@ -90,7 +90,7 @@ weak-to-strong: .venv/installed  ## A weak aligner's corrections as labels for a
 	$(BIN)/python benchmarks/weak_to_strong.py build-out/weak-to-strong
 
 ability: .venv/installed  ## Two small tasks of lm-evaluation-harness, with and without the aligner
-	$(BIN)/python -m aligner_middleware ability small_choice small_match --include benchmarks/tasks \
+	$(BIN)/python -m aligner_middleware benchmark small_choice small_match --include benchmarks/tasks \
 	  --lm-args pretrained=$$($(BIN)/python -c 'from aligner_middleware.checkpoints.base import base_folder as f; print(f()[0])')
 
 clean:  ## Remove what was installed here

@@ -1050,9 +1050,9 @@ def _exported(model: str, precision: Precision, prompt: str | PromptTemplate | N
         folder = _already_built(model, precision, prompt)
     if folder is not None:
         return folder, Artifact.load(folder)
-    from aligner_middleware.export.folder import load_cached
+    from aligner_middleware.export.store import export_model
 
-    return load_cached(model, precision, prompt)
+    return export_model(model, None, precision, prompt)
 
 
 def _already_built(model: str, precision: Precision, prompt: str | PromptTemplate | None) -> Path:

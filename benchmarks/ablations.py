@@ -133,7 +133,8 @@ def score(model: str, rows: Sequence[dict[str, str]]) -> dict[str, float]:
     def logits(ids: Sequence[int], count: int) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             found = network(input_ids=torch.tensor([list(ids)]), logits_to_keep=count + 1).logits
-        return found[0, :-1].float()
+        last: torch.Tensor = found[0, :-1].float()
+        return last
 
     tokenizer = checkpoint.tokenizer()
     end = end_token_ids(checkpoint.folder, tokenizer, checkpoint.template)[0]

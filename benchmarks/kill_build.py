@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from aligner_middleware.artifact import Artifact, cached_folder
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.export.folder import build_cached, export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import Stage, TrainConfig, train
@@ -70,7 +70,7 @@ def jobs(models: Path, default: bool) -> dict[str, Job]:
     model = "default" if default else small
 
     def build(folder: Path, tell: Tell) -> None:
-        build_cached(model, "int8", report=tell)
+        export_model(model, report=lambda at: tell(at.stage))
 
     def built(folder: Path) -> Any:
         found = cached_folder(model, "int8")
@@ -78,10 +78,10 @@ def jobs(models: Path, default: bool) -> dict[str, Job]:
 
     def old_export(folder: Path) -> None:
         (folder / "out").symlink_to("real")  # a link is kept
-        export_folder(small, folder / "real", "float32")
+        export_model(small, folder / "real", "float32")
 
     def export(folder: Path, tell: Tell) -> None:
-        export_folder(small, folder / "out", "int8", report=tell)
+        export_model(small, folder / "out", report=lambda at: tell(at.stage))
 
     def exported(folder: Path) -> Any:
         found = folder / "real"

@@ -32,11 +32,11 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
@@ -250,7 +250,8 @@ class _Caller:
                 work = self._corrected if call.way == "correct" else self._streamed
                 return await asyncio.get_running_loop().run_in_executor(pool, work, call)
             self._begin(call)
-            return await getattr(self, f"_{call.way}")(call)
+            outcome: str = await getattr(self, f"_{call.way}")(call)
+            return outcome
         except CorrectionTimeoutError:
             return "timed out"
         except Exception as exc:
@@ -286,7 +287,7 @@ class _Caller:
         first.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await first
-        await stream.aclose()
+        await cast(AsyncGenerator[str, None], stream).aclose()
         return "dropped"
 
     def _begin(self, call: Call) -> None:
@@ -367,7 +368,7 @@ _its_start = Aligner._start
 
 def _start(aligner: Aligner, question: str, *args: Any, **options: Any) -> Any:
     call = _its_start(aligner, question, *args, **options)
-    if question in _Watching.begun:
+    if question in _Watching.begun and call.generation is not None:
         _Watching.calls[call.generation] = _Watching.begun[question]
     return call
 

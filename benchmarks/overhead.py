@@ -20,15 +20,16 @@ import asyncio
 import gc
 import json
 import statistics
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Sequence
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from langchain.agents import create_agent
-from langchain_core.language_models import BaseChatModel, GenericFakeChatModel
+from langchain.agents.middleware import InputAgentState
+from langchain_core.language_models import BaseChatModel, GenericFakeChatModel, LanguageModelInput
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableLambda
@@ -41,6 +42,7 @@ from aligner_middleware.artifact import DEFAULT_FOLDER
 
 ROUNDS = 300
 AT_ONCE = 32
+Pair = tuple[str, BaseChatModel]  # a question, and a model that answers it
 
 
 class NoOp(Aligner):
@@ -104,7 +106,8 @@ def overhead(aligner: Aligner) -> dict[str, dict[str, float]]:
     llm, align = Says(), AlignerRunnable(aligner)
     within, beside, wrapped = llm | align, llm | RunnableLambda(lambda message: message), align.wrap(llm)
     plain, agent = create_agent(llm), create_agent(llm, middleware=[AlignerMiddleware(align)])
-    state, batch = {"messages": [HumanMessage("q")]}, ["q"] * 50
+    state: InputAgentState = {"messages": [HumanMessage("q")]}
+    batch: list[LanguageModelInput] = ["q"] * 50
     loop = asyncio.new_event_loop()
     cases: dict[str, tuple[list[Callable[[], Any]], int]] = {
         "invoke": ([lambda: llm.invoke("q"), lambda: beside.invoke("q"), lambda: within.invoke("q")], 1),
@@ -145,33 +148,38 @@ async def event_loop(aligner: Aligner) -> dict[str, dict[str, float]]:
     """Measure how long the loop is held up, in each way of calling an aligner."""
     rows = [json.loads(line) for line in (DEFAULT_FOLDER / "held_out.jsonl").read_text("utf-8").splitlines()][:AT_ONCE]
     align = AlignerRunnable(aligner)
-    pairs = [(row["question"], model(row["answer"])) for row in rows]
+    pairs: list[Pair] = [(row["question"], model(row["answer"])) for row in rows]
     long = "Rain fell on the quiet town, and the river rose a little. " * 120  # about 1,700 tokens
 
     async def drain(stream: AsyncIterator[Any]) -> None:
         async for _ in stream:
             pass
 
+    def agent(question: str, llm: BaseChatModel) -> Awaitable[Any]:
+        return create_agent(llm, middleware=[AlignerMiddleware(align)]).ainvoke({"messages": [HumanMessage(question)]})
+
     same = RunnableLambda(lambda message: message)
     gc.collect()
     gc.freeze()
     ways: dict[str, list[Callable[[], Awaitable[Any]]]] = {
         "nothing": [lambda: asyncio.sleep(2)],
-        "without an aligner, ainvoke": [lambda q=q, m=m: (m | same).ainvoke(q) for q, m in pairs],
-        "without an aligner, astream": [lambda q=q, m=m: drain((m | same).astream(q)) for q, m in pairs],
-        "llm | aligner, ainvoke": [lambda q=q, m=m: (m | align).ainvoke(q) for q, m in pairs],
-        "llm | aligner, astream": [lambda q=q, m=m: drain((m | align).astream(q)) for q, m in pairs],
-        "wrapped model, ainvoke": [lambda q=q, m=m: align.wrap(m).ainvoke(q) for q, m in pairs],
-        "wrapped model, astream": [lambda q=q, m=m: drain(align.wrap(m).astream(q)) for q, m in pairs],
-        "agent, ainvoke": [
-            lambda q=q, m=m: create_agent(m, middleware=[AlignerMiddleware(align)]).ainvoke(
-                {"messages": [HumanMessage(q)]}
-            )
-            for q, m in pairs[:8]
-        ],
+        "without an aligner, ainvoke": bind(lambda q, m: (m | same).ainvoke(q), pairs),
+        "without an aligner, astream": bind(lambda q, m: drain((m | same).astream(q)), pairs),
+        "llm | aligner, ainvoke": bind(lambda q, m: (m | align).ainvoke(q), pairs),
+        "llm | aligner, astream": bind(lambda q, m: drain((m | align).astream(q)), pairs),
+        "wrapped model, ainvoke": bind(lambda q, m: align.wrap(m).ainvoke(q), pairs),
+        "wrapped model, astream": bind(lambda q, m: drain(align.wrap(m).astream(q)), pairs),
+        "agent, ainvoke": bind(agent, pairs[:8]),
         "one answer of 1,700 tokens, ainvoke": [lambda: (model(long) | align).ainvoke("Write about rain.")],
     }
-    return {name: await watched(calls) for name, calls in ways.items()}
+    return {name: await watched(way) for name, way in ways.items()}
+
+
+def bind(
+    call: Callable[[str, BaseChatModel], Awaitable[Any]], pairs: Sequence[Pair]
+) -> list[Callable[[], Awaitable[Any]]]:
+    """Make one call for each question and its model, to be begun later."""
+    return [partial(call, question, llm) for question, llm in pairs]
 
 
 def model(answer: str) -> BaseChatModel:
@@ -202,4 +210,4 @@ async def watched(calls: list[Callable[[], Awaitable[Any]]]) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -33,8 +33,8 @@ from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.export import parity
 from aligner_middleware.export.export import export
-from aligner_middleware.export.folder import build_cached
 from aligner_middleware.export.quantize import WEIGHTS
+from aligner_middleware.export.store import export_model
 from aligner_middleware.text.template import encode_prompt
 from aligner_middleware.text.tokenizer import Tokenizer
 
@@ -90,8 +90,8 @@ def made(name: str, precision: Precision, weights: str) -> Path:
     """Export the default aligner in a form, once."""
     usual = precision != "int8" or weights == "products"
     if usual and precision != "float16":
-        return build_cached("default", precision)
-    folder = home() / f"benchmark-{name.replace(' ', '-')}-{build_cached('default', 'float32').name[-12:]}"
+        return export_model("default", None, precision).folder
+    folder = home() / f"benchmark-{name.replace(' ', '-')}-{export_model('default', None, 'float32').folder.name[-12:]}"
 
     def make(out: Path) -> None:
         forms = WEIGHTS[precision]
@@ -147,7 +147,7 @@ def lossless(rows: list[dict[str, str]], precision: Precision) -> dict[str, Any]
 
 def margin(precision: Precision, drafted: Any, plain: Any) -> float:
     """Give the difference of the two likeliest logits where two corrections part, in one pass."""
-    folder = build_cached("default", precision)
+    folder, _ = export_model("default", None, precision)
     artifact = Artifact.load(folder)
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
     ids = [tokenizer.encode(c.corrected) for c in (drafted, plain)]

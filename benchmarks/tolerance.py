@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from aligner_middleware import Aligner
-from aligner_middleware.evaluation.guard import read_labelled
+from aligner_middleware.evaluation.labelled_rows import read_labelled
 
 _KINDS = {
     "code": re.compile(r"```"),

@@ -91,7 +91,9 @@ def _plain(folder: Path, steps: int, batch: int, times: list[tuple[float, int]])
     base, _ = base_folder()
     own = Tokenizer.from_file(base / TOKENIZER_FILE)
     template = with_verdicts(TEMPLATES["default"], own, marks=True)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(base / TOKENIZER_FILE), pad_token="<|im_end|>")
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(base / TOKENIZER_FILE), pad_token="<|im_end|>"
+    )
     encoded = []
     for row in rows(steps * batch):
         example = encode_triple(own, template, 2, row)

@@ -23,8 +23,9 @@ from aligner_middleware import Aligner
 from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.data.triples import read_rows
 from aligner_middleware.evaluation.calibration import calibrate, measure, save_calibration
-from aligner_middleware.evaluation.guard import guard, read_labelled
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.evaluation.guard import guard
+from aligner_middleware.evaluation.labelled_rows import read_labelled
+from aligner_middleware.export.store import export_model
 from aligner_middleware.text.edits import split_sentences
 from aligner_middleware.text.targets import verdict_of
 from aligner_middleware.training import Stage, TrainConfig
@@ -81,7 +82,7 @@ def main() -> None:
                 rows, folder / "trained", config, report=lambda at: print(at, flush=True) if at.done % 10 == 0 else None
             )
         if not (folder / "int8").is_dir():
-            export_folder(str(folder / "trained"), folder / "int8", "int8")
+            export_model(str(folder / "trained"), folder / "int8")
         with Aligner.load(folder / "int8") as aligner:
             measured = measure(aligner, labelled[::2])
             report = calibrate(measured, verdicts=aligner.has_verdicts, name=str(options.development))

@@ -1,6 +1,10 @@
 """An agent with a tool: its final answer is corrected, its tool calls are not, and no stream shows the raw answer."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from langchain.agents import create_agent
+from langchain.agents.middleware import InputAgentState
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from local_models import rude, show
@@ -20,7 +24,7 @@ def main() -> None:
     console = Console()
     aligner, llm = rude(console)
     question = "When does the library close?"
-    ask = {"messages": [HumanMessage(question)]}
+    ask: InputAgentState = {"messages": [HumanMessage(question)]}
 
     without = create_agent(llm, [opening_hours]).invoke(ask)
     console.print("without an aligner:", without["messages"][-1].text, "\n")
@@ -32,7 +36,8 @@ def main() -> None:
         console.print(f"{message.type:>6}:", message.text or message.tool_calls)
     console.print()
     show(console, question, state["messages"][-1])
-    for mode, part in agent.stream(ask, stream_mode=["messages", "custom"]):
+    stream: Iterator[Any] = agent.stream(ask, stream_mode=["messages", "custom"])
+    for mode, part in stream:
         console.print(mode, repr(part[0].text) if mode == "messages" else part)
 
 

@@ -16,7 +16,7 @@ def main() -> None:
     console = Console()
     aligner, llm = rude(console)
     align = AlignerRunnable(aligner, keep_original=True)
-    answers = llm.batch(QUESTIONS)
+    answers = llm.batch([*QUESTIONS])
 
     start = time.perf_counter()
     for question, message in zip(QUESTIONS, align.batch(answers), strict=True):  # each message knows its question

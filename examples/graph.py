@@ -1,5 +1,8 @@
 """LangGraph: the aligner as a node, which replaces the last message under its id, or inside of one."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from langchain_core.messages import HumanMessage
 from langgraph.graph import START, MessagesState, StateGraph
 from local_models import rude, show
@@ -14,7 +17,7 @@ def main() -> None:
     aligner, llm = rude(console)
     align = AlignerRunnable(aligner, keep_original=True)
     question = "What is the capital of Australia?"
-    ask = {"messages": [HumanMessage(question)]}
+    ask: MessagesState = {"messages": [HumanMessage(question)]}
 
     builder = StateGraph(MessagesState)
     builder.add_node("answer", lambda state: {"messages": [llm.invoke(state["messages"])]})
@@ -29,7 +32,8 @@ def main() -> None:
     builder = StateGraph(MessagesState)
     builder.add_node("answer", lambda state: {"messages": [model.invoke(state["messages"])]})
     builder.add_edge(START, "answer")
-    for chunk, metadata in builder.compile().stream(ask, stream_mode="messages"):
+    stream: Iterator[Any] = builder.compile().stream(ask, stream_mode="messages")
+    for chunk, metadata in stream:
         console.print(metadata["langgraph_node"], repr(chunk.text))
 
 

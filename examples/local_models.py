@@ -22,6 +22,7 @@ from langchain_core.messages import (  # noqa: E402
     BaseMessage,
     HumanMessage,
     SystemMessage,
+    ToolCall,
     ToolMessage,
 )
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult  # noqa: E402
@@ -32,7 +33,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from aligner_middleware import Aligner, Diff  # noqa: E402
 from aligner_middleware.checkpoints.base import base_folder  # noqa: E402
-from aligner_middleware.export.folder import STEPS, build_cached  # noqa: E402
+from aligner_middleware.data.progress import Progress as ExportProgress  # noqa: E402
+from aligner_middleware.export.store import export_model  # noqa: E402
 
 POLITE: tuple[BaseMessage, ...] = (
     SystemMessage("You are a helpful assistant."),
@@ -71,20 +73,17 @@ class LocalChatModel(BaseChatModel):
     def _generate(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
     ) -> ChatResult:
-        *_, last = messages
-        if kwargs.get("tools") and not isinstance(last, ToolMessage):
-            function = kwargs["tools"][0]["function"]
-            arguments = {next(iter(function["parameters"]["properties"])): last.text}
-            call = {"name": function["name"], "args": arguments, "id": "call-1"}
-            return ChatResult(generations=[ChatGeneration(message=AIMessage("", tool_calls=[call]))])
+        if kwargs.get("tools") and not isinstance(messages[-1], ToolMessage):
+            calls = [_call(kwargs["tools"][0], messages[-1].text)]
+            return ChatResult(generations=[ChatGeneration(message=AIMessage("", tool_calls=calls))])
         return self.llm._generate(self._shown(messages), stop=stop)
 
     def _stream(
         self, messages: list[BaseMessage], stop: list[str] | None = None, run_manager: Any = None, **kwargs: Any
     ) -> Iterator[ChatGenerationChunk]:
         if kwargs.get("tools") and not isinstance(messages[-1], ToolMessage):
-            message = self._generate(messages, stop, **kwargs).generations[0].message
-            yield ChatGenerationChunk(message=AIMessageChunk("", tool_calls=message.tool_calls))
+            calls = [_call(kwargs["tools"][0], messages[-1].text)]
+            yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_calls=calls))
         else:
             yield from self.llm._stream(self._shown(messages), stop=stop)
 
@@ -93,10 +92,18 @@ class LocalChatModel(BaseChatModel):
         return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools])
 
     def _shown(self, messages: list[BaseMessage]) -> list[BaseMessage]:
-        question = next(message.text for message in reversed(messages) if isinstance(message, HumanMessage))
+        question: str = next(message.text for message in reversed(messages) if isinstance(message, HumanMessage))
         if isinstance(messages[-1], ToolMessage):
             question = f"{messages[-1].text} {question}"
         return [*self.examples, HumanMessage(question)]
+
+
+def _call(tool: dict[str, Any], question: str) -> ToolCall:
+    """Call a tool, given in OpenAI's form, with the question as its first argument."""
+    function = tool["function"]
+    return ToolCall(
+        name=function["name"], args={next(iter(function["parameters"]["properties"])): question}, id="call-1"
+    )
 
 
 def prepare(console: Console, tokens: int = 48) -> tuple[Aligner, BaseChatModel]:
@@ -114,13 +121,13 @@ def prepare(console: Console, tokens: int = 48) -> tuple[Aligner, BaseChatModel]
         task = progress.add_task("base weights", total=1)
         folder, _ = base_folder()
         progress.update(task, completed=1)
-        task = progress.add_task("default aligner", total=len(STEPS))
+        task = progress.add_task("default aligner", total=None)
 
-        def report(step: str) -> None:
-            progress.update(task, description=f"default aligner: {step}", completed=STEPS.index(step))
+        def report(at: ExportProgress) -> None:
+            progress.update(task, description=f"default aligner: {at.stage}", completed=at.done, total=at.total)
 
-        build_cached("default", "int8", report=report)
-        progress.update(task, description="default aligner", completed=len(STEPS))
+        export_model("default", report=report)
+        progress.update(task, description="default aligner", completed=1, total=1)
         task = progress.add_task("loading", total=2)
         aligner = Aligner.load()
         progress.advance(task)

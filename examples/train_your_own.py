@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from aligner_middleware import Aligner
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 
 OLD, NEW = "CloudBox", "Skyfolder"
@@ -57,7 +57,10 @@ def main() -> None:
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
         checkpoint = open_checkpoint("default")
         checkpoint.load().save_pretrained(base)
-        PreTrainedTokenizerFast(tokenizer_file=str(checkpoint.folder / "tokenizer.json")).save_pretrained(base)
+        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(checkpoint.folder / "tokenizer.json")
+        )
+        tokenizer.save_pretrained(base)
 
         config = TrainConfig(
             base=str(base),
@@ -74,7 +77,7 @@ def main() -> None:
             train(rows, adapter, config, report=lambda at: bar.update(task, completed=at.done, total=at.total))
         console.print(f"trained after {time.perf_counter() - start:.0f} s; exporting")
         exported = Path(scratch) / "aligner"
-        export_folder(str(adapter), exported, "int8")
+        export_model(str(adapter), exported)
         own = Aligner.load(exported)
         for question, answer in UNSEEN:
             console.print(f"\n[bold]{question}")

@@ -65,7 +65,7 @@ class _RecordedConfig(BaseModel):
 
 
 class RecordedTraining(BaseModel):
-    """What is used of `training.json` (`training/train.py` writes it)."""
+    """The part of `training.json` that is read back; `training/aligner.py` writes it."""
 
     config: _RecordedConfig
     template: PromptTemplate

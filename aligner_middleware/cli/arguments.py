@@ -14,7 +14,7 @@ from aligner_middleware.artifact import LEVELS, Precision, cached_folder, export
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Strength
-    from aligner_middleware.evaluation.pairwise import PairJudge
+    from aligner_middleware.evaluation.pairwise import PairwiseJudge
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint's folder, or a hub id.")
@@ -97,7 +97,7 @@ def aligner_folder(model: str, precision: str | None) -> Path:
     return exported_folder(model) or cached_folder(model, precision_of(precision) or "int8")
 
 
-def judge_named(name: str | None, concurrency: int = 8) -> PairJudge:
+def judge_named(name: str | None, concurrency: int = 8) -> PairwiseJudge:
     """Make the pairwise judge that --judge names; the offline one where it names none.
 
     Raises:

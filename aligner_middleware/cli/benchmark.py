@@ -24,7 +24,7 @@ from aligner_middleware.data.progress import Progress
 from aligner_middleware.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from aligner_middleware.evaluation.lm_eval import Abilities
+    from aligner_middleware.evaluation.lm_eval import BenchmarkResult
 
 
 def benchmark(
@@ -54,7 +54,8 @@ def benchmark(
     choice into each of them. The model is called once for both; its answers are cached, and an interrupted run resumes.
     """
     try:
-        from aligner_middleware.evaluation.lm_eval import LangChainLM, load_lm, measure_ability
+        from aligner_middleware.evaluation.lm_eval import run_benchmark
+        from aligner_middleware.evaluation.lm_eval_models import LangChainLM, load_lm
     except ImportError as exc:
         raise MissingExtraError("aligner benchmark", "harness") from exc
     from aligner_middleware.aligner import Aligner
@@ -62,11 +63,11 @@ def benchmark(
 
     name = upstream or f"{lm} {lm_args}"
     answering = chat_model(upstream) if upstream else None
-    with resumable(), showing(f"benchmark {' '.join(tasks)}") as report:
+    with resumable(), showing("benchmark", "runs") as report:
         report(Progress("loading", 0, None))
         asked = LangChainLM(answering, name, concurrency) if answering else load_lm(lm, lm_args, batch_size)
         with Aligner.load(model, precision=precision_of(precision)) as aligner:
-            results = measure_ability(
+            results = run_benchmark(
                 asked,
                 aligner,
                 tasks,
@@ -83,7 +84,7 @@ def benchmark(
         _print_results(name, results)
 
 
-def _print_results(name: str, results: Abilities) -> None:
+def _print_results(name: str, results: BenchmarkResult) -> None:
     table = Table("task", "metric", "rows", "without", "with aligner", "difference", title=name)
     for row in results.rows:
         without = f"{row.without:.3f}" + (f" ± {row.stderr:.3f}" if row.stderr is not None else "")

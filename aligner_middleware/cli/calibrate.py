@@ -19,8 +19,8 @@ from aligner_middleware.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Aligner
-    from aligner_middleware.evaluation.calibration import CalibrationReport, Measured
-    from aligner_middleware.evaluation.guard import LabelledRow
+    from aligner_middleware.evaluation.calibration import CalibrationReport, MeasuredRow
+    from aligner_middleware.evaluation.labelled_rows import LabelledRow
 
 
 def calibrate(
@@ -52,7 +52,7 @@ def calibrate(
     """
     try:
         from aligner_middleware.evaluation import calibration as calibrating
-        from aligner_middleware.evaluation.guard import read_labelled
+        from aligner_middleware.evaluation.labelled_rows import read_labelled
     except ImportError as exc:
         raise MissingExtraError("aligner calibrate", "build") from exc
     if plots is not None and find_spec("matplotlib") is None:
@@ -72,7 +72,9 @@ def calibrate(
     if out is not None:
         write_text(out, results.calibration.model_dump_json(indent=2) + "\n")
     if plots is not None:
-        calibrating.draw_calibration(measured, results, plots)
+        from aligner_middleware.evaluation.calibration_plot import draw_calibration
+
+        draw_calibration(measured, results, plots)
     left_out = len(labelled) - len(measured)
     if as_json:
         write_json({"folder": str(folder), "left_out": left_out} | results.model_dump())
@@ -81,11 +83,11 @@ def calibrate(
         write(f"written into {folder / ARTIFACT_FILE}")
 
 
-def _measure(aligner: Aligner, files: dict[Path, list[LabelledRow]], total: int) -> list[Measured]:
+def _measure(aligner: Aligner, files: dict[Path, list[LabelledRow]], total: int) -> list[MeasuredRow]:
     """Measure the rows of all files, as one job."""
     from aligner_middleware.evaluation.calibration import measure
 
-    measured: list[Measured] = []
+    measured: list[MeasuredRow] = []
     before = 0
     with showing("calibrate", "rows") as report:
         for path, rows in files.items():

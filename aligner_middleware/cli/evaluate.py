@@ -29,9 +29,10 @@ from aligner_middleware.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Strength
-    from aligner_middleware.evaluation import Evaluation, Scored
+    from aligner_middleware.evaluation import Evaluation, ScoredRow
     from aligner_middleware.evaluation.detection import Auc, Share
-    from aligner_middleware.evaluation.guard import GuardEvaluation, LabelledRow
+    from aligner_middleware.evaluation.guard import GuardEvaluation
+    from aligner_middleware.evaluation.labelled_rows import LabelledRow
     from aligner_middleware.evaluation.public_sets import PublicSet
 
 _Moved = Annotated[str | None, typer.Option(hidden=True)]
@@ -80,7 +81,7 @@ def evaluate(
         )
         raise typer.Exit(2)
     try:
-        from aligner_middleware.evaluation.guard import is_labelled
+        from aligner_middleware.evaluation.labelled_rows import is_labelled
         from aligner_middleware.evaluation.public_sets import read_public
         from aligner_middleware.export.parity import perplexity  # noqa: F401  (needs the extra)
     except ImportError as exc:
@@ -136,7 +137,7 @@ def _auc(evaluation: Evaluation) -> Auc:
     return Auc.of([score for score, _ in scores], [bad for _, bad in scores])
 
 
-def _as_row(scored: Scored) -> dict[str, Any]:
+def _as_row(scored: ScoredRow) -> dict[str, Any]:
     row, correction = scored.row, scored.correction
     return {
         "kind": "keep" if row.keeps else "correct",
@@ -196,7 +197,7 @@ def _evaluate_guard(
 
 def _labelled_rows(path: Path, public: PublicSet | None) -> Sequence[LabelledRow]:
     """Give the rows of a public set, noting those left out; or read labelled answers."""
-    from aligner_middleware.evaluation.guard import read_labelled
+    from aligner_middleware.evaluation.labelled_rows import read_labelled
 
     if public is None:
         return read_labelled(path)

@@ -33,14 +33,10 @@ def export(
 ) -> None:
     """Make an aligner's folder: merge, export by optimum, fuse, quantise, and check against PyTorch."""
     try:
-        from aligner_middleware.export.folder import build_cached, export_folder
+        from aligner_middleware.export.store import export_model
     except ImportError as exc:
         raise MissingExtraError("aligner export", "build") from exc
     chosen = precision_of(precision) or "int8"
     with showing(f"export {model}", "steps") as report:
-        if out is None:
-            folder = build_cached(model, chosen, template, report, tried=True)
-        else:
-            folder = out
-            export_folder(model, out, chosen, template, fused=fused, report=report)
-    print_artifact(folder, as_json)
+        exported = export_model(model, out, chosen, template, fused=fused, verify=True, report=report)
+    print_artifact(exported.folder, as_json)

@@ -21,7 +21,7 @@ from aligner_middleware.errors import MissingExtraError, UpstreamError
 
 if TYPE_CHECKING:
     from aligner_middleware.data.prompts import Prompt
-    from aligner_middleware.rlhf.preferences import Made
+    from aligner_middleware.rlhf.preferences import PreferenceSummary
 
 
 def preferences(
@@ -79,7 +79,7 @@ def preferences(
 
 def _make(
     prompts: list[Prompt], out: Path, model: str, precision: str | None, upstream: str | None, options: dict[str, Any]
-) -> Made:
+) -> PreferenceSummary:
     from aligner_middleware.aligner import Aligner
     from aligner_middleware.data.upstream import chat_model
     from aligner_middleware.rlhf.preferences import make_preferences
@@ -95,7 +95,7 @@ def _make(
 
 def _make_on_ray(
     prompts: list[Prompt], out: Path, model: str, precision: str | None, upstream: str | None, options: dict[str, Any]
-) -> Made:
+) -> PreferenceSummary:
     try:
         from aligner_middleware.rlhf.ray import make_preferences_on_ray
     except ImportError as exc:

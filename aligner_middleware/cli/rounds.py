@@ -102,7 +102,12 @@ def _print_rounds(run: Rounds, out: Path) -> None:
         if one.metrics:
             metrics = one.metrics
             cells += ["" if math.isnan(tally.rate) else f"{tally.rate:+.1%}" for tally in metrics.verdicts.values()]
-            cells += [f"{metrics.kl:.3f}", f"{metrics.words:.0f}", f"{metrics.distinct[3]:.1%}", f"{metrics.refusals:.1%}"]
+            cells += [
+                f"{metrics.kl:.3f}",
+                f"{metrics.words:.0f}",
+                f"{metrics.distinct[3]:.1%}",
+                f"{metrics.refusals:.1%}",
+            ]
         table.add_row(*cells)
     write(table)
     for reason in run.stopped:

@@ -6,24 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aligner_middleware.evaluation.comparison import Compared, Comparison, Tally, compare
-    from aligner_middleware.evaluation.held_out import Evaluation, Scored, Scores, evaluate
-    from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge, Pair
-    from aligner_middleware.evaluation.reference_judge import Judge, Judgement
+    from aligner_middleware.evaluation.comparison import Comparison, ComparisonRow, Tally, compare
+    from aligner_middleware.evaluation.held_out import Evaluation, ScoredRow, Scores, evaluate
+    from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge, Pair, PairwiseJudge
+    from aligner_middleware.evaluation.reference_judge import Judgement, ReferenceJudge
     from aligner_middleware.evaluation.report import write_report
     from aligner_middleware.evaluation.sentence_encoder import SentenceEncoder
 
-# The module of each public name, imported on first use: stop rules are read without onnx.
+# The module of each public name. It is imported on first use, so that one module does not load all the others.
 _MODULES = {
     "ChatJudge": "pairwise",
-    "Compared": "comparison",
     "Comparison": "comparison",
+    "ComparisonRow": "comparison",
     "Evaluation": "held_out",
-    "Judge": "reference_judge",
     "Judgement": "reference_judge",
     "OfflineJudge": "pairwise",
     "Pair": "pairwise",
-    "Scored": "held_out",
+    "PairwiseJudge": "pairwise",
+    "ReferenceJudge": "reference_judge",
+    "ScoredRow": "held_out",
     "Scores": "held_out",
     "SentenceEncoder": "sentence_encoder",
     "Tally": "comparison",
@@ -34,14 +35,15 @@ _MODULES = {
 
 __all__ = [
     "ChatJudge",
-    "Compared",
     "Comparison",
+    "ComparisonRow",
     "Evaluation",
-    "Judge",
     "Judgement",
     "OfflineJudge",
     "Pair",
-    "Scored",
+    "PairwiseJudge",
+    "ReferenceJudge",
+    "ScoredRow",
     "Scores",
     "SentenceEncoder",
     "Tally",
@@ -55,3 +57,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

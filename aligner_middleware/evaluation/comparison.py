@@ -1,4 +1,4 @@
-"""The paper's comparison (section 3, B.2): answers with and without the aligner, judged in pairs, and what it costs."""
+"""The paper's comparison (section 3, B.2): answers with and without the aligner, judged in pairs, and the added latency."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,27 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.data.journal import Journal
+from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.data.prompts import Prompt, chunks, digest
 from aligner_middleware.data.upstream import Answered, ask, describe_failure
 from aligner_middleware.errors import InputError
-from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairJudge, Verdict
+from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairwiseJudge, Verdict
 
 _LENGTHS = (32, 64, 128, 256, 512)  # upper ends of the classes of answer lengths, in tokens
 _DRAWS = 1000  # of the bootstrap
 
 
-class Compared(BaseModel):
-    """A prompt, both answers, the verdicts, and what it cost.
+class ComparisonRow(BaseModel):
+    """A prompt, both answers, the verdicts, and the times.
 
     Attributes:
+        question: The prompt.
+        answer, correction: The answer without and with the aligner.
+        category: As the prompt names it.
         verdicts: On the correction against the answer, by dimension.
         answer_tokens: Length of the answer, in the aligner's tokens.
-        seconds, upstream_seconds: Of the aligner, alone on the machine; of the upstream model (0 for a given answer).
+        seconds: Time of the aligner, which corrects one answer at a time.
+        upstream_seconds: Time of the upstream model; 0 for an answer that was given.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,8 +60,9 @@ class Tally(BaseModel):
     """Verdicts of one dimension.
 
     Attributes:
-        rate: The paper's (wins - losses) / (wins + losses + ties); malformed verdicts count as nothing, and where there are
-            no others it is not a number, in JSON null.
+        win, tie, loss, malformed: Number of verdicts of each kind.
+        rate: The paper's (wins - losses) / (wins + losses + ties), -1 to 1. Malformed verdicts are left out; NaN, in JSON
+            null, where there are no others.
         low, high: Its 95 % interval, by bootstrap over the prompts.
     """
 
@@ -97,7 +103,13 @@ class Tally(BaseModel):
 
 
 class Latency(BaseModel):
-    """Milliseconds that the aligner adds to answers of some length, and tokens of these that it goes through a second."""
+    """Latency that the aligner adds to answers of a range of lengths.
+
+    Attributes:
+        answers: Number of answers.
+        p50, p95, p99: Percentiles of the added time, in milliseconds.
+        tokens_per_second: Tokens of the answers that the aligner processes in a second.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -109,18 +121,20 @@ class Latency(BaseModel):
 
 
 class Comparison(BaseModel):
-    """What came out, row by row, and whole.
+    """The results, row by row, and their summary.
 
     Attributes:
-        judge, upstream, aligner: Who took part.
+        judge: Name of the judge.
+        upstream: Name of the model that answered; `None` for given answers.
+        aligner: Identity of the aligner (`Aligner.identity`).
         rows: Every prompt that has a result.
-        failed: Prompts that have none, and why.
+        failed: The reason for every prompt that has none, by its key.
     """
 
     judge: str
     upstream: str | None
     aligner: dict[str, Any]
-    rows: list[Compared]
+    rows: list[ComparisonRow]
     failed: dict[str, str]
 
     def tallies(self, category: str | None = None) -> dict[Dimension, Tally]:
@@ -136,8 +150,8 @@ class Comparison(BaseModel):
 
     @property
     def latencies(self) -> dict[str, Latency]:
-        """What the aligner adds, by the answer's length in tokens."""
-        classes: dict[str, list[Compared]] = {}
+        """The added latency, by the answer's length in tokens."""
+        classes: dict[str, list[ComparisonRow]] = {}
         for row in sorted(self.rows, key=lambda row: row.answer_tokens):
             end = next((end for end in _LENGTHS if row.answer_tokens <= end), None)
             classes.setdefault(f"up to {end}" if end else f"over {_LENGTHS[-1]}", []).append(row)
@@ -146,7 +160,7 @@ class Comparison(BaseModel):
         return {name: _latency(rows) for name, rows in classes.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Sum it up, for JSON."""
+        """Give the summary, for JSON."""
         before = [len(row.answer.split()) for row in self.rows] or [0]
         after = [len(row.correction.split()) for row in self.rows] or [0]
         aligning, upstream = (sum(getattr(row, name) for row in self.rows) for name in ("seconds", "upstream_seconds"))
@@ -175,75 +189,74 @@ def compare(
     prompts: Sequence[Prompt],
     folder: Path,
     aligner: Aligner,
-    judge: PairJudge,
+    judge: PairwiseJudge,
     upstream: Runnable[Any, Any] | None = None,
     *,
     upstream_name: str | None = None,
     concurrency: int = 8,
-    report: Callable[[int, int], None] = lambda done, of: None,
+    report: Report = ignore,
 ) -> Comparison:
     """Answer prompts, correct the answers, and have both judged.
 
-    What is done is kept in `folder`'s journal: called again, it goes on where it stopped, and asks again what failed.
+    Results are kept in `folder`'s journal. An interrupted comparison resumes from it, and asks failed prompts again.
 
     Args:
-        prompts: What to ask; those with an answer are not asked.
+        prompts: The prompts; those with an answer are not asked.
         folder: Where the journal is kept.
-        aligner: What corrects, one answer after the other, so that its seconds are its own.
-        judge: Who judges.
+        aligner: Corrects one answer after the other, so that its times are not shared.
+        judge: Judges both answers.
         upstream: The model that answers, where a prompt has no answer.
-        upstream_name: What to call it.
-        concurrency: Prompts under way at once at the upstream model.
-        report: Called with how many prompts are done, and of how many.
+        upstream_name: Its name in the report.
+        concurrency: Calls of the upstream model under way at once.
+        report: Told of prompts done, at the stage "compare".
 
     Raises:
-        UpstreamError: If the judge fails; what is done stays.
-        DataError: If the journal is another comparison's, or cannot be written.
+        UpstreamError: If the judge fails; results so far are kept.
+        JobError: If the journal is another comparison's, or cannot be written.
     """
     settings = {"aligner": aligner.identity, "judge": judge.name, "upstream": upstream_name, "prompts": digest(prompts)}
     failed: dict[str, str] = {}
     with Journal(folder / "journal.jsonl", settings) as journal:
         todo = [prompt for prompt in prompts if prompt.key not in journal.done]
+        report(Progress("compare", len(journal.done), len(prompts)))
         if todo:
             aligner.correct("Ready?", "Yes.")  # the first pass allocates
         for part in chunks(todo, concurrency * 2):
-            said = ask(part, upstream, concurrency)
-            good, timed = [], []
-            for prompt, one in zip(part, said, strict=True):
-                outcome = _corrected(aligner, prompt, one)
-                if isinstance(outcome, Exception):
-                    failed[prompt.key] = describe_failure(prompt, outcome)
+            rows: dict[str, dict[str, Any]] = {}
+            for prompt, answer in zip(part, ask(part, upstream, concurrency), strict=True):
+                row = _corrected(aligner, prompt, answer)
+                if isinstance(row, Exception):
+                    failed[prompt.key] = describe_failure(prompt, row)
                 else:
-                    good.append(prompt)
-                    timed.append(outcome)
-            pairs = [Pair(row["question"], row["answer"], row["correction"]) for row in timed]
-            for prompt, row, verdicts in zip(good, timed, judge.judge(pairs), strict=True):
-                journal.add(prompt.key, row | {"verdicts": verdicts})
-            report(len(journal.done), len(prompts))
-        rows = [Compared(**journal.done[prompt.key]) for prompt in prompts if prompt.key in journal.done]
-    return Comparison(judge=judge.name, upstream=upstream_name, aligner=aligner.identity, rows=rows, failed=failed)
+                    rows[prompt.key] = row
+            pairs = [Pair(row["question"], row["answer"], row["correction"]) for row in rows.values()]
+            for (key, row), verdicts in zip(rows.items(), judge.judge(pairs), strict=True):
+                journal.add(key, row | {"verdicts": verdicts})
+            report(Progress("compare", len(journal.done), len(prompts)))
+        compared = [ComparisonRow(**journal.done[prompt.key]) for prompt in prompts if prompt.key in journal.done]
+    return Comparison(judge=judge.name, upstream=upstream_name, aligner=aligner.identity, rows=compared, failed=failed)
 
 
-def _corrected(aligner: Aligner, prompt: Prompt, said: Answered | Exception) -> dict[str, Any] | Exception:
-    if isinstance(said, Exception):
-        return said
+def _corrected(aligner: Aligner, prompt: Prompt, answer: Answered | Exception) -> dict[str, Any] | Exception:
+    if isinstance(answer, Exception):
+        return answer
     start = time.perf_counter()
     try:
-        correction = aligner.correct(prompt.question, said.text)
+        correction = aligner.correct(prompt.question, answer.text)
     except InputError as exc:
         return exc
     return {
         "question": prompt.question,
-        "answer": said.text,
+        "answer": answer.text,
         "correction": correction.corrected,
         "category": prompt.category,
-        "answer_tokens": correction.usage.draft_tokens or aligner.count_tokens(said.text),
+        "answer_tokens": correction.usage.draft_tokens or aligner.count_tokens(answer.text),
         "seconds": time.perf_counter() - start,
-        "upstream_seconds": said.seconds,
+        "upstream_seconds": answer.seconds,
     }
 
 
-def _latency(rows: Sequence[Compared]) -> Latency:
+def _latency(rows: Sequence[ComparisonRow]) -> Latency:
     milliseconds = sorted(row.seconds * 1000 for row in rows)
 
     def percentile(share: float) -> float:

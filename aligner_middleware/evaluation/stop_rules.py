@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from aligner_middleware.evaluation.policy_metrics import Health
+    from aligner_middleware.evaluation.policy_metrics import PolicyMetrics
 
 
 class StopRules(BaseModel):
@@ -42,22 +42,22 @@ class StopRules(BaseModel):
         default=8, ge=1, description="Stop when a round has fewer preference pairs: too little is left to learn."
     )
 
-    def broken(self, history: Sequence[Health]) -> list[str]:
-        """Say which rules the last of these policies breaks; the first one is what it is compared with."""
+    def broken(self, history: Sequence[PolicyMetrics]) -> list[str]:
+        """Give the rules that the last of these policies breaks, a sentence each; the first one is the first policy."""
         first, *_, now = history
-        found = []
+        reasons = []
         if now.kl > self.max_kl:
-            found.append(f"KL to the first policy is {now.kl:.2f} nats a token, over {self.max_kl:g}")
+            reasons.append(f"KL to the first policy is {now.kl:.2f} nats a token, over {self.max_kl:g}")
         for dimension, tally in now.verdicts.items():
-            best = max((health.verdicts[dimension] for health in history[:-1]), key=lambda tally: tally.rate)
+            best = max((past.verdicts[dimension] for past in history[:-1]), key=lambda tally: tally.rate)
             if tally.rate < best.rate - self.max_drop and tally.high < best.low:
-                found.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best.rate:+.1%}")
+                reasons.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best.rate:+.1%}")
         if not self.length[0] * first.words <= now.words <= self.length[1] * first.words:
-            found.append(f"answers have {now.words:.0f} words, the first policy's {first.words:.0f}")
+            reasons.append(f"answers have {now.words:.0f} words, the first policy's {first.words:.0f}")
         if now.distinct[3] < self.min_distinct * first.distinct[3]:
-            found.append(f"{now.distinct[3]:.0%} of 3-grams are distinct, the first policy's {first.distinct[3]:.0%}")
+            reasons.append(f"{now.distinct[3]:.0%} of 3-grams are distinct, the first policy's {first.distinct[3]:.0%}")
         if now.refusals > first.refusals + self.max_refusals:
-            found.append(f"{now.refusals:.0%} of answers are refusals, the first policy's {first.refusals:.0%}")
+            reasons.append(f"{now.refusals:.0%} of answers are refusals, the first policy's {first.refusals:.0%}")
         if now.blank > self.max_blank:
-            found.append(f"{now.blank:.0%} of answers are empty")
-        return found
+            reasons.append(f"{now.blank:.0%} of answers are empty")
+        return reasons

@@ -1,7 +1,7 @@
 """A checkpoint to an aligner folder: PyTorch, optimum's ONNX, fused, quantised, checked, written.
 
-Every decoder-only model goes through optimum. What it gives is fused where its shape allows that, and otherwise kept as it
-is; the fused graph is rewritten from optimum's own, so there is one exporter and one tokenizer to trust.
+Optimum exports every decoder-only model. Its graph is fused where the shape allows that, and otherwise stays as it is; the
+fused graph is a rewrite of optimum's own, so there is one exporter and one tokenizer to trust.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import gc
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,14 @@ from aligner_middleware.artifact import (
     TOKENIZER_FILE,
     Artifact,
     GraphKind,
+    Parity,
     Precision,
     Weights,
     folder_of,
     sha256,
 )
 from aligner_middleware.checkpoints.checkpoint import Checkpoint, end_token_ids
+from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import BuildError
 from aligner_middleware.export import parity
 from aligner_middleware.export.fuse import NotFusable, fuse
@@ -37,7 +40,7 @@ from aligner_middleware.export.parity_text import SAMPLE
 from aligner_middleware.export.quantize import WEIGHTS, quantise
 from aligner_middleware.export.rotate import NotRotatable
 from aligner_middleware.text.template import verdict_ids
-from aligner_middleware.text.tokenizer import tiktoken_is_identical
+from aligner_middleware.text.tokenizer import Tokenizer, tiktoken_is_identical
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,16 +58,18 @@ STEPS = (
 _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "peft")
 _SINGLE_FILE = 2**31 - 2**20  # protobuf's limit; larger weights lie beside the graph
 
-Report = Callable[[str], None]
+
+@dataclass(frozen=True)
+class _Form:
+    """The form in which a graph was written, and how far it is from PyTorch."""
+
+    graph: GraphKind
+    weights: Weights
+    parity: Parity
 
 
 def export(
-    checkpoint: Checkpoint,
-    out: Path,
-    precision: Precision,
-    *,
-    fused: bool = True,
-    report: Report = lambda step: None,
+    checkpoint: Checkpoint, out: Path, precision: Precision, *, fused: bool = True, report: Report = ignore
 ) -> Artifact:
     """Fill an empty folder with an aligner.
 
@@ -72,53 +77,89 @@ def export(
         checkpoint: What to export.
         out: The folder; the one around it gets temporary files.
         precision: Of the weights.
-        fused: Whether to fuse what can be fused.
-        report: Called with each of `STEPS` as it begins.
+        fused: Whether to fuse operators where the graph allows it.
+        report: Told of each of `STEPS` when it begins: its name is the stage, its number from 0 what is done. Where a form
+            of the graph is too far from PyTorch, the steps from fusing on are repeated for the next form.
 
     Raises:
         BuildError: If optimum cannot export the model, or the result is too far from it.
     """
-    report(STEPS[0])
+    _begin("loading the checkpoint", report)
     tokenizer = checkpoint.tokenizer()
     ends = end_token_ids(checkpoint.folder, tokenizer, checkpoint.template)
     network = checkpoint.load()
-    config = network.config.to_dict()
-    report(STEPS[1])
-    # Beside `out`, where there is as much room as for the rest, and where a killed process leaves nothing for ever.
+    # Beside `out`, where there is as much room as for the rest, and which the next export clears after a killed process.
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        _begin("exporting by optimum", report)
         _by_optimum(network, checkpoint, Path(scratch))
-        report(STEPS[2])
-        for wanted, weights in _attempts(precision, fused):
-            model, kind = _fused_or_not(Path(scratch) / MODEL_FILE, config, wanted and fused)
-            fused = kind == "fused"
-            predict_at_positions(model)
-            report(STEPS[3])
-            try:
-                with _quiet():
-                    model = quantise(model, precision, weights)
-            except NotRotatable as exc:
-                logger.info("weights are stored in blocks, which is slower: %s", exc)
-                continue
-            _save(model, out / MODEL_FILE)
-            del model
-            gc.collect()
-            report(STEPS[4])
-            measured = parity.measure(network, checkpoint, out / MODEL_FILE, SAMPLE)
-            if parity.holds(measured, precision) or (kind, weights) == ("standard", WEIGHTS[precision][-1]):
-                break
-            logger.warning(
-                "the %s graph with weights as %s is too far from PyTorch: trying a slower form", kind, weights
-            )
-    parity.check(measured, precision)
-    report(STEPS[5])
+        form = _write_graph(network, checkpoint, Path(scratch) / MODEL_FILE, out / MODEL_FILE, precision, fused, report)
+    _begin("writing", report)
     (out / TOKENIZER_FILE).write_bytes((checkpoint.folder / TOKENIZER_FILE).read_bytes())
+    artifact = _describe(checkpoint, network.config.to_dict(), tokenizer, ends, out, precision, form)
+    artifact.save(out)
+    return artifact
+
+
+def _begin(step: str, report: Report) -> None:
+    report(Progress(step, STEPS.index(step), len(STEPS)))
+
+
+def _write_graph(
+    network: PreTrainedModel,
+    checkpoint: Checkpoint,
+    source: Path,
+    target: Path,
+    precision: Precision,
+    fused: bool,
+    report: Report,
+) -> _Form:
+    """Write optimum's graph in the fastest form that is near enough to PyTorch.
+
+    Raises:
+        BuildError: If none is.
+    """
+    config = network.config.to_dict()
+    for wanted, weights in _forms(precision, fused):
+        _begin("fusing", report)
+        model, kind = _fused_or_not(source, config, wanted and fused)
+        fused = kind == "fused"
+        predict_at_positions(model)
+        _begin("quantising", report)
+        try:
+            with _quiet():
+                model = quantise(model, precision, weights)
+        except NotRotatable as exc:
+            logger.info("weights are stored in blocks, which is slower: %s", exc)
+            continue
+        _save(model, target)
+        del model
+        gc.collect()
+        _begin("checking against PyTorch", report)
+        measured = parity.measure(network, checkpoint, target, SAMPLE)
+        if parity.within_tolerance(measured, precision) or (kind, weights) == ("standard", WEIGHTS[precision][-1]):
+            break
+        logger.warning("the %s graph with weights as %s is too far from PyTorch: trying a slower form", kind, weights)
+    parity.check(measured, precision)
+    return _Form(kind, weights, measured)
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    tokenizer: Tokenizer,
+    ends: Sequence[int],
+    out: Path,
+    precision: Precision,
+    form: _Form,
+) -> Artifact:
+    """Describe a folder that holds the graph and the tokenizer; this runs the graph once, for the probe."""
     heads = config["num_attention_heads"]
-    artifact = Artifact(
+    return Artifact(
         name=_name(checkpoint.name),
         template=checkpoint.template,
         precision=precision,
-        graph=kind,
-        weights=weights,
+        graph=form.graph,
+        weights=form.weights,
         base=checkpoint.weights,
         eos_token_ids=tuple(ends),
         layers=config["num_hidden_layers"],
@@ -129,17 +170,15 @@ def export(
         tiktoken=tiktoken_is_identical((out / TOKENIZER_FILE).read_text(encoding="utf-8")),
         files={path.name: sha256(path) for path in sorted(out.iterdir())},
         built_with={tool: version(tool) for tool in _TOOLS},
-        parity=measured,
+        parity=form.parity,
         probe=parity.probe(out / MODEL_FILE, tokenizer.encode(SAMPLE[0][1])),
         verdict_ids=verdict_ids(tokenizer, checkpoint.template),
         calibration=checkpoint.calibration(),
     )
-    artifact.save(out)
-    return artifact
 
 
 def _name(model: str) -> str:
-    """What to call an aligner wherever it is served: not by the path that it had here."""
+    """Name an aligner for wherever it is served: without the path that it had on this machine."""
     folder = folder_of(model) if model != "default" else None
     name = model if folder is None else folder.resolve().name
     return "".join(char if char.isprintable() else "?" for char in name)[:300] or "aligner"
@@ -155,8 +194,8 @@ def _by_optimum(network: PreTrainedModel, checkpoint: Checkpoint, scratch: Path)
             raise BuildError(f"optimum cannot export {checkpoint.name}: {type(exc).__name__}: {exc}") from exc
 
 
-def _attempts(precision: Precision, fused: bool) -> list[tuple[bool, Weights]]:
-    """List the forms to try until one holds, the fastest first: whether to fuse, and how to store weights."""
+def _forms(precision: Precision, fused: bool) -> list[tuple[bool, Weights]]:
+    """List the forms to try, the fastest first: whether to fuse, and how to store weights."""
     forms = WEIGHTS[precision]
     return [(fused, weights) for weights in forms] + ([(False, forms[-1])] if fused else [])
 
@@ -174,7 +213,7 @@ def _fused_or_not(path: Path, config: dict[str, Any], wanted: bool) -> tuple[onn
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
-    for old in path.parent.glob(path.name + "*"):  # of an attempt that did not hold: external data would be added to
+    for old in path.parent.glob(path.name + "*"):  # of a form that was rejected: external data would be appended to it
         old.unlink()
     external = model.ByteSize() > _SINGLE_FILE
     onnx.save(model, path, save_as_external_data=external, location=path.name + ".data")

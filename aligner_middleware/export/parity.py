@@ -1,4 +1,4 @@
-"""Is the exported graph still the model that was trained? Both read the same real text, and their logits are compared."""
+"""Compares an exported graph with the PyTorch model that it came from: their logits on the same real text."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def measure(
     )
 
 
-def holds(parity: Parity, precision: Precision) -> bool:
+def within_tolerance(parity: Parity, precision: Precision) -> bool:
     """Whether a graph is near enough to the PyTorch model."""
     share, rise = _TOLERANCE[precision]
     return parity.same_argmax >= share and parity.perplexity <= parity.reference_perplexity * (1 + rise)
@@ -79,7 +79,7 @@ def check(parity: Parity, precision: Precision) -> None:
     """
     share, rise = _TOLERANCE[precision]
     allowed = parity.reference_perplexity * (1 + rise)
-    if not holds(parity, precision):
+    if not within_tolerance(parity, precision):
         raise BuildError(
             f"the {precision} graph is too far from the PyTorch model: it agrees on {parity.same_argmax:.1%} of "
             f"{parity.tokens} tokens (at least {share:.1%} expected), with perplexity {parity.perplexity:.3f} (at most "
@@ -88,7 +88,7 @@ def check(parity: Parity, precision: Precision) -> None:
 
 
 def probe(graph: Path, tokens: Sequence[int]) -> Probe:
-    """Take down what a graph says after a text, for `OnnxModel` to compare."""
+    """Record the largest logits of a graph after a text, which `OnnxModel` compares with its own."""
     session = ort.InferenceSession(graph, session_options(), providers=["CPUExecutionProvider"])
     logits = _onnx_logits(session, [*tokens, 0], 1)[0]
     top = np.argsort(-logits)[:_TOP]

@@ -1,6 +1,6 @@
 """Quantise an exported decoder: int8 as products of integers, int8 and int4 in blocks, float16 for GPUs.
 
-- `products`: weights and activations are integers (`integers.py`).
+- `products`: weights and activations are integers (`w8a8.py`).
 - `blocks`: weights are stored in blocks of 32 with a scale each (MatMulNBits, accuracy level 4). Slower over many tokens, and
   for every graph.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from aligner_middleware.data.files import write_bytes
 from aligner_middleware.evaluation.pairwise import Dimension
-from aligner_middleware.evaluation.policy_metrics import Health as PolicyMetrics
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics
 from aligner_middleware.rlhf.round_results import Rounds
 
 _COLORS = ("#2a9d5c", "#c0504d", "#4472c4", "#b8860b")

@@ -10,7 +10,7 @@ from typing import Any
 from aligner_middleware.data.files import write_text
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.errors import JobError
-from aligner_middleware.evaluation.policy_metrics import Health as PolicyMetrics
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics
 
 _SUMMARY_FILE = "summary.json"
 

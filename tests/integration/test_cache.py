@@ -11,7 +11,7 @@ import pytest
 from aligner_middleware import Aligner, ArtifactError, BuildError
 from aligner_middleware.artifact import cached_folder
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.export.folder import build_cached, export_folder, load_cached
+from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
 from tests.unit.test_folders import little_room
@@ -45,35 +45,35 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
 def test_what_is_damaged_in_the_cache_is_built_anew_and_what_is_not_serves_other_places(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, artifact = load_cached(str(source), "float32")
+    folder, artifact = export_model(str(source), None, "float32")
     assert (folder.parent, artifact.name) == (tmp_path / "home", "llama")
     for name, damage in DAMAGE:
         damage(folder / name)
         if damage is other_probe:
             with pytest.raises(ArtifactError, match="export the aligner again on this one"):
                 Aligner.load(source, precision="float32")
-        assert build_cached(str(source), "float32", tried=True) == folder
+        assert export_model(str(source), None, "float32", verify=True).folder == folder
         Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
     cut_short(folder / "model.onnx")
     Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
     monkeypatch.setattr(
-        "aligner_middleware.export.folder.export", lambda *args, **options: pytest.fail("it was built again")
+        "aligner_middleware.export.store.export", lambda *args, **options: pytest.fail("it was built again")
     )
     elsewhere = shutil.copytree(source, tmp_path / "there" / "llama")
-    assert build_cached(str(elsewhere), "float32") == folder == cached_folder(str(elsewhere), "float32")
+    assert export_model(str(elsewhere), None, "float32").folder == folder == cached_folder(str(elsewhere), "float32")
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]
 
 
 def test_the_advice_to_export_again_helps_whatever_is_damaged(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    export_folder(str(source), out, "float32")
+    export_model(str(source), out, "float32")
     for name, damage in DAMAGE:
         if (name, damage) == ("aligner.json", Path.unlink):
             continue  # without it nobody can tell whose folder that is
         damage(out / name)
         with pytest.raises(ArtifactError, match="export the aligner again"):
             Aligner.load(out)
-        export_folder(str(source), out, "float32")
+        export_model(str(source), out, "float32")
         Aligner.load(out, max_new_tokens=3).correct("q", "a")
 
 
@@ -85,10 +85,10 @@ def test_an_export_to_a_full_disk_is_one_line_and_leaves_the_folder_as_it_was(
         little_room(size),
         pytest.raises(BuildError, match=re.escape(f"{tmp_path / 'out'} cannot be written: ")) as told,
     ):
-        export_folder(str(source), tmp_path / "out", "float32")
+        export_model(str(source), tmp_path / "out", "float32")
     assert "\n" not in str(told.value)
     with little_room(size), pytest.raises(BuildError, match="set ALIGNER_HOME"):
-        build_cached(str(source), "float32")
+        export_model(str(source), None, "float32")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".out.lock")) == ["here", "home"]
     assert not [path for path in (tmp_path / "home").iterdir() if path.suffix != ".lock"]
 

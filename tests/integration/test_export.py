@@ -12,8 +12,8 @@ from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.engine.onnx import OnnxModel
-from aligner_middleware.export.folder import export_folder
 from aligner_middleware.export.rotate import rotate
+from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import FAMILIES, random_checkpoint
 
@@ -23,7 +23,7 @@ PAIRS = [("Who?", "Nobody that I know of."), ("Why is that?", "Because."), ("q",
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_says_what_pytorch_says(family: str, tmp_path: Path) -> None:
     source = random_checkpoint(family, tmp_path / family)
-    artifact = export_folder(str(source), tmp_path / "out", "float32")
+    artifact = export_model(str(source), tmp_path / "out", "float32").artifact
     assert artifact.graph == ("standard" if family == "gpt_neox" else "fused")
     assert artifact.parity is not None and artifact.parity.same_argmax == 1
     served = Aligner.load(tmp_path / "out", max_new_tokens=24)
@@ -35,8 +35,8 @@ def test_a_family_says_what_pytorch_says(family: str, tmp_path: Path) -> None:
 
 def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(tmp_path: Path) -> None:
     source = random_checkpoint("llama", tmp_path / "llama")
-    export_folder(str(source), tmp_path / "fused", "float32")
-    export_folder(str(source), tmp_path / "standard", "float32", fused=False)
+    export_model(str(source), tmp_path / "fused", "float32")
+    export_model(str(source), tmp_path / "standard", "float32", fused=False)
     pair = ("q", "some words " * 80)
     texts = {
         Aligner.load(tmp_path / kind, max_new_tokens=20).correct(*pair).corrected for kind in ("fused", "standard")
@@ -50,7 +50,7 @@ def test_both_graphs_agree_on_a_prompt_longer_than_a_chunk(tmp_path: Path) -> No
 )
 def test_int8_is_stored_as_the_family_allows_and_can_be_served(family: str, weights: str, tmp_path: Path) -> None:
     source = random_checkpoint(family, tmp_path / family)
-    export_folder(str(source), tmp_path / "out", "int8")
+    export_model(str(source), tmp_path / "out", "int8")
     artifact = Artifact.load(tmp_path / "out")
     assert (artifact.precision, artifact.weights) == ("int8", weights)
     assert Aligner.load(tmp_path / "out", max_new_tokens=5).correct("q", "a").usage.passes >= 1
@@ -59,7 +59,7 @@ def test_int8_is_stored_as_the_family_allows_and_can_be_served(family: str, weig
 @pytest.mark.parametrize("family", ["llama, scaled and biased", "gemma", "qwen3", "phi3"])
 def test_a_rotated_model_says_the_same(family: str, tmp_path: Path) -> None:
     source = random_checkpoint(family, tmp_path / family)
-    export_folder(str(source), tmp_path / "out", "float32")
+    export_model(str(source), tmp_path / "out", "float32")
     model = onnx.load(tmp_path / "out" / "model.onnx")
     rotate(model)
     onnx.save(model, tmp_path / "out" / "rotated.onnx")
@@ -74,7 +74,7 @@ def test_a_rotated_model_says_the_same(family: str, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_deleted_under_a_running_aligner_changes_nothing(tmp_path: Path) -> None:
     source = random_checkpoint("llama", tmp_path / "llama")
-    export_folder(str(source), tmp_path / "out", "int8")
+    export_model(str(source), tmp_path / "out", "int8")
     aligner = Aligner.load(tmp_path / "out", max_new_tokens=12)
     before = [aligner.correct(*pair).corrected for pair in PAIRS]
     shutil.rmtree(tmp_path / "out")
@@ -85,7 +85,7 @@ def test_a_folder_that_is_deleted_under_a_running_aligner_changes_nothing(tmp_pa
 
 def test_a_graph_that_computes_something_else_here_is_refused(tmp_path: Path) -> None:
     source = random_checkpoint("llama", tmp_path / "llama")
-    export_folder(str(source), tmp_path / "out", "float32")
+    export_model(str(source), tmp_path / "out", "float32")
     path = tmp_path / "out" / "aligner.json"
     described = json.loads(path.read_text())
     described["probe"]["logits"] = [value + 2 for value in described["probe"]["logits"]]
@@ -102,7 +102,7 @@ def test_a_graph_that_drifted_is_refused_and_nothing_is_written(
     monkeypatch.setitem(parity._TOLERANCE, "float32", (1.01, 0.0))
     source = random_checkpoint("llama", tmp_path / "llama")
     with pytest.raises(BuildError, match="too far from the PyTorch model"):
-        export_folder(str(source), tmp_path / "out", "float32")
+        export_model(str(source), tmp_path / "out", "float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", "llama"]
 
 
@@ -126,7 +126,7 @@ def test_training_lowers_the_loss_and_its_adapter_can_be_exported(tmp_path: Path
         "adapter_model.safetensors",
         "training.json",
     }
-    artifact = export_folder(str(tmp_path / "adapter"), tmp_path / "out", "float32")
+    artifact = export_model(str(tmp_path / "adapter"), tmp_path / "out", "float32").artifact
     assert artifact.base.adapter_sha256
     assert artifact.template == recipe.template
 
@@ -134,9 +134,9 @@ def test_training_lowers_the_loss_and_its_adapter_can_be_exported(tmp_path: Path
 def test_what_is_nowhere_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BuildError, match="nobody/nothing"):
-        export_folder("nobody/nothing", tmp_path / "out", "float32")
+        export_model("nobody/nothing", tmp_path / "out", "float32")
     with pytest.raises(BuildError, match="neither a folder here nor a hub id"):
-        export_folder("not a name!", tmp_path / "out", "float32")
+        export_model("not a name!", tmp_path / "out", "float32")
     (tmp_path / "empty").mkdir()
     with pytest.raises(BuildError, match="is not a checkpoint"):
-        export_folder(str(tmp_path / "empty"), tmp_path / "out", "float32")
+        export_model(str(tmp_path / "empty"), tmp_path / "out", "float32")

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from aligner_middleware import Aligner, InputError
 from aligner_middleware.checkpoints.base import base_folder
 from aligner_middleware.cli.app import app
-from aligner_middleware.evaluation.lm_eval import load_lm, measure_ability
+from aligner_middleware.evaluation.lm_eval import run_benchmark
+from aligner_middleware.evaluation.lm_eval_models import load_lm
 from tests.fakes import InstantAligner
 
 TASKS = Path("benchmarks/tasks")
@@ -26,7 +27,7 @@ def test_choices_and_generation_run_with_and_without_the_aligner_and_the_model_i
     lm: HFLM, aligner: Aligner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"include": TASKS, "limit": 4}
-    found = measure_ability(lm, aligner, ["small_choice", "small_match"], tmp_path / "cache", **options)  # type: ignore[arg-type]
+    found = run_benchmark(lm, aligner, ["small_choice", "small_match"], tmp_path / "cache", **options)  # type: ignore[arg-type]
     names = {(row.task, row.metric): row for row in found.rows}
     choice = names["small_choice", "acc"]
     assert choice.samples == 4
@@ -43,15 +44,15 @@ def test_choices_and_generation_run_with_and_without_the_aligner_and_the_model_i
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.ERROR):
         patch.setattr(lm, "generate_until", refuse)
         patch.setattr(lm, "loglikelihood", refuse)
-        again = measure_ability(lm, aligner, ["small_choice", "small_match"], tmp_path / "cache", **options)  # type: ignore[arg-type]
+        again = run_benchmark(lm, aligner, ["small_choice", "small_match"], tmp_path / "cache", **options)  # type: ignore[arg-type]
     assert again == found
 
 
 def test_a_task_that_is_not_there_is_one_clear_error(lm: HFLM, aligner: Aligner, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no task no_such_task"):
-        measure_ability(lm, aligner, ["no_such_task"], tmp_path / "cache")
-    with pytest.raises(InputError, match="did you mean small_choice"):
-        measure_ability(lm, aligner, ["small_choise"], tmp_path / "cache", include=TASKS)
+        run_benchmark(lm, aligner, ["no_such_task"], tmp_path / "cache")
+    with pytest.raises(InputError, match="did you mean 'small_choice'"):
+        run_benchmark(lm, aligner, ["small_choise"], tmp_path / "cache", include=TASKS)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_clear_error() -> None:
@@ -69,7 +70,7 @@ def test_a_missing_key_is_one_line(model: list[str], tmp_path: Path, monkeypatch
     monkeypatch.setattr(Aligner, "load", lambda *args, **options: InstantAligner(lambda question, answer: answer))
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
         monkeypatch.delenv(name, raising=False)
-    result = CliRunner().invoke(app, ["ability", "small_match", "--include", str(TASKS), "--limit", "1", *model])
+    result = CliRunner().invoke(app, ["benchmark", "small_match", "--include", str(TASKS), "--limit", "1", *model])
     assert result.exit_code == 1, result.output
     last = result.stderr.splitlines()[-1].rpartition("error: ")[2]  # a bar of lm-eval's may stand before it
     assert "OPENAI_API_KEY" in last
@@ -79,7 +80,7 @@ def test_a_missing_key_is_one_line(model: list[str], tmp_path: Path, monkeypatch
 def test_a_chat_model_is_measured_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text("from tests.chat_models import saying\nllm = saying('Tokyo.')\n")
     command = [
-        "ability",
+        "benchmark",
         "small_match",
         "--include",
         str(TASKS),

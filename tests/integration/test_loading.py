@@ -11,7 +11,7 @@ import pytest
 from langchain_core.language_models import FakeListChatModel
 
 from aligner_middleware import Aligner, AlignerRunnable, ArtifactError
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from tests.integration.conftest import random_checkpoint
 
 INSULT = (
@@ -26,7 +26,7 @@ needs_cuda_build = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float32")
-    export_folder(str(random_checkpoint("llama", folder / "llama")), folder / "out", "float32")
+    export_model(str(random_checkpoint("llama", folder / "llama")), folder / "out", "float32")
     return folder / "out"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from aligner_middleware import Aligner, InputError
 from aligner_middleware.data.prompts import Prompt
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.ray import make_preferences_on_ray
 from tests.integration.conftest import random_checkpoint
@@ -75,7 +75,7 @@ def wait_until(condition: Any, seconds: float = 120) -> None:
 def folder(tmp_path: Path) -> Path:
     """A small random aligner, exported, and a chat model that notes who asks it."""
     random_checkpoint("llama", tmp_path / "checkpoint")
-    export_folder(str(tmp_path / "checkpoint"), tmp_path / "aligner", "float32")
+    export_model(str(tmp_path / "checkpoint"), tmp_path / "aligner", "float32")
     (tmp_path / "upstream.py").write_text(UPSTREAM)
     return tmp_path
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.errors import BuildError, ConfigError
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
 
@@ -108,7 +108,7 @@ def test_full_fine_tuning_gives_a_checkpoint_that_exports_with_its_prompt(base: 
     recipe = train(ROWS, tmp_path / "full", config, held_out=ROWS[:4], logs=tmp_path / "logs")
     assert recipe.losses["correction_held_out"] < 6
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
-    artifact = export_folder(str(tmp_path / "full"), tmp_path / "out", "float32")
+    artifact = export_model(str(tmp_path / "full"), tmp_path / "out", "float32").artifact
     assert artifact.template == recipe.template
     assert artifact.template.name != "default"
 

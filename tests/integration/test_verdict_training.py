@@ -9,7 +9,7 @@ from aligner_middleware import Aligner
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.errors import BuildError, ConfigError
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.fakes import SPARE, tokenizer_json
 from tests.integration.conftest import random_checkpoint
@@ -53,7 +53,7 @@ def test_each_method_learns_verdicts_and_serves_what_it_learnt(
     assert recipe.verdicts == {"keep": 16, "edit": 16, "rewrite": 16}
     assert recipe.template.verdicts == SPARE[:3]
     assert recipe.template.mark == (SPARE[3] if edits == "operations" else None)
-    artifact = export_folder(str(tmp_path / "trained"), tmp_path / "out", "float32")
+    artifact = export_model(str(tmp_path / "trained"), tmp_path / "out", "float32").artifact
     assert artifact.verdict_ids is not None
     assert Artifact.load(tmp_path / "out") == artifact
     pairs = [(row.question, row.answer) for row in (*GOOD[:3], *RUDE[:3], *HARMFUL[:3])]
@@ -94,7 +94,7 @@ def test_training_goes_on_from_an_aligner(base: Path, tmp_path: Path, method: Li
     assert first.start is None
     fresh = train(ROWS, tmp_path / "fresh", later.model_copy(update={"start": None}))
     assert second.losses["correction"] < 0.5 * fresh.losses["correction"]
-    artifact = export_folder(str(tmp_path / "second"), tmp_path / "out", "float32")
+    artifact = export_model(str(tmp_path / "second"), tmp_path / "out", "float32").artifact
     assert artifact.verdict_ids is not None
 
 

@@ -13,6 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from aligner_middleware import Aligner
 from aligner_middleware.artifact import (
     ARTIFACT_FILE,
     MODEL_FILE,
@@ -20,13 +21,13 @@ from aligner_middleware.artifact import (
     Artifact,
     Calibration,
 )
-from aligner_middleware.cli import app as cli
-from aligner_middleware.errors import DataError, InputError
+from aligner_middleware.cli.app import app
+from aligner_middleware.data.progress import Progress
+from aligner_middleware.errors import InputError, JobError
 from aligner_middleware.evaluation.calibration import (
     KEPT,
-    Measured,
+    MeasuredRow,
     calibrate,
-    draw_calibration,
     fit,
     measure,
     row_weights,
@@ -34,7 +35,8 @@ from aligner_middleware.evaluation.calibration import (
     sigmoid,
     thresholds,
 )
-from aligner_middleware.evaluation.guard import LabelledRow
+from aligner_middleware.evaluation.calibration_plot import draw_calibration
+from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from tests.fakes import artifact_folder
 
 EVIDENCE = st.floats(-30, 30, allow_subnormal=False)
@@ -44,12 +46,12 @@ def row(kind: str, evidence: float = 0.0, source: str = "") -> LabelledRow:
     return LabelledRow(question="Why?", answer=f"said {evidence}", kind=kind, source=source)
 
 
-def rows_of(good: list[float], bad: list[float], refusals: list[float] | None = None) -> list[Measured]:
+def rows_of(good: list[float], bad: list[float], refusals: list[float] | None = None) -> list[MeasuredRow]:
     kinds = [("keep", good), ("refusal", refusals or []), ("bad", bad)]
-    return [Measured(row(kind, value), value) for kind, values in kinds for value in values]
+    return [MeasuredRow(row(kind, value), value) for kind, values in kinds for value in values]
 
 
-def drawn(count: int = 400, seed: int = 0, shift: float = 2.0) -> list[Measured]:
+def drawn(count: int = 400, seed: int = 0, shift: float = 2.0) -> list[MeasuredRow]:
     """Rows whose true log odds, with classes of one size, are shift * evidence."""
     rng = np.random.default_rng(seed)
     good, bad = rng.normal(-shift / 2, 1, count), rng.normal(shift / 2, 1, count // 2)
@@ -84,7 +86,7 @@ def test_thresholds_keep_what_they_promise_and_are_ordered(
 ) -> None:
     try:
         report = calibrate(rows_of(good, bad, refusals), verdicts=verdicts)
-    except DataError:
+    except JobError:
         assume(False)
     found = report.calibration.levels if verdicts else report.calibration.tolerances
     assert found["low"] >= found["medium"] >= found["high"]
@@ -166,21 +168,21 @@ def test_refusals_are_not_kept_at_any_price() -> None:
 
 @pytest.mark.parametrize(("good", "bad"), [(49, 20), (50, 19)])
 def test_too_few_rows_are_refused(good: int, bad: int) -> None:
-    with pytest.raises(DataError, match=f"mine:1: holds {good} good and {bad} bad"):
+    with pytest.raises(JobError, match=f"mine: holds {good} good and {bad} bad"):
         calibrate(rows_of([0.0] * good, [1.0] * bad), verdicts=True, name="mine")
 
 
 def test_labels_that_the_evidence_contradicts_are_refused() -> None:
-    with pytest.raises(DataError, match="check the labels"):
-        calibrate([Measured(one.row, -one.evidence) for one in drawn(100)], verdicts=True)
+    with pytest.raises(JobError, match="check the labels"):
+        calibrate([MeasuredRow(one.row, -one.evidence) for one in drawn(100)], verdicts=True)
 
 
 def test_rows_that_do_not_fit_are_left_out() -> None:
     rows = [row("keep", 1.5), LabelledRow(question="q", answer="endless", kind="bad"), row("bad", 2)]
-    seen: list[tuple[int, int]] = []
-    measured = measure(SayingAligner(), rows, lambda done, of: seen.append((done, of)))
+    seen: list[Progress] = []
+    measured = measure(SayingAligner(), rows, seen.append)
     assert [one.evidence for one in measured] == [1.5, 2]
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [Progress("calibrate", done, 3) for done in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("verdicts", [True, False])
@@ -210,15 +212,15 @@ def test_the_plots_are_drawn(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: SayingAligner())
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: SayingAligner())
 
     def invoke(*arguments: Any) -> Any:
-        return CliRunner().invoke(cli.app, ["calibrate", *map(str, arguments)])
+        return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
 
     return invoke
 
 
-def write(path: Path, measured: list[Measured]) -> Path:
+def write(path: Path, measured: list[MeasuredRow]) -> Path:
     path.write_text("".join(one.row.model_dump_json() + "\n" for one in measured))
     return path
 
@@ -244,7 +246,7 @@ def test_the_command_writes_the_calibration_and_says_what_it_does(run: Callable[
 def test_the_command_refuses_too_few_rows_before_it_loads_anything(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: pytest.fail("loaded"))
     outcome = run(write(tmp_path / "a.jsonl", drawn(20)))
     assert outcome.exit_code == 1
     assert "20 good and 10 bad" in outcome.stderr

@@ -355,7 +355,7 @@ def interrupt(*args: Any, **options: Any) -> Any:
             "interrupted; repeat the command to resume",
         ),
         ("training.train", ["train", "rows", "out"], RESUMABLE),
-        ("export.folder.export_folder", ["export", "default", "out"], "interrupted"),
+        ("export.store.export_model", ["export", "default", "out"], "interrupted"),
         ("artifact.Artifact.load", ["info", "--model", "."], "interrupted"),
     ],
 )
@@ -541,11 +541,11 @@ def test_steps_are_named_as_they_begin(capsys: pytest.CaptureFixture[str], monke
 
 def test_no_line_of_an_evaluation_ends_in_nothing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from aligner_middleware.data.triples import Triple
-    from aligner_middleware.evaluation import Evaluation, Scored
+    from aligner_middleware.evaluation import Evaluation, ScoredRow
 
     def evaluate(aligner: Any, rows: list[Triple], **options: Any) -> Evaluation:
         made = Correction("q", "a", "a", "stop", Usage(), verdict="keep", score=0.1)
-        return Evaluation([Scored(row, made, None) for row in rows])
+        return Evaluation([ScoredRow(row, made, None) for row in rows])
 
     monkeypatch.setattr("aligner_middleware.evaluation.evaluate", evaluate)
     monkeypatch.setattr("aligner_middleware.export.parity.perplexity", lambda *args: 2.0)

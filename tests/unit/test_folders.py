@@ -28,7 +28,7 @@ from aligner_middleware.data.journal import Journal
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge
-from aligner_middleware.export.folder import export_folder
+from aligner_middleware.export.store import export_model
 from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import TrainConfig, train
 from tests.fakes import InstantAligner
@@ -60,7 +60,7 @@ def thing(out: Path) -> None:
 
 
 def export_to(out: Path) -> None:
-    export_folder("default", out, "int8")
+    export_model("default", out, "int8")
 
 
 def train_to(out: Path) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from aligner_middleware import Correction, Usage, cli
+from aligner_middleware import Aligner, Correction, Usage
 from aligner_middleware.artifact import LEVELS
-from aligner_middleware.errors import DataError, InputError
+from aligner_middleware.cli.app import app
+from aligner_middleware.errors import DataError, InputError, JobError
 from aligner_middleware.evaluation.detection import (
     Auc,
     Detection,
@@ -27,7 +28,8 @@ from aligner_middleware.evaluation.detection import (
     roc_curve,
     wilson,
 )
-from aligner_middleware.evaluation.guard import LabelledRow, guard, is_labelled, read_labelled
+from aligner_middleware.evaluation.guard import guard
+from aligner_middleware.evaluation.labelled_rows import LabelledRow, is_labelled, read_labelled
 
 THRESHOLDS = {"low": 0.9, "medium": 0.5, "high": 0.1}
 SCORED = st.lists(st.tuples(st.integers(-5, 5), st.booleans()), min_size=2).filter(
@@ -196,7 +198,7 @@ def test_a_line_that_is_no_labelled_row_is_named(tmp_path: Path, line: Any, reas
 
 
 def test_an_empty_file_has_no_labelled_rows(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(JobError, match=r"rows\.jsonl: is empty"):
         read_labelled(write(tmp_path / "rows.jsonl"))
 
 
@@ -277,10 +279,10 @@ def test_an_aligner_without_verdicts_is_scored_by_its_evidence() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: ScoringAligner())
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: ScoringAligner())
 
     def invoke(*arguments: Any) -> Any:
-        return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+        return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
     return invoke
 

@@ -10,7 +10,7 @@ from lm_eval.api.model import LM
 
 from aligner_middleware import InputError
 from aligner_middleware.errors import UpstreamError
-from aligner_middleware.evaluation.lm_eval import AlignedLM, LangChainLM
+from aligner_middleware.evaluation.lm_eval_models import AlignedLM, LangChainLM
 from tests.chat_models import Scripted
 from tests.fakes import InstantAligner, fake_aligner
 
@@ -132,7 +132,7 @@ def test_a_langchain_model_is_asked_in_turns_and_says_what_it_cannot_do() -> Non
     assert lm.generate_until([generation(prompt, until=["\n"]), generation("[1]")]) == ["four", "four\nfive"]
     assert [("system", "count"), ("human", "2 + 2?")] in asked
     assert [("human", "[1]")] in asked
-    with pytest.raises(InputError, match="does not tell"):
+    with pytest.raises(InputError, match="does not give"):
         lm.loglikelihood(choices("a"))
 
 

@@ -12,7 +12,7 @@ from aligner_middleware import DataError
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.data.prompts import read_prompts
 from aligner_middleware.data.triples import read_rows
-from aligner_middleware.evaluation.guard import is_labelled, read_labelled
+from aligner_middleware.evaluation.labelled_rows import is_labelled, read_labelled
 from aligner_middleware.evaluation.public_sets import read_public
 
 DEEP = "[" * 100_000

@@ -1,4 +1,4 @@
-"""What the automatic judge calls better, and how scores are counted."""
+"""The reference judge's rules, and how scores are counted."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from aligner_middleware import Correction
 from aligner_middleware.correction import Usage
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.evaluation import Judge, Scored, Scores
+from aligner_middleware.evaluation import ReferenceJudge, ScoredRow, Scores
 from aligner_middleware.evaluation.reference_judge import word_f1
 
 
@@ -27,7 +27,7 @@ class WordEncoder:
         return vectors / np.maximum(1e-9, np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
-JUDGE = Judge(WordEncoder())
+JUDGE = ReferenceJudge(WordEncoder())
 WORDS = st.lists(
     st.sampled_from(["water", "boils", "at", "sea", "level", "you", "moron", "555-0134", "never.", "Fine!", "Yes"]),
     min_size=1,
@@ -80,10 +80,10 @@ def test_sentences_that_the_reference_keeps_must_stay_letter_by_letter() -> None
 
 
 def test_scores_count_what_was_kept_and_what_became_better() -> None:
-    def scored(answer: str, reference: str, correction: str) -> Scored:
+    def scored(answer: str, reference: str, correction: str) -> ScoredRow:
         row = Triple(question="?", answer=answer, correction=reference)
         judgement = None if row.keeps else JUDGE.judge([row], [correction])[0]
-        return Scored(row, Correction("?", answer, correction, "stop", Usage()), judgement)
+        return ScoredRow(row, Correction("?", answer, correction, "stop", Usage()), judgement)
 
     rows = [scored(KIND, KIND, KIND), scored(KIND, KIND, "Water."), scored(RUDE, KIND, KIND), scored(RUDE, KIND, RUDE)]
     scores = Scores.of(rows)

@@ -1,4 +1,4 @@
-"""What tells of a policy's collapse, and the rules that stop a run."""
+"""Metrics that show the collapse of a policy, and the rules that stop a run."""
 
 import re
 
@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner_middleware.evaluation.comparison import Tally
-from aligner_middleware.evaluation.policy_metrics import Health, distinct, refuses
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, distinct, refuses
 from aligner_middleware.evaluation.stop_rules import StopRules
 
 
-def health(rate: float = 0.0, spread: float = 0.05, **values: float) -> Health:
+def metrics(rate: float = 0.0, spread: float = 0.05, **values: float) -> PolicyMetrics:
     tally = Tally(win=0, tie=1, loss=0, malformed=0, rate=rate, low=rate - spread, high=rate + spread)
     given = {"kl": 0.1, "words": 40.0, "distinct_3": 0.8, "refusals": 0.1, "blank": 0.0} | values
     shares = {1: 0.3, 2: 0.6, 3: given.pop("distinct_3")}
-    return Health(verdicts={"harmless": tally}, distinct=shares, **given)
+    return PolicyMetrics(verdicts={"harmless": tally}, distinct=shares, **given)
 
 
 def test_distinct_n_grams_are_counted_over_all_answers() -> None:
@@ -47,18 +47,18 @@ def test_a_refusal_is_told_by_how_an_answer_begins(answer: str, refused: bool) -
 @pytest.mark.parametrize(
     ("now", "reason"),
     [
-        (health(), None),
-        (health(kl=1.5), "KL to the first policy is 1.50"),
-        (health(words=19), "19 words"),
-        (health(words=81), "81 words"),
-        (health(distinct_3=0.5), "50% of 3-grams"),
-        (health(refusals=0.4), "40% of answers are refusals"),
-        (health(blank=0.2), "20% of answers are empty"),
-        (health(rate=0.15), "judged harmless: .15.0%, where an earlier round had .30.0%"),
+        (metrics(), None),
+        (metrics(kl=1.5), "KL to the first policy is 1.50"),
+        (metrics(words=19), "19 words"),
+        (metrics(words=81), "81 words"),
+        (metrics(distinct_3=0.5), "50% of 3-grams"),
+        (metrics(refusals=0.4), "40% of answers are refusals"),
+        (metrics(blank=0.2), "20% of answers are empty"),
+        (metrics(rate=0.15), "judged harmless: .15.0%, where an earlier round had .30.0%"),
     ],
 )
-def test_each_rule_stops_what_it_is_for(now: Health, reason: str | None) -> None:
-    history = [health(), health(rate=0.3 if reason and "judged" in reason else 0.0), now]
+def test_each_rule_stops_what_it_is_for(now: PolicyMetrics, reason: str | None) -> None:
+    history = [metrics(), metrics(rate=0.3 if reason and "judged" in reason else 0.0), now]
     broken = StopRules().broken(history)
     assert len(broken) == (reason is not None)
     if reason is not None:
@@ -66,17 +66,17 @@ def test_each_rule_stops_what_it_is_for(now: Health, reason: str | None) -> None
 
 
 def test_a_fall_within_the_judges_own_noise_stops_nothing() -> None:
-    assert StopRules().broken([health(), health(rate=0.3), health(rate=0.15)])
-    assert not StopRules().broken([health(), health(rate=0.3, spread=0.1), health(rate=0.15, spread=0.1)])
+    assert StopRules().broken([metrics(), metrics(rate=0.3), metrics(rate=0.15)])
+    assert not StopRules().broken([metrics(), metrics(rate=0.3, spread=0.1), metrics(rate=0.15, spread=0.1)])
 
 
 def test_bounds_are_the_users() -> None:
-    assert not StopRules(max_kl=2.0).broken([health(), health(kl=1.5)])
-    assert StopRules(length=(0.9, 1.1)).broken([health(), health(words=50)])
+    assert not StopRules(max_kl=2.0).broken([metrics(), metrics(kl=1.5)])
+    assert StopRules(length=(0.9, 1.1)).broken([metrics(), metrics(words=50)])
 
 
 def test_a_judge_that_never_gave_a_verdict_breaks_no_rule_and_survives_json() -> None:
     told = Tally.of(["malformed"])
     assert Tally.model_validate_json(told.model_dump_json()).malformed == 1
-    nothing = health().model_copy(update={"verdicts": {"harmless": told}})
+    nothing = metrics().model_copy(update={"verdicts": {"harmless": told}})
     assert not StopRules().broken([nothing, nothing])

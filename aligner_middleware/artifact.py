@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from aligner_middleware.data.files import FolderKind, is_file, is_folder, write_text
+from aligner_middleware.data.files import is_file, is_folder, write_text
+from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import ArtifactError, BuildError
 from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id, verdict_ids
 from aligner_middleware.text.tokenizer import Tokenizer
@@ -289,7 +290,7 @@ class Artifact(_Frozen):
         """Write `aligner.json`, whole or not at all.
 
         Raises:
-            DataError: If it cannot be written.
+            JobError: If it cannot be written.
         """
         write_text(folder / ARTIFACT_FILE, self.model_dump_json(indent=2) + "\n")
 

@@ -113,7 +113,7 @@ def jobs(models: Path, default: bool) -> dict[str, Job]:
             InstantAligner(slowly),
             sft=folder / "sft.jsonl",
             concurrency=1,
-            report=lambda done, of: tell("corrections"),
+            report=lambda at: tell("corrections"),
         )
 
     def preferred(folder: Path) -> Any:
@@ -135,7 +135,7 @@ def jobs(models: Path, default: bool) -> dict[str, Job]:
             policy,
             rounds=2,
             rules=LENIENT,
-            report=lambda step, done, of: tell(step.partition(", loss")[0]),
+            report=lambda at: tell(at.stage),
         )
 
     def ran(folder: Path) -> Any:

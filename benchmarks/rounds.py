@@ -25,7 +25,7 @@ from aligner_middleware.checkpoints.base import DEFAULT_BASE, base_folder
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.data.files import write_lines, write_text
 from aligner_middleware.training import PolicyConfig
-from aligner_middleware.training.policy import train_policy
+from aligner_middleware.training.policy_training import train_policy
 
 UNALIGNED_ROWS = 1200
 # On Linux CPUs: have the allocator keep what each step takes and gives back; nearly twice as fast.

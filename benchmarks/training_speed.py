@@ -13,9 +13,9 @@ import argparse
 import json
 import multiprocessing
 import resource
-import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,21 +55,19 @@ def measure(form: str, method: str, steps: int, batch: int) -> dict[str, float]:
 
 
 def _ours(folder: Path, form: str, method: Any, steps: int, batch: int, times: list[tuple[float, int]]) -> None:
-    from aligner_middleware.training import Stage, TrainConfig
-    from aligner_middleware.training import train as train_module
+    from aligner_middleware.training import Stage, TrainConfig, origin, stages, train
+
+    class Clock(stages.Reporter):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                times.append((time.perf_counter(), int(state.num_input_tokens_seen)))
 
     config = TrainConfig(
         method=method, batch_size=batch, warm_up=Stage(epochs=0), correction=Stage(epochs=1), save_steps=10_000
     )
-    run = sys.modules[train_module.__module__]
-    keep = patch.object(run, "use_packing", lambda model: None) if form == "padded" else patch.object(run, "logger")
-    with keep:
-        train_module(
-            rows(steps * batch),
-            folder / "out",
-            config,
-            report=lambda progress: times.append((time.perf_counter(), progress.tokens)),
-        )
+    padding = patch.object(origin, "use_packing", lambda model: None) if form == "padded" else nullcontext()
+    with patch.object(stages, "Reporter", Clock), padding:
+        train(rows(steps * batch), folder / "out", config)
 
 
 def _plain(folder: Path, steps: int, batch: int, times: list[tuple[float, int]]) -> None:

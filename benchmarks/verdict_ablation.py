@@ -79,7 +79,7 @@ def main() -> None:
         )
         if not (folder / "trained").is_dir():
             train(
-                rows, folder / "trained", config, report=lambda at: print(at, flush=True) if at.step % 10 == 0 else None
+                rows, folder / "trained", config, report=lambda at: print(at, flush=True) if at.done % 10 == 0 else None
             )
         if not (folder / "int8").is_dir():
             export_model(str(folder / "trained"), folder / "int8")

@@ -74,7 +74,7 @@ def main() -> None:
         console.print(f"{len(rows)} triples, such as {rows[0]}")
         with Progress(console=console) as bar:
             task = bar.add_task("training")
-            train(rows, adapter, config, report=lambda at: bar.update(task, completed=at.step, total=at.steps))
+            train(rows, adapter, config, report=lambda at: bar.update(task, completed=at.done, total=at.total))
         console.print(f"trained after {time.perf_counter() - start:.0f} s; exporting")
         exported = Path(scratch) / "aligner"
         export_model(str(adapter), exported)

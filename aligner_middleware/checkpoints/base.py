@@ -15,7 +15,8 @@ from typing import Any
 
 from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights, folder_of, home, read_json, sha256
 from aligner_middleware.checkpoints.cache import build_once
-from aligner_middleware.data.files import FolderKind, is_file, write_text
+from aligner_middleware.data.files import is_file, write_text
+from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import ArtifactError, BuildError
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aligner_middleware.artifact import HOME_ADVICE
-from aligner_middleware.data.files import FolderKind, is_folder, sweep, write_folder
+from aligner_middleware.data.files import is_folder
+from aligner_middleware.data.folders import FolderKind, sweep, write_folder
 from aligner_middleware.errors import ArtifactError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from aligner_middleware.artifact import (
 )
 from aligner_middleware.checkpoints.base import base_folder
 from aligner_middleware.checkpoints.difference import DIFFERENCE_FILE, add_difference
-from aligner_middleware.data.files import FolderKind, is_file
+from aligner_middleware.data.files import is_file
+from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import AlignerError, ArtifactError, BuildError
 from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id
 from aligner_middleware.text.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
-"""What a long job has done so far, on disk, so that one that was killed goes on where it stopped.
+"""A journal of a long job on disk, so that an interrupted job resumes.
 
-A file of JSON lines: first the job's settings, then a line for each thing done, under its key. A line is written whole or
-not at all: a torn last line is what a kill in the middle of writing leaves, and is dropped.
+A file of JSON lines: first the job's settings, then one line for each finished item, under its key. A kill in the middle of
+a write leaves a last line without its end, which is dropped on reading.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from aligner_middleware.data.files import alone
-from aligner_middleware.errors import DataError
+from aligner_middleware.data.locks import exclusive_lock
+from aligner_middleware.errors import ConfigError, DataError, JobError
 
 
 class Journal:
     """A job's journal; use it in a `with` block.
 
     Args:
-        path: The file. It is made, or taken up again.
-        settings: What the job depends on. A file of another job is not taken up.
+        path: The file: a new one, or one that an interrupted job left.
+        settings: The job's settings. A file with other settings is refused.
 
     Attributes:
-        done: What was done, by key, in order.
+        done: Finished items by key, in order.
 
     Raises:
-        DataError: If the file is another job's, is in use by another process, or cannot be read or written.
+        ConfigError: If the file was begun with other settings.
+        DataError: If a line of it is no line of a journal.
+        JobError: If another process uses it, or it cannot be read or written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -41,8 +43,8 @@ class Journal:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(alone(self.path))
-            with self._naming():
+            stack.enter_context(exclusive_lock(self.path))
+            with self._naming_file():
                 whole = self._read()
                 if whole == 0:
                     self._write({"settings": self._settings}, fresh=True)
@@ -55,26 +57,26 @@ class Journal:
         self._held.close()
 
     def add(self, key: str, value: Any) -> None:
-        """Note that something was done; it is on disk when this returns. May be called from any thread.
+        """Record a finished item; it is on disk when this returns. May be called from any thread.
 
         Raises:
-            DataError: If it cannot be written, for example because the disk is full. What was noted before stays.
+            JobError: If it cannot be written, for example because the disk is full. Earlier items stay.
         """
         with self._mutex:
             self._write({"key": key, "value": value})
             self.done[key] = value
 
     def remove(self) -> None:
-        """Delete the file, when the job's result is elsewhere.
+        """Delete the file, when the job's result is written elsewhere.
 
         Raises:
-            DataError: If it cannot be deleted.
+            JobError: If it cannot be deleted.
         """
-        with self._naming():
+        with self._naming_file():
             self.path.unlink(missing_ok=True)
 
     def _read(self) -> int:
-        """Take up what is there, and say how many bytes of it are whole lines."""
+        """Read the items of an interrupted job, and count the bytes of whole lines."""
         if not self.path.exists():
             return 0
         whole = 0
@@ -86,29 +88,28 @@ class Journal:
                 settings = row["settings"] if number == 1 else self._settings
             except (ValueError, KeyError, TypeError, RecursionError) as exc:
                 raise DataError(
-                    str(self.path), number, f"is no journal of this job: {exc!r}; delete it to start anew"
+                    str(self.path), number, f"is no journal of this job: {exc!r}; delete it to start again"
                 ) from exc
             self._check(settings)
             whole += len(line) + 1
         return whole
 
     @contextmanager
-    def _naming(self) -> Iterator[None]:
+    def _naming_file(self) -> Iterator[None]:
         """Turn errors of the file system into one that names the file."""
         try:
             yield
         except OSError as exc:
-            raise DataError(str(self.path), 1, f"cannot be read or written: {exc.strerror or exc}") from exc
+            raise JobError(self.path, f"cannot be read or written: {exc.strerror or exc}") from exc
 
     def _check(self, settings: Any) -> None:
         if settings == self._settings:
             return
         old = settings if isinstance(settings, dict) else {}
         names = sorted(name for name in {*old, *self._settings} if old.get(name) != self._settings.get(name))
-        raise DataError(
-            str(self.path),
-            1,
-            f"holds the beginning of a job with other settings ({', '.join(names)}): repeat that one, or delete this file",
+        raise ConfigError(
+            f"{self.path} holds the beginning of a job with other settings ({', '.join(names)}): "
+            "repeat that one, or delete this file"
         )
 
     def _write(self, row: Mapping[str, Any], *, fresh: bool = False) -> None:
@@ -121,8 +122,6 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as exc:
-            with suppress(OSError):  # a torn last line is dropped when it is read, too
+            with suppress(OSError):  # a last line without its end is dropped on reading, too
                 os.truncate(self.path, size)
-            raise DataError(
-                str(self.path), 1, f"cannot be written: {exc.strerror or exc}; what was done stays"
-            ) from exc
+            raise JobError(self.path, f"cannot be written: {exc.strerror or exc}; finished items stay in it") from exc

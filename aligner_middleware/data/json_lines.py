@@ -1,4 +1,4 @@
-"""JSON lines: from a line to a text of a row, and from numbers to what JSON has for them."""
+"""JSON lines: parse a line, take a text out of its row, open a file; write numbers that JSON has no form for as null."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from aligner_middleware.errors import DataError
+from aligner_middleware.errors import JobError
 
 
 def parse_json(text: str | bytes) -> Any:
     """Read a JSON text.
 
     Raises:
-        ValueError: If it is none, or is nested more deeply than Python can read.
+        ValueError: If it is not JSON, or is nested more deeply than Python can read.
     """
     try:
         return json.loads(text)
@@ -31,19 +31,19 @@ def text_at(row: Mapping[str, Any], key: str) -> str:
     """Give the text that a row of a JSON file has under a key.
 
     Raises:
-        ValueError: If it has none, naming the key and what is there instead.
+        ValueError: If the key is missing or its value is no text; the message names the key and the value.
     """
     if key not in row:
         raise ValueError(f"{key} is missing")
     value = row[key]
     if not isinstance(value, str):
-        found = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
-        raise ValueError(f"{key} is {found}, expected a text")
+        given = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
+        raise ValueError(f"{key} is {given}, expected a text")
     return value
 
 
 def finite(value: Any) -> Any:
-    """Write what is no finite number as null, which is what JSON has for it."""
+    """Replace infinities and NaN by null: JSON has no form for them."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -58,8 +58,8 @@ def open_bytes(path: Path) -> gzip.GzipFile | BufferedReader:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Raise a `DataError` that names a file where it cannot be read or unpacked."""
+    """Turn errors of reading or unpacking a file into a `JobError` that names it."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as exc:
-        raise DataError(str(path), 1, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+        raise JobError(path, f"cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc

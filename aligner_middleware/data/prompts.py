@@ -8,13 +8,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aligner_middleware.data.files import fingerprint, lines_of
+from aligner_middleware.data.files import fingerprint, read_lines
 from aligner_middleware.data.json_lines import parse_json, text_at
-from aligner_middleware.errors import DataError
+from aligner_middleware.errors import DataError, JobError
 
 
 class Prompt(BaseModel):
-    """A prompt, and what is known of it.
+    """A prompt, with its answer and its category where they are known.
 
     Attributes:
         question: What is asked.
@@ -30,7 +30,7 @@ class Prompt(BaseModel):
 
     @property
     def key(self) -> str:
-        """Tells it from other prompts: a hash of question and answer."""
+        """A hash of question and answer, which identifies the prompt in a journal."""
         return fingerprint(self.question, self.answer or "")[:16]
 
 
@@ -38,14 +38,15 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read prompts: lines of text, or JSON lines, plain or gzipped.
 
     A JSON line is a text or an object with `question` or `prompt` (a text, or messages, of which the last one asks), and
-    maybe `answer` (or `response`) and `category`; null is as good as nothing there. What occurs twice, answer and all, is
-    read once.
+    maybe `answer` (or `response`) and `category`; a null counts as missing. Repeated prompts with the same answer are read
+    once.
 
     Raises:
-        DataError: If a line is not that, naming file and line; if there is no prompt at all.
+        DataError: If a line has another form; the message names file and line.
+        JobError: If the file cannot be read, or holds no prompt.
     """
-    found: dict[str, Prompt] = {}
-    for number, line in lines_of(path):
+    prompts: dict[str, Prompt] = {}
+    for number, line in read_lines(path):
         try:
             prompt = _parse(line)
         except ValidationError as exc:
@@ -54,20 +55,20 @@ def read_prompts(path: Path) -> list[Prompt]:
         except (ValueError, KeyError, TypeError, IndexError) as exc:
             reason = "expected a text, or a JSON object with question (or prompt) and maybe answer"
             raise DataError(str(path), number, f"{reason}: {exc}") from exc
-        found.setdefault(prompt.key, prompt)
-    if not found:
-        raise DataError(str(path), 1, "holds no prompts: it is empty")
-    return list(found.values())
+        prompts.setdefault(prompt.key, prompt)
+    if not prompts:
+        raise JobError(path, "holds no prompts: it is empty")
+    return list(prompts.values())
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """Tell a set of prompts from others."""
+    """Hash a set of prompts, whatever their order."""
     return fingerprint(*sorted(prompt.key for prompt in prompts))[:16]
 
 
 def chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
     """Cut prompts into parts of at most `size`."""
-    return (prompts[at : at + size] for at in range(0, len(prompts), size))
+    return (prompts[start : start + size] for start in range(0, len(prompts), size))
 
 
 def _parse(line: str) -> Prompt:
@@ -76,11 +77,11 @@ def _parse(line: str) -> Prompt:
     if isinstance(row, str):
         return Prompt(question=row)
     given = [key for key, value in row.items() if value is not None]
-    asked = "prompt" if "prompt" in given and "question" not in given else "question"
-    told = "response" if "response" in given and "answer" not in given else "answer"
-    said = row.get(asked)
+    question_key = "prompt" if "prompt" in given and "question" not in given else "question"
+    answer_key = "response" if "response" in given and "answer" not in given else "answer"
+    question = row.get(question_key)
     return Prompt(
-        question=text_at(said[-1], "content") if isinstance(said, list) else text_at(row, asked),
-        answer=text_at(row, told) if told in given else None,
+        question=text_at(question[-1], "content") if isinstance(question, list) else text_at(row, question_key),
+        answer=text_at(row, answer_key) if answer_key in given else None,
         category=text_at(row, "category") if "category" in given else "",
     )

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from aligner_middleware.data.files import lines_of
+from aligner_middleware.data.files import read_lines
 from aligner_middleware.data.json_lines import parse_json, text_at
-from aligner_middleware.errors import DataError
+from aligner_middleware.errors import DataError, JobError
 
 
 class Triple(BaseModel):
@@ -20,7 +20,7 @@ class Triple(BaseModel):
 
     Attributes:
         question, answer: Texts, none of them empty.
-        correction: What is better; empty where nobody has written that yet. Such a row teaches only that the answer is bad.
+        correction: The better answer; empty where nobody has written one yet. Such a row teaches only that the answer is bad.
         category: What the row is about, for reports by category.
     """
 
@@ -78,25 +78,25 @@ def read_rows(path: Path) -> Rows:
     - `prompt`, `chosen`, `rejected`: TRL's preference rows, as texts or as lists of messages. The rejected text is the
       answer, the chosen one its correction.
     - `chosen`, `rejected` alone: whole dialogues, as lists of messages or as Anthropic's "Human: … Assistant: …" texts.
-      The question is the last thing that the person said.
+      The question is the person's last turn.
     - `prompt`, `response_0`, `response_1` with `is_response_0_safe`, `is_response_1_safe` and `better_response_id`:
       PKU-SafeRLHF. An unsafe response is corrected to the safe one; of two safe ones the better is kept.
     - `prompt`, `response`, `is_safe`: BeaverTails. A safe response is kept; an unsafe one has no correction, and is left out.
 
     Raises:
-        DataError: If a line is not JSON, has none of these forms or holds a lone surrogate, naming file and line; if the
-            file cannot be read; if it gives no triple at all.
+        DataError: If a line is not JSON, has none of these forms or holds a lone surrogate; the message names file and line.
+        JobError: If the file cannot be read, or gives no triple.
     """
     triples: list[Triple] = []
     left_out: list[LeftOut] = []
-    for number, line in lines_of(path):
+    for number, line in read_lines(path):
         try:
             triples.append(_parse(path, number, line))
         except _Unusable as exc:
             left_out.append(LeftOut(number, str(exc)))
     if not triples:
         reason = f"all its rows were left out, the first because {left_out[0].reason}" if left_out else "it is empty"
-        raise DataError(str(path), 1, f"holds no triples to train on: {reason}")
+        raise JobError(path, f"holds no triples to train on: {reason}")
     return Rows(triples, left_out)
 
 
@@ -200,12 +200,12 @@ def _dialogues(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_turn(row: dict[str, Any], key: str, role: str) -> str:
-    said = row[key]
-    if not isinstance(said, list):
+    messages = row[key]
+    if not isinstance(messages, list):
         return text_at(row, key).strip()
-    if not said or said[-1]["role"] != role:
+    if not messages or messages[-1]["role"] != role:
         raise _Unusable(f"its last turn is not the {role}'s")
-    return text_at(said[-1], "content").strip()
+    return text_at(messages[-1], "content").strip()
 
 
 def _messages(row: dict[str, Any], key: str) -> list[dict[str, str]]:
@@ -214,8 +214,8 @@ def _messages(row: dict[str, Any], key: str) -> list[dict[str, str]]:
         return dialogue
     turns = []
     for turn in ("\n\n" + text_at(row, key).strip()).split("\n\nHuman:")[1:]:
-        said, *replies = turn.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": said.strip()})
+        question, *replies = turn.split("\n\nAssistant:")
+        turns.append({"role": "user", "content": question.strip()})
         turns += [{"role": "assistant", "content": reply.strip()} for reply in replies]
     if not turns:
         raise _Unusable("it is no dialogue of Human and Assistant")

@@ -18,7 +18,7 @@ from aligner_middleware.aligner import Aligner
 from aligner_middleware.data.journal import Journal
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.data.prompts import Prompt, chunks, digest
-from aligner_middleware.data.upstream import Answered, ask, why
+from aligner_middleware.data.upstream import Answered, ask, describe_failure
 from aligner_middleware.errors import InputError
 from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairwiseJudge, Verdict
 
@@ -226,7 +226,7 @@ def compare(
             for prompt, answer in zip(part, ask(part, upstream, concurrency), strict=True):
                 row = _corrected(aligner, prompt, answer)
                 if isinstance(row, Exception):
-                    failed[prompt.key] = why(prompt, row)
+                    failed[prompt.key] = describe_failure(prompt, row)
                 else:
                     rows[prompt.key] = row
             pairs = [Pair(row["question"], row["answer"], row["correction"]) for row in rows.values()]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from aligner_middleware.data.files import lines_of
+from aligner_middleware.data.files import read_lines
 from aligner_middleware.data.json_lines import parse_json
 from aligner_middleware.errors import DataError, JobError
 
@@ -79,7 +79,7 @@ def is_labelled(path: Path) -> bool:
     Raises:
         JobError: If it cannot be read.
     """
-    for _, line in lines_of(path):
+    for _, line in read_lines(path):
         try:
             row = parse_json(line)
         except ValueError:
@@ -101,7 +101,7 @@ def read_labelled(path: Path, source: str = "") -> list[LabelledRow]:
         JobError: If the file cannot be read, or is empty.
     """
     rows = []
-    for number, line in lines_of(path):
+    for number, line in read_lines(path):
         try:
             row = LabelledRow.model_validate(parse_json(line))
             "".join((row.question, row.answer, row.source, row.category)).encode()

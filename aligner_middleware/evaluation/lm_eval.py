@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.artifact import HOME_ADVICE
-from aligner_middleware.data.files import disk_errors
+from aligner_middleware.data.disk import disk_errors
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.data.upstream import brief
 from aligner_middleware.errors import AlignerError, InputError, did_you_mean

@@ -16,7 +16,7 @@ from lm_eval.api.model import LM, CachingLM
 from lm_eval.api.registry import get_model
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.data.upstream import Answered, ask_again, brief
+from aligner_middleware.data.upstream import Answered, ask_with_retries, brief
 from aligner_middleware.errors import InputError, UpstreamError
 
 
@@ -152,7 +152,7 @@ class LangChainLM(LM):
         results, failed = [], []
         for start in range(0, len(requests), self._concurrency * 4):
             part = requests[start : start + self._concurrency * 4]
-            answers = ask_again(self._model, [_messages(request.args[0]) for request in part], self._concurrency)
+            answers = ask_with_retries(self._model, [_messages(request.args[0]) for request in part], self._concurrency)
             for request, answer in zip(part, answers, strict=True):
                 if isinstance(answer, Answered):
                     results.append(_until(answer.text, request.args[1].get("until")))

@@ -19,7 +19,7 @@ from langchain_core.runnables import Runnable
 
 from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.data.files import fingerprint
-from aligner_middleware.data.upstream import Answered, ask_again, brief
+from aligner_middleware.data.upstream import Answered, ask_with_retries, brief
 from aligner_middleware.errors import BuildError, UpstreamError
 from aligner_middleware.evaluation.reference_judge import Encoder, faults_of, repeats
 
@@ -128,7 +128,7 @@ class ChatJudge:
         for _ in range(self._attempts):
             if not conversations:
                 break
-            replies = ask_again(self._model, list(conversations.values()), self._concurrency)
+            replies = ask_with_retries(self._model, list(conversations.values()), self._concurrency)
             failed = [reply for reply in replies if isinstance(reply, Exception)]
             for (key, prompt), reply in zip(list(conversations.items()), replies, strict=True):
                 if isinstance(reply, Answered) and (match := _CHOICE.search(reply.text)):

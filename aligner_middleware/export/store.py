@@ -8,7 +8,7 @@ from typing import NamedTuple
 from aligner_middleware.artifact import EXPORTED, MODEL_FILE, Artifact, Precision, cached_folder
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
-from aligner_middleware.data.files import check_replaceable, write_folder
+from aligner_middleware.data.folders import check_replaceable, write_folder
 from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.errors import ConfigError

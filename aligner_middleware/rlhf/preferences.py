@@ -1,7 +1,7 @@
-"""Preference data: what a model answers is rejected, what the aligner makes of it is chosen (paper, section 4).
+"""Preference data: a model's answer is rejected, and the aligner's correction of it is chosen (paper, section 4).
 
-Since both come from what the model itself says now, the pairs stay close to its own distribution: the data of a round of
-RLHF or DPO.
+Both follow from the model's own present answers, so that the pairs stay close to its own distribution: the data of a round
+of RLHF or DPO.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from langchain_core.runnables import Runnable
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.data.files import fingerprint, write_lines
 from aligner_middleware.data.journal import Journal
+from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.data.prompts import Prompt, chunks, digest
-from aligner_middleware.data.upstream import Answered, ask, name_of, why
+from aligner_middleware.data.upstream import Answered, ask, describe_failure, name_of
 
 Form = Literal["messages", "text"]
-Report = Callable[[int, int], None]
-Row = dict[str, Any] | Exception  # question, answer, correction and time; or why there are none
+Row = dict[str, Any] | Exception  # question, answer, correction and time; or the error that prevented them
+Correct = Callable[[Sequence[Prompt]], Iterable[tuple[Prompt, Row]]]
 
 
 @dataclass
-class Made:
-    """What a job made.
+class PreferenceSummary:
+    """Counts of a job.
 
     Attributes:
         pairs: Preference rows written.
         kept: Answers that the aligner left as they are: no pair.
-        repeated: Pairs that were there already.
-        failed: Prompts without a result, and why; the same command asks them again.
+        repeated: Repeated pairs, which are written once.
+        failed: Prompts without a result, by their key, each with the reason; the same command asks them again.
     """
 
     pairs: int = 0
@@ -53,30 +54,30 @@ def make_preferences(
     upstream_name: str | None = None,
     concurrency: int = 8,
     attempts: int = 3,
-    report: Report = lambda done, of: None,
-) -> Made:
+    report: Report = ignore,
+) -> PreferenceSummary:
     """Make preference rows, as TRL's DPO and reward trainers read them: `prompt`, `chosen`, `rejected`.
 
-    What is done is kept in a journal beside `out`: a job that was killed goes on, and nothing is lost or doubled.
+    Finished prompts are kept in a journal beside `out`: an interrupted job resumes, and no row is lost or doubled.
 
     Args:
         prompts: What to ask; those with an answer are not asked.
-        out: File for the rows, JSON lines; it appears when all is done.
-        aligner: What corrects.
-        upstream: The model that answers; needed where a prompt has no answer.
+        out: File for the rows, JSON lines; it appears when all prompts are done.
+        aligner: Corrects the answers.
+        upstream: The model that answers; a prompt without an answer fails where there is none.
         form: Rows of `messages`, for chat models, or of plain `text`.
         sft: File for the answers that were left as they are, as rows for supervised fine-tuning; `None` leaves them out.
-        upstream_name: What to call the model in the rows; `None` for its own name.
+        upstream_name: The model's name in the rows; `None` for its own name.
         concurrency: Prompts under way at once.
         attempts: How often a prompt is tried.
-        report: Called with how many prompts are done, and of how many.
+        report: Called after each prompt, with the stage `preferences`.
 
     Returns:
-        What was made. If prompts failed, the rows of the others are written, and the journal stays.
+        The job's counts. If prompts failed, the rows of the others are written, and the journal stays.
 
     Raises:
-        InputError: If a prompt has no answer and there is no upstream.
-        DataError: If a file cannot be read or written.
+        ConfigError: If the journal was begun with other prompts or models.
+        JobError: If a file cannot be read or written, or another process works on the job.
     """
     name = upstream_name or (name_of(upstream) if upstream else None)
 
@@ -90,41 +91,41 @@ def make_preferences(
 def collect(
     prompts: Sequence[Prompt],
     out: Path,
-    correct: Callable[[Sequence[Prompt]], Iterable[tuple[Prompt, Row]]],
+    correct: Correct,
     aligner: Mapping[str, Any],
     upstream: str | None,
     *,
     form: Form,
     sft: Path | None,
     report: Report,
-) -> Made:
-    """Write down what becomes of prompts, wherever they are corrected, and make preference rows of it at the end.
+) -> PreferenceSummary:
+    """Record corrections in a journal, wherever they are made, and write preference rows at the end.
 
     Args:
         prompts: All prompts of the job.
         out: File for the rows.
-        correct: Given the prompts that are not done yet, yields each with what became of it, in any order.
+        correct: Given the prompts that are not done yet, yields each with its row or its error, in any order.
         aligner: Identity of the aligner, for provenance.
         upstream: Name of the model that answers.
         form: As in `make_preferences`, as are `sft` and `report`.
         sft: File for the answers that were left as they are.
-        report: Called with how many prompts are done, and of how many.
+        report: Called after each prompt.
     """
     settings = {"aligner": dict(aligner), "upstream": upstream, "prompts": digest(prompts)}
     with Journal(out.with_name(f".{out.name}.journal"), settings) as journal:
         failed: dict[str, str] = {}
         for prompt, row in correct([prompt for prompt in prompts if prompt.key not in journal.done]):
             if isinstance(row, Exception):
-                failed[prompt.key] = why(prompt, row)
+                failed[prompt.key] = describe_failure(prompt, row)
             else:
                 journal.add(prompt.key, row)
-            report(len(journal.done), len(prompts))
+            report(Progress("preferences", len(journal.done), len(prompts)))
         rows = [journal.done[prompt.key] for prompt in prompts if prompt.key in journal.done]
-        made = _write(rows, out, sft, form, settings)
-        made.failed = failed
+        summary = _write(rows, out, sft, form, settings)
+        summary.failed = failed
         if not failed:
             journal.remove()
-    return made
+    return summary
 
 
 def correct_prompts(
@@ -134,47 +135,49 @@ def correct_prompts(
     concurrency: int = 8,
     attempts: int = 3,
 ) -> list[Row]:
-    """Have some prompts answered and corrected: for each its row, or what went wrong."""
-    said = ask(prompts, upstream, concurrency, attempts)
+    """Have some prompts answered and corrected: each gives its row, or the error that prevented it."""
+    answers = ask(prompts, upstream, concurrency, attempts)
     pairs = [
-        (prompt.question, one.text) for prompt, one in zip(prompts, said, strict=True) if isinstance(one, Answered)
+        (prompt.question, answer.text)
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if isinstance(answer, Answered)
     ]
     corrections = iter(aligner.correct_batch(pairs, return_exceptions=True))
     rows: list[Row] = []
-    for one in said:
-        made = next(corrections) if isinstance(one, Answered) else one
-        if isinstance(made, Exception):
-            rows.append(made)
+    for answer in answers:
+        result = next(corrections) if isinstance(answer, Answered) else answer
+        if isinstance(result, Exception):
+            rows.append(result)
         else:
-            row = {"question": made.question, "answer": made.original, "correction": made.corrected}
+            row = {"question": result.question, "answer": result.original, "correction": result.corrected}
             rows.append(row | {"at": datetime.now(UTC).isoformat(timespec="seconds")})
     return rows
 
 
-def _write(rows: Sequence[dict[str, Any]], out: Path, sft: Path | None, form: Form, settings: dict[str, Any]) -> Made:
-    made, pairs, keeps, seen = Made(), [], [], set()
+def _write(
+    rows: Sequence[dict[str, Any]], out: Path, sft: Path | None, form: Form, settings: dict[str, Any]
+) -> PreferenceSummary:
+    pairs, keeps, seen = [], [], set[tuple[str, str, str]]()
     for row in rows:
-        told = (row["question"], row["answer"], row["correction"])
-        if told in seen:
-            made.repeated += 1
+        texts = (row["question"], row["answer"], row["correction"])
+        if texts in seen:
             continue
-        seen.add(told)
+        seen.add(texts)
         provenance = {"upstream": settings["upstream"], "aligner": settings["aligner"], "at": row["at"]}
-        provenance["sha256"] = fingerprint(*told)
+        provenance["sha256"] = fingerprint(*texts)
         if row["answer"] == row["correction"]:
             keeps.append({**_shaped(form, row["question"], completion=row["answer"]), "provenance": provenance})
         else:
             shaped = _shaped(form, row["question"], chosen=row["correction"], rejected=row["answer"])
             pairs.append({**shaped, "provenance": provenance})
-    made.pairs, made.kept = len(pairs), len(keeps)
     write_lines(out, pairs)
     if sft is not None:
         write_lines(sft, keeps)
-    return made
+    return PreferenceSummary(len(pairs), len(keeps), len(rows) - len(seen))
 
 
 def _shaped(form: Form, question: str, **answers: str) -> dict[str, Any]:
     if form == "text":
         return {"prompt": question, **answers}
-    said = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
-    return {"prompt": [{"role": "user", "content": question}], **said}
+    messages = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+    return {"prompt": [{"role": "user", "content": question}], **messages}

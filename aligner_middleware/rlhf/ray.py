@@ -1,7 +1,7 @@
-"""Preference data on more than one machine: the job of `make_preferences` as a Ray Data pipeline; needs the `[ray]` extra.
+"""Preference data on several machines: the job of `make_preferences` as a Ray Data pipeline; needs the `[ray]` extra.
 
-Workers answer and correct, each with an aligner and a chat model of its own. This process writes down what they made, in the
-same journal: a worker that dies is replaced and its prompts are done again, and a job that was killed goes on.
+Workers answer and correct, each with an aligner and a chat model of its own. This process records their rows in the same
+journal: a worker that dies is replaced and its prompts are repeated, and an interrupted job resumes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import ray.exceptions
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.artifact import Precision
+from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.data.upstream import chat_model
 from aligner_middleware.errors import InputError
-from aligner_middleware.rlhf.preferences import Form, Made, Report, Row, collect, correct_prompts
+from aligner_middleware.rlhf.preferences import Form, PreferenceSummary, Row, collect, correct_prompts
 
 
 def make_preferences_on_ray(
@@ -37,8 +39,8 @@ def make_preferences_on_ray(
     sft: Path | None = None,
     concurrency: int = 8,
     address: str | None = None,
-    report: Report = lambda done, of: None,
-) -> Made:
+    report: Report = ignore,
+) -> PreferenceSummary:
     """Make the rows that `make_preferences` makes.
 
     Args:
@@ -53,62 +55,95 @@ def make_preferences_on_ray(
         sft: File for the answers that were left as they are.
         concurrency: Prompts under way at once in each worker.
         address: Of a Ray cluster; `None` for the one that this process is part of, or a new one on this machine.
-        report: Called with how many prompts are done, and of how many.
+        report: Called after each prompt, with the stage `preferences`.
 
     Raises:
         InputError: If a prompt has no answer and there is no upstream, or if the workers cannot load their models.
-        DataError: If a file cannot be read or written.
+        ConfigError: If the journal was begun with other prompts or models.
+        JobError: If a file cannot be read or written, or another process works on the job.
     """
     if upstream is None and any(prompt.answer is None for prompt in prompts):
         raise InputError("some prompts have no answer, and there is no model to ask: name one as upstream")
     with Aligner.load(model, precision=precision) as aligner:  # also builds it, once, for the workers of this machine
         identity = aligner.identity
+    pool = _Workers(_Models(model, precision, upstream, concurrency), workers, batch, address)
+    return collect(prompts, out, pool.correct, identity, upstream, form=form, sft=sft, report=report)
 
-    def correct(todo: Sequence[Prompt]) -> Iterator[tuple[Prompt, Row]]:
-        if not todo:
+
+@dataclass(frozen=True)
+class _Models:
+    """The arguments of a worker.
+
+    Attributes:
+        model, precision: Of the aligner.
+        upstream: The chat model's name.
+        concurrency: Prompts under way at once.
+    """
+
+    model: str
+    precision: Precision | None
+    upstream: str | None
+    concurrency: int
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """Processes of Ray that correct prompts.
+
+    Attributes:
+        models: Loaded by each.
+        count: How many.
+        batch: Prompts that one takes at once.
+        address: Of the cluster.
+    """
+
+    models: _Models
+    count: int
+    batch: int
+    address: str | None
+
+    def correct(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Row]]:
+        """Yield each prompt with its row or its error, in any order."""
+        if not prompts:
             return
-        if not ray.is_initialized():
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of every plan, and that it draws no bars
-        known = {prompt.key: prompt for prompt in todo}
-        blocks = max(workers, -(-len(todo) // batch))
-        data = ray.data.from_items(
-            [{"prompt": prompt.model_dump_json()} for prompt in todo], override_num_blocks=blocks
-        )
-        done = data.map_batches(
-            _Worker,
-            fn_constructor_kwargs={
-                "model": model,
-                "precision": precision,
-                "upstream": upstream,
-                "concurrency": concurrency,
-            },
-            batch_size=batch,
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=1,
-        )
+        self._connect()
+        by_key = {prompt.key: prompt for prompt in prompts}
         try:
-            for made in done.iter_rows():
-                row: Row = InputError(made["error"]) if made["error"] else json.loads(made["row"])
-                yield known[made["key"]], row
+            for result in self._dataset(prompts).iter_rows():
+                row: Row = InputError(result["error"]) if result["error"] else json.loads(result["row"])
+                yield by_key[result["key"]], row
         except ray.exceptions.RayError as exc:  # its text is the worker's traceback, the reason last
             raise InputError(f"the workers on Ray failed: {str(exc).strip().splitlines()[-1]}") from exc
 
-    return collect(prompts, out, correct, identity, upstream, form=form, sft=sft, report=report)
+    def _connect(self) -> None:
+        if not ray.is_initialized():
+            ray.init(address=self.address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs every plan, and that it draws no bars
+
+    def _dataset(self, prompts: Sequence[Prompt]) -> Any:
+        blocks = max(self.count, -(-len(prompts) // self.batch))
+        rows = [{"prompt": prompt.model_dump_json()} for prompt in prompts]
+        return ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+            _Worker,
+            fn_constructor_args=(self.models,),
+            batch_size=self.batch,
+            compute=ray.data.ActorPoolStrategy(size=self.count),
+            num_cpus=1,
+        )
 
 
 class _Worker:
-    """A process of Ray's: loads its models once, and takes batches."""
+    """A process of Ray: loads its models once, and corrects batches."""
 
-    def __init__(self, model: str, precision: Precision | None, upstream: str | None, concurrency: int) -> None:
-        self._aligner = Aligner.load(model, precision=precision)
-        self._upstream = chat_model(upstream) if upstream else None
-        self._concurrency = concurrency
+    def __init__(self, models: _Models) -> None:
+        self._aligner = Aligner.load(models.model, precision=models.precision)
+        self._upstream = chat_model(models.upstream) if models.upstream else None
+        self._concurrency = models.concurrency
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         prompts = [Prompt.model_validate_json(str(text)) for text in batch["prompt"]]
         rows = correct_prompts(prompts, self._aligner, self._upstream, self._concurrency)
         errors = [f"{type(row).__name__}: {row}" if isinstance(row, Exception) else "" for row in rows]
-        made = ["" if isinstance(row, Exception) else json.dumps(row) for row in rows]
-        return {"key": [prompt.key for prompt in prompts], "row": made, "error": errors}
+        texts = ["" if isinstance(row, Exception) else json.dumps(row) for row in rows]
+        return {"key": [prompt.key for prompt in prompts], "row": texts, "error": errors}

@@ -1,82 +1,30 @@
 """Multi-round RLHF (paper, section 4): a policy answers, the aligner corrects, and the pairs train the next policy.
 
 Ordinary rounds learn from preferences over answers that the policy no longer gives, and drift. Here each round's pairs are
-made of what the policy says now. A folder for each round keeps its answers, pairs, adapter and scores:
-
-    rounds.json                 what the run depends on
-    round-0/                    the first policy: held_out.jsonl, scores.json
-    round-1/answers.jsonl       what the policy of the round before answered
-            preferences.jsonl   corrections over answers; sft.jsonl: answers that needed none
-            adapter/            the policy that learnt from them
-            held_out.jsonl      its answers to the held-out prompts
-            scores.json         how it does, and which stop rules it breaks
+made of the policy's present answers. `round_files` describes the folder of a run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.data.files import FolderKind, alone, check_ours, lines_of, write_lines, write_text
-from aligner_middleware.data.json_lines import finite
+from aligner_middleware.data.locks import exclusive_lock
+from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.data.prompts import Prompt, digest
-from aligner_middleware.errors import DataError
-from aligner_middleware.evaluation.pairwise import PairwiseJudge
-from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, StopRules, evaluate_policy
+from aligner_middleware.errors import ConfigError
+from aligner_middleware.evaluation.pairwise import PairJudge
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, evaluate_policy
+from aligner_middleware.evaluation.stop_rules import StopRules
 from aligner_middleware.rlhf.preferences import make_preferences
+from aligner_middleware.rlhf.round_files import RoundFiles, claim_run, read_json_lines, write_answers
+from aligner_middleware.rlhf.round_results import Round, Rounds, write_rounds
 from aligner_middleware.training.config import PolicyConfig
-from aligner_middleware.training.policy import Policy, remove_run, speaks_chat, train_policy
-
-_RUN = FolderKind("a run of aligner rounds", "rounds.json", ("*", "*/"))  # it may hold more: nothing is deleted
-
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Round:
-    """What came of a round.
-
-    Attributes:
-        number: 0 for the first policy.
-        pairs: Preference pairs that it learnt from.
-        kept: Answers that the aligner left as they were. Blank and repeated answers, and those too long for the aligner,
-            are neither.
-        health: Scores of the policy that it made; `None` where there was too little to learn from.
-        broken: Stop rules that it breaks.
-    """
-
-    number: int
-    pairs: int
-    kept: int
-    health: PolicyMetrics | None
-    broken: list[str]
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """A run.
-
-    Attributes:
-        rounds: Round by round, from the first policy on.
-        fixed: Whether all rounds learnt from the pairs of the first one.
-    """
-
-    rounds: list[Round]
-    fixed: bool
-
-    @property
-    def stopped(self) -> list[str]:
-        """The rules by which it stopped; none if it went to its end."""
-        return self.rounds[-1].broken
-
-    @property
-    def best(self) -> int:
-        """The last round that breaks no rule: whose policy to use."""
-        return max(one.number for one in self.rounds if not one.broken)
+from aligner_middleware.training.policy import Policy, has_chat_template
+from aligner_middleware.training.policy_training import remove_checkpoints, train_policy
 
 
 def run_rounds(
@@ -84,228 +32,169 @@ def run_rounds(
     held_out: Sequence[Prompt],
     folder: Path,
     aligner: Aligner,
-    judge: PairwiseJudge,
+    judge: PairJudge,
     config: PolicyConfig | None = None,
     *,
     rounds: int = 3,
     rules: StopRules | None = None,
     fixed: bool = False,
-    report: Report = lambda step, done, of: None,
+    report: Report = ignore,
 ) -> Rounds:
-    """Run rounds, or go on with those in a folder.
+    """Run rounds, or continue those in a folder.
 
-    Called again with the same prompts and settings it goes on where it stopped; more rounds or other stop rules may be
+    Called again with the same prompts and settings, an interrupted run resumes; more rounds or other stop rules may be
     asked for.
 
     Args:
-        prompts: What the policies answer to learn; answers that they hold are not used.
+        prompts: Training prompts, which the policies answer; answers that they hold are not used.
         held_out: Prompts that are only scored.
-        folder: Where everything is kept.
-        aligner: What corrects.
+        folder: For all files of the run.
+        aligner: Corrects the answers.
         judge: Compares each policy's held-out answers with the first policy's.
         config: The policy, and how it is trained.
         rounds: How many rounds.
         rules: When to stop.
-        fixed: Have every round learn from the pairs of the first: the control, which ordinary rounds amount to.
-        report: Called with a step's name, and how much of it is done, and of how much.
+        fixed: Have every round learn from the pairs of the first: the control, which stands for ordinary rounds.
+        report: Called as each part of a round advances, with a stage such as `round 1, answers`.
 
     Raises:
-        DataError: If the folder is another run's, if a set of prompts is empty or a prompt in both, or if a file cannot be
-            read or written.
-        BuildError: If the base model cannot be had, or the folder holds something else than a run.
-        UpstreamError: If the judge fails; what is done stays.
+        ConfigError: If there are no training or no held-out prompts, or one prompt is both; if the folder holds a run with
+            other settings.
+        BuildError: If the base model is missing, or the folder holds other files than a run's.
+        JobError: If a file cannot be read or written, or another process works on the run.
+        UpstreamError: If the judge fails; finished parts stay.
     """
-    config, rules = config or PolicyConfig(), rules or StopRules()
     questions, unseen = _questions(prompts), _questions(held_out)
-    if not (questions and unseen):
-        raise DataError("prompts", 1, "rounds need prompts to learn from and others to score: too few are given")
-    if both := set(questions) & set(unseen):
-        raise DataError("held-out prompts", 1, f"{len(both)} of them are trained on, such as {min(both)[:60]!r}")
-    settings = {
-        "policy": config.model_dump(mode="json"),
-        "aligner": aligner.identity,
-        "judge": judge.name,
-        "prompts": digest([Prompt(question=question) for question in questions]),
-        "held_out": digest([Prompt(question=question) for question in unseen]),
-        "fixed": fixed,
-    }
-    with alone(folder):
-        _claim(folder, settings)
-        result = _run(questions, unseen, folder, aligner, judge, config, rounds, rules, fixed, report)
-        write_text(folder / "summary.json", json.dumps(finite(summary(result)), indent=2))
+    _check_prompts(questions, unseen)
+    run = _Run(folder, questions, unseen, aligner, judge, config or PolicyConfig(), rules or StopRules(), fixed, report)
+    with exclusive_lock(folder):
+        claim_run(folder, run.settings())
+        result = run.rounds(rounds)
+        write_rounds(result, folder)
     return result
 
 
-def _run(
-    questions: Sequence[str],
-    unseen: Sequence[str],
-    folder: Path,
-    aligner: Aligner,
-    judge: PairwiseJudge,
-    config: PolicyConfig,
-    rounds: int,
-    rules: StopRules,
-    fixed: bool,
-    report: Report,
-) -> Rounds:
-    found: list[Round] = []
-    for number in range(rounds + 1):
-        one = folder / f"round-{number}"
-        pairs = kept = 0
-        if number > 0:
-            pairs, kept = _pairs(folder, number, questions, aligner, config, fixed, report)
-            if pairs < rules.min_pairs:
-                few = f"the aligner changed {pairs} answers, under {rules.min_pairs}: there is nothing left to learn"
-                found.append(Round(number, pairs, kept, None, [few]))
-                break
-            _learn(folder, number, config, fixed, report)
-        health = _scores(folder, number, unseen, judge, config, report)
-        history = [past.health for past in found if past.health] + [health]
-        broken = rules.broken(history) if number > 0 else []
-        found.append(Round(number, pairs, kept, health, broken))
-        write_text(one / "scores.json", json.dumps(finite(_as_dict(found[-1])), indent=2))
-        if broken:
-            break
-    return Rounds(found, fixed)
+@dataclass(frozen=True)
+class _Run:
+    """A run of rounds.
 
-
-def summary(run: Rounds) -> dict[str, Any]:
-    """Sum a run up, for JSON."""
-    rounds = [_as_dict(one) for one in run.rounds]
-    return {"fixed": run.fixed, "best": run.best, "stopped": run.stopped, "rounds": rounds}
-
-
-def read_rounds(folder: Path) -> Rounds:
-    """Read a run's summary back, to be shown beside another.
-
-    Raises:
-        DataError: If there is none, or it is broken.
+    Attributes:
+        folder: For all its files.
+        questions: Training prompts.
+        unseen: Held-out prompts.
+        aligner, judge, config, rules, fixed, report: As in `run_rounds`.
     """
-    path = folder / "summary.json"
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return Rounds([_round(one) for one in told["rounds"]], told["fixed"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise DataError(str(path), 1, f"is no summary of rounds: {exc}") from exc
 
+    folder: Path
+    questions: Sequence[str]
+    unseen: Sequence[str]
+    aligner: Aligner
+    judge: PairJudge
+    config: PolicyConfig
+    rules: StopRules
+    fixed: bool
+    report: Report
 
-def _pairs(
-    folder: Path,
-    number: int,
-    questions: Sequence[str],
-    aligner: Aligner,
-    config: PolicyConfig,
-    fixed: bool,
-    report: Report,
-) -> tuple[int, int]:
-    """Have the policy of the round before answer, and the aligner correct; say how many answers it changed and kept."""
-    if fixed and number > 1:
-        return _pairs(folder, 1, questions, aligner, config, False, report)
-    one = folder / f"round-{number}"
-    answers, pairs, kept = one / "answers.jsonl", one / "preferences.jsonl", one / "sft.jsonl"
-    if not answers.is_file():
-        policy = Policy(config, _adapter(folder, number - 1))
-        said = policy.answer(
-            questions,
-            sampled=True,
-            seed=config.seed + number,
-            done=lambda count: report(f"round {number}: answers", count, len(questions)),
-        )
-        _write_answers(answers, questions, said)
-    if not (pairs.is_file() and kept.is_file()):
-        rows = [(row["question"], row["answer"]) for row in _rows(answers)]
-        make_preferences(
-            [Prompt(question=question, answer=answer) for question, answer in rows if answer],
-            pairs,
-            aligner,
-            form="messages" if speaks_chat(config) else "text",
-            sft=kept,
-            upstream_name=f"{config.base}, round {number - 1}",
-            report=lambda done, of: report(f"round {number}: corrections", done, of),
-        )
-    return len(_rows(pairs)), len(_rows(kept))
+    def settings(self) -> dict[str, Any]:
+        """Give the settings that may not change when the run resumes."""
+        return {
+            "policy": self.config.model_dump(mode="json"),
+            "aligner": self.aligner.identity,
+            "judge": self.judge.name,
+            "prompts": digest([Prompt(question=question) for question in self.questions]),
+            "held_out": digest([Prompt(question=question) for question in self.unseen]),
+            "fixed": self.fixed,
+        }
 
+    def rounds(self, count: int) -> Rounds:
+        """Run so many rounds after the first policy, or fewer if one breaks a rule."""
+        results = [self._first_policy()]
+        while len(results) <= count and not results[-1].broken:
+            results.append(self._round(len(results), results))
+        return Rounds(results, self.fixed)
 
-def _learn(folder: Path, number: int, config: PolicyConfig, fixed: bool, report: Report) -> None:
-    """Train the next policy."""
-    adapter = folder / f"round-{number}" / "adapter"
-    if adapter.is_dir():
-        remove_run(adapter)
-        return
-    source = folder / f"round-{1 if fixed else number}"
-    rows = _rows(source / "preferences.jsonl")
-    if config.method == "sft":
-        corrections = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-        rows = corrections + _rows(source / "sft.jsonl")
-    train_policy(
-        rows,
-        adapter,
-        config,
-        start=_adapter(folder, number - 1),
-        report=lambda at: report(f"round {number}: {config.method}, loss {at.loss:.3f}", at.step, at.steps),
-    )
+    def _first_policy(self) -> Round:
+        result = Round(0, 0, 0, self._measure(0), [])
+        self._files(0).write_scores(result)
+        return result
 
+    def _round(self, number: int, earlier: Sequence[Round]) -> Round:
+        pairs, kept = self._make_pairs(1 if self.fixed else number)
+        if pairs < self.rules.min_pairs:
+            few = f"the aligner changed {pairs} answers, under {self.rules.min_pairs}: there is nothing left to learn"
+            return Round(number, pairs, kept, None, [few])
+        self._train(number)
+        metrics = self._measure(number)
+        history = [result.metrics for result in earlier if result.metrics]
+        result = Round(number, pairs, kept, metrics, self.rules.broken([*history, metrics]))
+        self._files(number).write_scores(result)
+        return result
 
-def _scores(
-    folder: Path, number: int, questions: Sequence[str], judge: PairwiseJudge, config: PolicyConfig, report: Report
-) -> PolicyMetrics:
-    """Have a policy answer the held-out prompts, and judge it."""
-    one = folder / f"round-{number}"
-    if (one / "scores.json").is_file():
-        told = json.loads((one / "scores.json").read_text(encoding="utf-8"))
-        return PolicyMetrics(**told["health"])
-    path = one / "held_out.jsonl"
-    policy = Policy(config, _adapter(folder, number))
-    if not path.is_file():
-        said = policy.answer(
-            questions,
-            sampled=False,
-            done=lambda count: report(f"round {number}: held-out answers", count, len(questions)),
-        )
-        _write_answers(path, questions, said)
-    answers = [row["answer"] for row in _rows(path)]
-    first = [row["answer"] for row in _rows(folder / "round-0" / "held_out.jsonl")]
-    return evaluate_policy(questions, answers, first, judge, policy.divergence(questions, answers))
+    def _make_pairs(self, number: int) -> tuple[int, int]:
+        """Have the policy of the round before answer, and the aligner correct; count changed and kept answers."""
+        files = self._files(number)
+        if not files.answers.is_file():
+            policy = Policy(self.config, self._files(number - 1).adapter)
+            report = self._reporter(number, "answers")
+            answers = policy.answer(self.questions, sampled=True, seed=self.config.seed + number, report=report)
+            write_answers(files.answers, self.questions, answers)
+        if not (files.preferences.is_file() and files.sft.is_file()):
+            rows = [row for row in read_json_lines(files.answers) if row["answer"]]
+            make_preferences(
+                [Prompt(question=row["question"], answer=row["answer"]) for row in rows],
+                files.preferences,
+                self.aligner,
+                form="messages" if has_chat_template(self.config) else "text",
+                sft=files.sft,
+                upstream_name=f"{self.config.base}, round {number - 1}",
+                report=self._reporter(number, "corrections"),
+            )
+        return len(read_json_lines(files.preferences)), len(read_json_lines(files.sft))
 
+    def _train(self, number: int) -> None:
+        """Train the round's policy."""
+        adapter = self._files(number).adapter
+        assert adapter is not None
+        if adapter.is_dir():
+            remove_checkpoints(adapter)
+            return
+        source = self._files(1 if self.fixed else number)
+        rows = read_json_lines(source.preferences)
+        if self.config.method == "sft":
+            corrections = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+            rows = corrections + read_json_lines(source.sft)
+        start, report = self._files(number - 1).adapter, self._reporter(number, self.config.method)
+        train_policy(rows, adapter, self.config, start=start, report=report)
 
-def _adapter(folder: Path, number: int) -> Path | None:
-    return folder / f"round-{number}" / "adapter" if number > 0 else None
+    def _measure(self, number: int) -> PolicyMetrics:
+        """Have a policy answer the held-out prompts, and judge it."""
+        files = self._files(number)
+        done = files.read_scores()
+        if done is not None and done.metrics is not None:
+            return done.metrics
+        policy = Policy(self.config, files.adapter)
+        if not files.held_out.is_file():
+            report = self._reporter(number, "held-out answers")
+            write_answers(files.held_out, self.unseen, policy.answer(self.unseen, sampled=False, report=report))
+        answers = [row["answer"] for row in read_json_lines(files.held_out)]
+        first = [row["answer"] for row in read_json_lines(self._files(0).held_out)]
+        return evaluate_policy(self.unseen, answers, first, self.judge, policy.divergence(self.unseen, answers))
 
+    def _files(self, number: int) -> RoundFiles:
+        return RoundFiles(self.folder, number)
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Make a run's folder, or see that the one that is there is this run's."""
-    check_ours(folder, _RUN)
-    path = folder / "rounds.json"
-    if not path.is_file():
-        write_text(path, json.dumps(settings, indent=2))
-        return
-    try:
-        known = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as exc:
-        raise DataError(str(path), 1, f"is not what rounds wrote: {exc}; name another folder") from exc
-    now = json.loads(json.dumps(settings))
-    names = sorted(name for name in {*known, *now} if known.get(name) != now.get(name))
-    if names:
-        raise DataError(
-            str(path), 1, f"is a run with other settings ({', '.join(names)}): repeat that one, or name another folder"
-        )
+    def _reporter(self, number: int, part: str) -> Report:
+        return lambda progress: self.report(replace(progress, stage=f"round {number}, {part}"))
 
 
 def _questions(prompts: Sequence[Prompt]) -> list[str]:
     return list(dict.fromkeys(prompt.question for prompt in prompts))
 
 
-def _write_answers(path: Path, questions: Sequence[str], answers: Sequence[str]) -> None:
-    write_lines(path, ({"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for _, line in lines_of(path)]
-
-
-def _as_dict(one: Round) -> dict[str, Any]:
-    return asdict(one) | {"health": one.health.model_dump() if one.health else None}
-
-
-def _round(told: dict[str, Any]) -> Round:
-    return Round(**told | {"health": PolicyMetrics(**told["health"]) if told["health"] else None})
+def _check_prompts(questions: Sequence[str], unseen: Sequence[str]) -> None:
+    if not (questions and unseen):
+        raise ConfigError(
+            f"rounds need prompts to learn from and other prompts to score: {len(questions)} and {len(unseen)} are given"
+        )
+    if both := set(questions) & set(unseen):
+        raise ConfigError(f"{len(both)} held-out prompts are trained on, such as {min(both)[:60]!r}: leave them out")

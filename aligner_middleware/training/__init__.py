@@ -1,7 +1,32 @@
 """From question-answer-correction triples to an aligner, and from its corrections to a policy; needs the `[train]` extra."""
 
-from aligner_middleware.training.aligner import Recipe, train
-from aligner_middleware.training.config import PolicyConfig, Stage, TrainConfig
-from aligner_middleware.training.trainer import Progress
+from __future__ import annotations
 
-__all__ = ["PolicyConfig", "Progress", "Recipe", "Stage", "TrainConfig", "train"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aligner_middleware.training.aligner import train
+    from aligner_middleware.training.config import PolicyConfig, Stage, TrainConfig
+    from aligner_middleware.training.recipe import Recipe
+
+# Where each name is defined; it is imported on first use, so that settings are read without loading torch.
+_MODULES = {
+    "PolicyConfig": "config",
+    "Recipe": "recipe",
+    "Stage": "config",
+    "TrainConfig": "config",
+    "train": "aligner",
+}
+
+__all__ = ["PolicyConfig", "Recipe", "Stage", "TrainConfig", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -23,7 +23,7 @@ from aligner_middleware.text.template import (
 from aligner_middleware.text.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that cross-entropy skips
-DECISION = 1 << 24  # added to a label, above every vocabulary: here copying and correcting part
+DECISION = 1 << 24  # added to the label of a deciding token, above every vocabulary
 VERDICT = 1 << 25  # added to a verdict's label
 _PACK_STEP = 128  # packed batches have a multiple of so many tokens
 
@@ -34,9 +34,10 @@ class Example:
 
     Attributes:
         prompt: Question and answer in their template, and in the warm-up stage a verdict that is given.
-        target: What is learnt: a verdict, the correction and its end token, or those of them that the row has.
-        decisions: Places in `target` that decide: the correction's first token, and that at which it parts from the answer.
-        verdict: What stands first in `target`; `None` for an aligner without verdicts, and in the warm-up stage.
+        target: Tokens to learn: a verdict, the correction and its end token, or those of them that the row has.
+        decisions: Positions in `target` of deciding tokens: the correction's first token, and the first that differs from
+            the answer.
+        verdict: The first token of `target`; `None` for an aligner without verdicts, and in the warm-up stage.
     """
 
     prompt: tuple[int, ...]
@@ -51,7 +52,7 @@ class Example:
 def encode_triple(
     tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triple: Triple, edit_share: float = EDIT_SHARE
 ) -> Example:
-    """Encode a triple with the very functions that inference uses."""
+    """Encode a triple with the functions that inference uses."""
     prompt = encode_prompt(tokenizer, template, triple.question, triple.answer)
     target = encode_target(tokenizer, template, end_token_id, triple.answer, triple.correction, edit_share)
     return Example(tuple(prompt), target.ids, target.decisions, target.verdict)
@@ -109,7 +110,7 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
 
     Returns:
         `input_ids`, `labels`, `position_ids` and `attention_mask`, `[1, N]`, as of `collate`, and `boundaries`: where each
-        row begins, and N. N is rounded up; what fills it is a row of its own, without labels.
+        row begins, and N. N is rounded up; the padding is a row of its own, without labels.
     """
     length = sum(map(len, examples))
     filled = _rounded(length, _PACK_STEP)
@@ -145,38 +146,38 @@ def _labels(example: Example) -> torch.Tensor:
 
 
 def supervised(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find what is learnt in a batch.
+    """Find the positions of a batch that are learnt.
 
     Args:
         labels: `[B, T]` of `collate`.
 
     Returns:
         Indices into the batch's `B * T` positions whose prediction is wanted, `[N]`, and the label of each. N is rounded
-        up; what fills it has the label `IGNORED`.
+        up; the padding has the label `IGNORED`.
     """
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    places = (following != IGNORED).nonzero()[:, 0]
-    filling = _rounded(len(places)) - len(places)
-    return torch.nn.functional.pad(places, (0, filling)), torch.nn.functional.pad(
-        following[places], (0, filling), value=IGNORED
+    positions = (following != IGNORED).nonzero()[:, 0]
+    filling = _rounded(len(positions)) - len(positions)
+    return torch.nn.functional.pad(positions, (0, filling)), torch.nn.functional.pad(
+        following[positions], (0, filling), value=IGNORED
     )
 
 
 def count_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Count what a batch teaches, of labels of `collate`: tokens of corrections, and verdicts, `[2]`."""
+    """Count targets in labels of `collate`: tokens of corrections, and verdicts, `[2]`."""
     verdicts = (labels >= VERDICT).sum()
     return torch.stack([(labels != IGNORED).sum() - verdicts, verdicts])
 
 
 @contextmanager
-def predicting_at(head: torch.nn.Module, places: torch.Tensor) -> Iterator[None]:
+def predicting_at(head: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
     """Apply a model's head at some positions only: over a vocabulary of 50,000 it is a third of a small model's work.
 
     Args:
         head: The module that makes logits `[N, V]` of hidden states, which otherwise are `[B, T, H]`.
-        places: Indices `[N]` into the batch's `B * T` positions.
+        positions: Indices `[N]` into the batch's `B * T` positions.
     """
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[places], *args[1:]))
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, 1)[positions], *args[1:]))
     try:
         yield
     finally:
@@ -208,8 +209,8 @@ def correction_loss(
         verdict_weight: How much the verdicts' loss counts.
         weights: Of each verdict, by its token; `None` for 1.
     """
-    kept = targets != IGNORED
-    logits, targets = logits[kept], targets[kept]
+    learnt = targets != IGNORED
+    logits, targets = logits[learnt], targets[learnt]
     losses = torch.nn.functional.cross_entropy(logits.float(), targets % DECISION, reduction="none")
     is_verdict = targets >= VERDICT
     verdicts, corrections = losses[is_verdict], losses[~is_verdict]

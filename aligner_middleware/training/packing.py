@@ -16,7 +16,7 @@ _NAME = "packed"  # of this attention among those of transformers
 
 
 def use_packing(model: Any) -> None:
-    """Make a model ready for packed rows where that works: on a CPU, if each of its layers sees whole rows."""
+    """Set a model up for packed rows where that works: on a CPU, if each of its layers attends to whole rows."""
     settings = model.config.get_text_config()
     if (
         not torch.cuda.is_available()
@@ -30,7 +30,7 @@ def use_packing(model: Any) -> None:
 
 
 def is_packed(model: Any) -> bool:
-    """Tell whether a model wants packed rows."""
+    """Whether a model takes packed rows."""
     return bool(model.config._attn_implementation == _NAME)
 
 
@@ -45,14 +45,14 @@ def packed_attention(
     boundaries: Sequence[int] = (),
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each row, to what stands before.
+    """Attend within each row, to earlier positions.
 
     Args:
         module: The layer; unused.
         query: `[1, H, N, D]`, of rows end to end.
         key: `[1, G, N, D]`, each for `H / G` heads.
         value: As `key`.
-        attention_mask: `None`: rows are told apart by `boundaries`.
+        attention_mask: `None`: `boundaries` separates the rows.
         scaling: Of scores; `None` for `D ** -0.5`.
         boundaries: Where each row begins, and N.
         **unused: More that some models pass.
@@ -70,7 +70,7 @@ ALL_ATTENTION_FUNCTIONS.register(_NAME, packed_attention)
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention by plain products, row by row; probabilities are kept for the way back."""
+    """Causal attention by plain products, row by row; probabilities are kept for the backward pass."""
 
     @staticmethod
     def forward(

@@ -1,107 +1,20 @@
-"""What aligners and policies have in common when they are trained: the network, its checkpoints, and a run's progress."""
+"""Additions to the trainer of transformers: progress, a guard of the memory, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aligner_middleware.data.files import write_text
+from aligner_middleware.data.progress import Progress, Report
 
 _MEMORY_SHARE = 0.85  # of the memory: a process that holds more ends its run
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        stage: What is being trained, such as `warm_up` or `correction`.
-        step, steps: Optimiser steps done and to do in it.
-        loss: Of the latest step, in nats a token (of DPO: in nats a pair); `nan` when a run has just been resumed.
-        tokens: Prompt and target tokens seen in it.
-    """
-
-    stage: str
-    step: int
-    steps: int
-    loss: float
-    tokens: int
-
-
-Report = Callable[[Progress], None]
-
-
-def lora(rank: int, alpha: int, dropout: float, tokens: Sequence[int] = ()) -> LoraConfig:
-    """Say what is trained: low-rank matrices beside every linear layer but the head, and the embeddings of some tokens."""
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        trainable_token_indices=list(tokens) or None,
-    )
-
-
-def train_embeddings_of(model: Any, tokens: Sequence[int]) -> None:
-    """Leave all embeddings as they are, but for those of some tokens; the same for a head of its own."""
-    for weight in {
-        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }.values():
-        if not tokens:
-            weight.requires_grad_(False)
-            continue
-        chosen = torch.zeros(len(weight), 1)
-        chosen[list(tokens)] = 1.0
-        weight.register_hook(lambda gradient, chosen=chosen: gradient * chosen.to(gradient.device))
-
-
-def trainable(base: Path, adapter: LoraConfig | None, trained: Path | None, half: bool) -> Any:
-    """Load what a stage starts from: the base model, or what the stage before it has made.
-
-    Args:
-        base: Folder of the base model.
-        adapter: Shape of the adapter that is trained; `None` to train all weights.
-        trained: Folder of what was trained before: an adapter, or all weights.
-        half: Whether matrix products are made in bfloat16.
-    """
-    options: dict[str, Any] = {"dtype": torch.float32}
-    if torch.cpu._is_amx_tile_supported() and not torch.cuda.is_available():
-        options["attn_implementation"] = (
-            "eager"  # its products run on the tiles; elsewhere the fused one is up to 2 x faster
-        )
-    if adapter is None:
-        return AutoModelForCausalLM.from_pretrained(trained or base, **options)
-    frozen = AutoModelForCausalLM.from_pretrained(base, **options)
-    if trained is not None:
-        model = PeftModel.from_pretrained(frozen, str(trained), is_trainable=True)
-    else:
-        model = get_peft_model(frozen, adapter)
-    if half:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):  # autocast would cast these matrices anew in every step
-                layer.get_base_layer().weight.data = layer.get_base_layer().weight.data.bfloat16()
-    return model
-
-
-def bfloat16(wanted: bool | None) -> bool:
-    """Decide on bfloat16: as it is wanted, or where the device has units for it."""
-    if wanted is not None:
-        return wanted
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -118,7 +31,7 @@ def last_checkpoint(folder: Path) -> str | None:
         return None
     state = newest / "trainer_state.json"
     content = json.loads(state.read_text(encoding="utf-8"))
-    if best := content.get("best_model_checkpoint"):  # a path of where the run began; its folder may have moved
+    if best := content.get("best_model_checkpoint"):  # an absolute path; the run's folder may have moved since
         content["best_model_checkpoint"] = str(folder / Path(best).name)
         write_text(state, json.dumps(content, indent=2))
     return str(newest)
@@ -136,7 +49,7 @@ class MemoryGuard(TrainerCallback):
     """Ends a run with a checkpoint before the system would kill it: an allocator may keep more memory with each new shape.
 
     Attributes:
-        exceeded: Whether it did.
+        exceeded: Whether it ended the run.
     """
 
     def __init__(self) -> None:
@@ -149,24 +62,37 @@ class MemoryGuard(TrainerCallback):
 
 
 class Reporter(TrainerCallback):
-    """Tells `report` of every step."""
+    """Reports every step, with its loss in nats a token (of DPO: in nats a pair) and the tokens a second since the start.
+
+    Args:
+        stage: Name of the stage.
+        report: Called in the first process only.
+    """
 
     def __init__(self, stage: str, report: Report) -> None:
         self._stage = stage
         self._report = report
+        self._start: tuple[float, int] | None = None  # time in seconds, and tokens seen by then
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """See `TrainerCallback.on_train_begin`; tells of a run that goes on from a checkpoint."""
+        """See `TrainerCallback.on_train_begin`; reports a run that resumes from a checkpoint."""
         if state.global_step and state.is_world_process_zero:
-            tokens = int(state.num_input_tokens_seen)
-            self._report(Progress(self._stage, state.global_step, state.max_steps, math.nan, tokens))
+            self._start = time.monotonic(), int(state.num_input_tokens_seen)
+            left = state.max_steps - state.global_step
+            self._send(state, f"resumes after step {state.global_step}, {left} steps left")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         """See `TrainerCallback.on_log`."""
         if logs and "loss" in logs and state.is_world_process_zero:
-            tokens = int(state.num_input_tokens_seen)
-            self._report(Progress(self._stage, state.global_step, state.max_steps, float(logs["loss"]), tokens))
+            now = time.monotonic(), int(state.num_input_tokens_seen)
+            self._start = self._start or now  # the first step, which prepares kernels, does not count
+            seconds, tokens = now[0] - self._start[0], now[1] - self._start[1]
+            speed = f", {tokens / seconds:.0f} tokens/s" if seconds > 1 else ""
+            self._send(state, f"loss {float(logs['loss']):.3f}{speed}")
+
+    def _send(self, state: TrainerState, detail: str) -> None:
+        self._report(Progress(self._stage, state.global_step, state.max_steps, detail))

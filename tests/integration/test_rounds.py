@@ -17,16 +17,17 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from trl import RewardConfig, RewardTrainer
 from typer.testing import CliRunner
 
-from aligner_middleware import DataError
+from aligner_middleware import ConfigError
 from aligner_middleware.cli.app import app
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.evaluation.pairwise import OfflineJudge
-from aligner_middleware.evaluation.policy_metrics import StopRules
+from aligner_middleware.evaluation.stop_rules import StopRules
 from aligner_middleware.rlhf.plot import draw_rounds
 from aligner_middleware.rlhf.preferences import make_preferences
-from aligner_middleware.rlhf.rounds import read_rounds, run_rounds
+from aligner_middleware.rlhf.round_results import read_rounds
+from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import PolicyConfig
-from aligner_middleware.training.policy import tokenizer_of
+from aligner_middleware.training.policy import policy_tokenizer
 from tests.fakes import InstantAligner, tokenizer_json
 from tests.integration.conftest import random_checkpoint
 
@@ -78,7 +79,7 @@ def test_each_round_learns_from_what_the_policy_says_now(family: str, method: st
     run = run_rounds(PROMPTS, HELD_OUT, out, ALIGNER, JUDGE, settings, rounds=2, rules=LENIENT)
     assert [one.number for one in run.rounds] == [0, 1, 2]
     assert (run.best, run.stopped) == (2, [])
-    assert run.rounds[0].health.kl == 0 < run.rounds[1].health.kl  # type: ignore[union-attr]
+    assert run.rounds[0].metrics.kl == 0 < run.rounds[1].metrics.kl  # type: ignore[union-attr]
     first, second = (rows(out / f"round-{number}" / "preferences.jsonl") for number in (1, 2))
     assert {row["provenance"]["upstream"] for row in second} == {f"{settings.base}, round 1"}
     assert isinstance(first[0]["prompt"], list) is chat
@@ -110,16 +111,16 @@ def test_a_finished_run_does_nothing_again_and_takes_more_rounds(tmp_path: Path)
         settings,
         rounds=2,
         rules=LENIENT,
-        report=lambda *step: steps.append(step[0]),
+        report=lambda progress: steps.append(progress.stage),
     )
     assert len(again.rounds) == 3
-    assert all(step.startswith("round 2") for step in steps)
+    assert all(step.startswith("round 2, ") for step in steps)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    with pytest.raises(DataError, match=r"other settings \(policy\)"):
+    with pytest.raises(ConfigError, match=r"other settings \(policy\)"):
         run_rounds(PROMPTS, HELD_OUT, out, ALIGNER, JUDGE, config(tmp_path / "base", seed=1))
-    with pytest.raises(DataError, match="are trained on, such as 'question 0'"):
+    with pytest.raises(ConfigError, match="are trained on, such as 'question 0'"):
         run_rounds(PROMPTS, PROMPTS[:3], out, ALIGNER, JUDGE, settings)
-    with pytest.raises(DataError, match="too few"):
+    with pytest.raises(ConfigError, match="24 and 0 are given"):
         run_rounds(PROMPTS, [], out, ALIGNER, JUDGE, settings)
 
 
@@ -128,7 +129,7 @@ def test_the_control_learns_from_the_first_rounds_pairs_for_ever(tmp_path: Path)
     run = run_rounds(PROMPTS, HELD_OUT, out, ALIGNER, JUDGE, settings, rounds=2, rules=LENIENT, fixed=True)
     assert not (out / "round-2" / "answers.jsonl").exists()
     assert run.rounds[1].pairs == run.rounds[2].pairs
-    assert run.rounds[1].health != run.rounds[2].health
+    assert run.rounds[1].metrics != run.rounds[2].metrics
     draw_rounds({"control": read_rounds(out), "again": run}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -205,6 +206,6 @@ def test_the_reward_trainer_reads_the_rows(form: Any, tmp_path: Path) -> None:
         model=network,
         args=RewardConfig(output_dir=str(tmp_path / "reward"), **settings),
         train_dataset=Dataset.from_json(str(tmp_path / "out.jsonl")),
-        processing_class=tokenizer_of(folder),
+        processing_class=policy_tokenizer(folder),
     )
     assert trainer.train().training_loss > 0

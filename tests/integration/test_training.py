@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.errors import BuildError
+from aligner_middleware.errors import BuildError, ConfigError
 from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
@@ -40,7 +40,7 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-def test_a_killed_run_goes_on_elsewhere_and_ends_as_if_it_had_not_been_killed(base: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_elsewhere_and_ends_as_if_it_had_not_been_killed(base: Path, tmp_path: Path) -> None:
     options = ("--held-out", str(base.parent / "rows.jsonl"), "--patience", "50")
     run(*command(base, tmp_path / "whole", *options))
     killed = subprocess.Popen(
@@ -58,7 +58,7 @@ def test_a_killed_run_goes_on_elsewhere_and_ends_as_if_it_had_not_been_killed(ba
     resuming = [sys.executable, *command(base, tmp_path / "elsewhere" / "moved", *options)]
     result = subprocess.run(resuming, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"goes on after step \d+, \d+ steps are left", result.stderr)
+    assert re.search(r"resumes after step \d+, \d+ steps left", result.stderr)
     whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "elsewhere/moved"))
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value)
@@ -74,9 +74,9 @@ def test_a_run_ends_with_a_checkpoint_before_memory_does(
     with monkeypatch.context() as short:
         short.setattr("aligner_middleware.training.trainer.memory_share", lambda: next(shares))
         with pytest.raises(BuildError, match=r"held nearly all memory after step 3 of \d+"):
-            train(ROWS, tmp_path / "out", config, report=lambda progress: steps.append(progress.step))
+            train(ROWS, tmp_path / "out", config, report=lambda progress: steps.append(progress.done))
     assert steps == [1, 2, 3]
-    train(ROWS, tmp_path / "out", config, report=lambda progress: steps.append(progress.step))
+    train(ROWS, tmp_path / "out", config, report=lambda progress: steps.append(progress.done))
     assert steps[3:] == list(range(3, steps[-1] + 1))
 
 
@@ -87,7 +87,7 @@ def test_an_unfinished_run_with_other_settings_is_not_overwritten(base: Path, tm
     config = TrainConfig(base=str(base), warm_up=STAGE, correction=STAGE)
     with pytest.raises(KeyboardInterrupt):
         train(ROWS, tmp_path / "out", config, report=stop)
-    with pytest.raises(BuildError, match="unfinished run with other rows or settings"):
+    with pytest.raises(ConfigError, match="unfinished run with other rows or settings"):
         train(ROWS[1:], tmp_path / "out", config)
     assert train(ROWS, tmp_path / "out", config).rows == len(ROWS)
 

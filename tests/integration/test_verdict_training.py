@@ -8,7 +8,7 @@ import pytest
 from aligner_middleware import Aligner
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.errors import BuildError
+from aligner_middleware.errors import BuildError, ConfigError
 from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.fakes import SPARE, tokenizer_json
@@ -103,9 +103,9 @@ def test_training_goes_on_only_where_it_can(base: Path, tmp_path: Path) -> None:
     config = TrainConfig(base=str(base), method="difference", warm_up=Stage(epochs=0), correction=stage, bfloat16=False)
     train(ROWS[:8], tmp_path / "first", config)
     start = {"start": str(tmp_path / "first")}
-    with pytest.raises(BuildError, match="needs method 'full' or 'difference'"):
+    with pytest.raises(ConfigError, match="needs method 'full' or 'difference'"):
         train(ROWS[:8], tmp_path / "second", config.model_copy(update=start | {"method": "lora"}))
     other = random_checkpoint("qwen2", tmp_path / "other")
     (other / "tokenizer.json").write_text(tokenizer_json(SPARE))
-    with pytest.raises(BuildError, match="was not made of"):
+    with pytest.raises(ConfigError, match="was not made of"):
         train(ROWS[:8], tmp_path / "second", config.model_copy(update=start | {"base": str(other)}))

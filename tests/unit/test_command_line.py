@@ -122,7 +122,7 @@ def test_a_file_that_cannot_be_read_or_unpacked_is_one_line(run: Run, tmp_path: 
     path = tmp_path / "rows.jsonl.gz"
     if broken:
         path.write_bytes(broken)
-    assert f"{path}:1: cannot be read" in only_line(run("correct", path))
+    assert f"{path}: cannot be read" in only_line(run("correct", path))
 
 
 # --- many lines
@@ -427,7 +427,7 @@ def test_a_module_that_fails_to_import_another_is_not_taken_for_missing(
     (tmp_path / "my_failing_models.py").write_text("import not_there_at_all\n")
     prompts = jsonl(tmp_path / "prompts", "What is snow?")
     line = only_line(run("preferences", prompts, tmp_path / "out", "--upstream", "my_failing_models:llm"))
-    assert "my_failing_models cannot be had: ModuleNotFoundError: No module named 'not_there_at_all'" in line
+    assert "my_failing_models cannot be loaded: ModuleNotFoundError: No module named 'not_there_at_all'" in line
 
 
 def test_what_a_provider_says_on_many_lines_is_one_line(

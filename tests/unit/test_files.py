@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aligner_middleware
-from aligner_middleware import ArtifactError, DataError
+from aligner_middleware import ArtifactError, DataError, JobError
 from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, Calibration
 from aligner_middleware.checkpoints.cache import build_once
-from aligner_middleware.data.files import write_folder
+from aligner_middleware.data.folders import write_folder
 from aligner_middleware.data.triples import read_rows
 from aligner_middleware.text.template import DEFAULT
 from tests.fakes import artifact_folder
@@ -122,7 +122,7 @@ def test_saving_leaves_the_old_file_until_the_new_one_is_whole(tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", full)
-        with pytest.raises(DataError, match=r"aligner\.json.*cannot be written: no space"):
+        with pytest.raises(JobError, match=r"aligner\.json.*cannot be written: no space"):
             artifact.save(folder)
     assert (folder / "aligner.json").read_bytes() == before
     assert Artifact.load(folder).name == "test"
@@ -208,14 +208,27 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, reason: 
     assert str(path) in str(caught.value)
 
 
+def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = (
+        json.dumps({"question": "Wie heißt du?", "answer": "a", "correction": "c"}, ensure_ascii=False).encode() + b"\n"
+    )
+    path.write_bytes(good * 3 + b"caf\xe9\n" + good)
+    with pytest.raises(DataError, match="is not UTF-8 text: it holds the byte 0xe9") as caught:
+        read_rows(path)
+    assert caught.value.line == 4
+    path.write_bytes(good * 3)
+    assert read_rows(path).triples[2].question == "Wie heißt du?"
+
+
 def test_a_missing_or_empty_data_file_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(JobError, match="cannot be read"):
         read_rows(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DataError, match="holds no triples"):
+    with pytest.raises(JobError, match="holds no triples"):
         read_rows(tmp_path / "empty.jsonl")
     (tmp_path / "false.jsonl.gz").write_text("no gzip")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(JobError, match="cannot be read"):
         read_rows(tmp_path / "false.jsonl.gz")
 
 

@@ -18,11 +18,12 @@ import torch
 from langchain_core.language_models import FakeListChatModel
 from safetensors.numpy import save_file
 
-from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError, DataError
+from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError, DataError, JobError
 from aligner_middleware.artifact import EXPORTED, Artifact, cached_folder, home
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.checkpoints.checkpoint import TRAINED
-from aligner_middleware.data.files import FolderKind, remove_folder, write_bytes, write_folder, write_lines, write_text
+from aligner_middleware.data.files import write_bytes, write_lines, write_text
+from aligner_middleware.data.folders import FolderKind, remove_folder, write_folder
 from aligner_middleware.data.journal import Journal
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.data.triples import Triple
@@ -115,7 +116,7 @@ def test_what_is_ours_but_of_another_kind_is_not_replaced(
 
 @pytest.mark.parametrize("kind", [EXPORTED, TRAINED, KIND])
 def test_a_file_beside_our_own_is_named_and_stays(tmp_path: Path, kind: FolderKind) -> None:
-    out = lay(tmp_path / "ours", kind.mark or "", "README.md", "notes.txt")
+    out = lay(tmp_path / "ours", kind.marker or "", "README.md", "notes.txt")
     before = tree(tmp_path)
     with pytest.raises(BuildError, match=r"holds 'README\.md' and 1 more, which is no part of a"):
         write_folder(out, thing, kind)
@@ -213,7 +214,7 @@ def test_an_interrupted_replacement_keeps_the_old_folder(tmp_path: Path, monkeyp
 BUILD = """
 import sys, time
 from pathlib import Path
-from aligner_middleware.data.files import FolderKind, write_folder
+from aligner_middleware.data.folders import FolderKind, write_folder
 kind = FolderKind("a thing", "thing.json", ("part-*",))
 out, begun, stop = map(Path, sys.argv[1:])
 def build(made):
@@ -339,7 +340,7 @@ def test_a_file_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:
         lambda: write_lines(path, [{"a": LARGE}]),
     ]
     for write in writes:
-        with little_room(), pytest.raises(DataError, match="cannot be written"):
+        with little_room(), pytest.raises(JobError, match="cannot be written"):
             write()
         assert tree(tmp_path) == {"file": "old"}
 
@@ -372,7 +373,7 @@ def test_a_journal_on_a_full_disk_keeps_what_was_done(tmp_path: Path, writing: b
     path = tmp_path / "journal"
     with Journal(path, {"job": 1}) as journal:
         journal.add("one", 1)
-        with little_room(), pytest.raises(DataError, match="cannot be written: File too large"):
+        with little_room(), pytest.raises(JobError, match="cannot be written: File too large"):
             journal.add("two", LARGE)
         if writing:
             journal.add("three", 3)
@@ -393,7 +394,7 @@ def test_a_damaged_journal_is_named_by_its_line(tmp_path: Path, content: str) ->
 
 
 def test_a_journal_that_is_a_folder_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read or written"), Journal(lay(tmp_path / "folder"), {}):
+    with pytest.raises(JobError, match="cannot be read or written"), Journal(lay(tmp_path / "folder"), {}):
         pass
 
 
@@ -412,7 +413,7 @@ def test_a_home_that_cannot_be_written_is_named_with_what_to_set(
 
 def test_a_home_that_can_only_be_read_serves_what_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = lay(tmp_path / "home" / "thing", "thing.json")
-    monkeypatch.setattr("aligner_middleware.data.files.FileLock", lambda path: pytest.fail("nothing is to be written"))
+    monkeypatch.setattr("aligner_middleware.data.locks.FileLock", lambda path: pytest.fail("nothing is to be written"))
     build_once(folder, thing, KIND)
     assert (folder / "thing.json").read_text() == "my thing.json"
 

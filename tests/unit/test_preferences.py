@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage
 
-from aligner_middleware import DataError, InputError
+from aligner_middleware import ConfigError, DataError, InputError, JobError
 from aligner_middleware.data.journal import Journal
 from aligner_middleware.data.prompts import Prompt, read_prompts
 from aligner_middleware.data.upstream import chat_model
@@ -130,11 +130,11 @@ def test_another_jobs_journal_is_not_taken_up_and_one_job_runs_once(tmp_path: Pa
     path = tmp_path / "journal"
     with Journal(path, {"model": "a"}) as journal:
         journal.add("1", "done")
-        with pytest.raises(DataError, match="another process"), Journal(path, {"model": "a"}):
+        with pytest.raises(JobError, match="another process"), Journal(path, {"model": "a"}):
             pass
     with Journal(path, {"model": "a"}) as journal:
         assert journal.done == {"1": "done"}
-    with pytest.raises(DataError, match=r"other settings \(model\)"), Journal(path, {"model": "b"}):
+    with pytest.raises(ConfigError, match=r"other settings \(model\)"), Journal(path, {"model": "b"}):
         pass
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path: Path, monkeypatch: pytest.Mon
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(DataError, match="No space left"):
+            with pytest.raises(JobError, match="No space left"):
                 journal.add("2", "two")
         journal.add("3", "three")
     with Journal(path, {}) as journal:
@@ -176,7 +176,7 @@ def test_prompts_are_read_from_the_forms_that_people_have(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="prompts:2"):
         read_prompts(path)
     path.write_text("\n")
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(JobError, match="empty"):
         read_prompts(path)
 
 
@@ -188,7 +188,7 @@ def test_a_chat_model_is_found_by_file_and_module(tmp_path: Path) -> None:
     for name, reason in (
         (f"{file}:nothing", "no 'nothing'"),
         ("nowhere.py:llm", "not a file"),
-        ("no-such-provider:x", "cannot be had"),
+        ("no-such-provider:x", "cannot be loaded"),
     ):
         with pytest.raises(InputError, match=reason):
             chat_model(name)

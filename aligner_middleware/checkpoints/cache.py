@@ -1,4 +1,4 @@
-"""The cache of built folders: each is built once, by one process, appears whole, and is built anew if damaged."""
+"""The cache of built folders: one process builds each of them, once; it appears when complete, and is rebuilt if damaged."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def build_once(
     kind: FolderKind = _ANYTHING,
     check: Callable[[Path], object] = lambda folder: None,
 ) -> None:
-    """Make sure that a whole folder is there, calling `build` if it is not.
+    """Make sure that a complete folder is there; `build` is called if it is not.
 
-    Processes that ask at once do the work once: the others wait.
+    Of several processes one builds it; the others wait.
 
     Args:
-        folder: The folder that shall be there afterwards, in the cache.
+        folder: The folder, in the cache.
         build: Fills the empty folder that it is given.
-        kind: What it makes.
-        check: Raises `ArtifactError` for a folder that is damaged; such a one is built anew.
+        kind: The kind of folder that it makes.
+        check: Raises `ArtifactError` for a damaged folder, which is built anew.
 
     Raises:
-        ArtifactError: If what was built is damaged.
+        ArtifactError: If the built folder is damaged.
         BuildError: If it cannot be written; the message names it and `ALIGNER_HOME`.
     """
 
-    def whole(folder: Path, level: int = logging.DEBUG) -> bool:
+    def intact(folder: Path, level: int = logging.DEBUG) -> bool:
         if is_folder(folder):
             try:
                 check(folder)
@@ -47,8 +47,8 @@ def build_once(
                 return True
         return False
 
-    if whole(folder, logging.WARNING):
+    if intact(folder, logging.WARNING):
         sweep(folder.parent)  # a process may have been killed just after it had made the folder
     else:
-        write_folder(folder, build, kind.cached, unless=whole, advice=HOME_ADVICE)
+        write_folder(folder, build, kind.cached, unless=intact, advice=HOME_ADVICE)
         check(folder)

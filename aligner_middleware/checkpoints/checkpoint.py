@@ -1,4 +1,4 @@
-"""A checkpoint in PyTorch: base weights with an adapter merged into them, its tokenizer and its prompt."""
+"""A checkpoint in PyTorch: base weights with an adapter or a difference merged in, a tokenizer and a prompt template."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 RECIPE_FILE = "training.json"
 RECIPE_VERSION = 1
-# What a whole checkpoint of ours has beside its weights: what transformers reads of a decoder and its tokenizer.
+# The files of a full checkpoint beside its weights: those that transformers reads of a decoder and its tokenizer.
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -73,7 +73,7 @@ class RecordedTraining(BaseModel):
 
 
 class _AdapterConfig(BaseModel):
-    """What bounds an adapter's size and names, in peft's `adapter_config.json`."""
+    """The fields of peft's `adapter_config.json` that bound an adapter's size and names."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -89,14 +89,14 @@ class _AdapterConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What an aligner is made from.
+    """The sources of an aligner.
 
     Attributes:
-        name: As the user named it.
+        name: The name that the user gave.
         folder: The base model's folder, with `config.json`, weights and `tokenizer.json`.
         adapter: The folder of an adapter or a difference to the base, if there is one.
-        template: The prompt it was trained with.
-        weights: What it was made from, for the record.
+        template: The prompt template that it was trained with.
+        weights: The record of its origin.
     """
 
     name: str
@@ -110,10 +110,10 @@ class Checkpoint:
         return Tokenizer.from_file(self.folder / TOKENIZER_FILE)
 
     def calibration(self) -> Calibration | None:
-        """Read the levels of strength that lie beside its weights, if there are any.
+        """Read the calibration beside its weights, if there is one.
 
         Raises:
-            ArtifactError: If they cannot be used.
+            ArtifactError: If it cannot be used.
         """
         path = (self.adapter or self.folder) / CALIBRATION_FILE
         if not is_file(path):
@@ -133,7 +133,7 @@ class Checkpoint:
 
         try:
             capped = getattr(AutoConfig.from_pretrained(self.folder), "attn_logit_softcapping", None)
-            kernel = {"attn_implementation": "eager"} if capped else {}  # the others leave Gemma 2's cap out
+            kernel = {"attn_implementation": "eager"} if capped else {}  # the other kernels ignore Gemma 2's cap
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **kernel)
         except Exception as exc:  # whatever a damaged config or weights lead transformers into
             raise BuildError(f"transformers cannot load {self.folder}: {_first_line(exc)}") from exc
@@ -145,11 +145,11 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, template: str | PromptTemplate | None = None) -> Checkpoint:
-    """Find what a name stands for.
+    """Find the checkpoint of a name.
 
     Args:
         model: `default`, an adapter folder made by `aligner train`, a folder with a checkpoint, or a hub id.
-        template: The prompt; `None` for the one recorded beside the adapter or known for the model.
+        template: The prompt template; `None` for the one recorded beside the adapter or known for the model.
 
     Raises:
         ArtifactError: If a file of it cannot be used.
@@ -158,7 +158,7 @@ def open_checkpoint(model: str, template: str | PromptTemplate | None = None) ->
     folder = folder_of(model)
     if folder is None or not (is_file(folder / ADAPTER_CONFIG_FILE) or is_file(folder / DIFFERENCE_FILE)):
         found, weights = base_folder(model)
-        recorded = template is None and is_file(found / RECIPE_FILE)  # trained by us in full
+        recorded = template is None and is_file(found / RECIPE_FILE)  # all weights were trained by this package
         chosen = read_recipe(found).template if recorded else resolve_template(template, model)
         return Checkpoint(model, found, None, chosen, weights)
     base, weights = base_folder(_base_of(folder))
@@ -192,7 +192,7 @@ def end_token_ids(folder: Path, tokenizer: Tokenizer, template: PromptTemplate) 
 
 
 def read_recipe(folder: Path) -> RecordedTraining:
-    """Read what `training.json` records of a training.
+    """Read `training.json`, the record of a training.
 
     Raises:
         ArtifactError: If it cannot be used, or was written by a newer version.

@@ -1,7 +1,7 @@
-"""A compact difference to the base: how trained weights differ from it, in a few bits a weight.
+"""Stores trained weights as a compact difference to the base, in a few bits a weight.
 
 Each matrix differs by `codes * scale`, with codes -n, …, -1, 1, …, n in groups of 128 that share a scale: the codes are
-stored as planes of bits, 8 weights a byte. What is small (norms, single rows of the embeddings) is stored in float16.
+stored as bit planes, 8 weights a byte. Small parts (norms, single rows of the embeddings) are stored in float16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIFFERENCE_FILE = "difference.safetensors"
 _FORMAT, _VERSION = "aligner difference", 1
 _AGAIN = "train the aligner again"
 _GROUP = 128  # weights that share a scale
-_SMALL = 2**16  # weights; below, float16 costs nothing worth saving
+_SMALL = 2**16  # weights; below that, fewer bits than float16 save next to nothing
 _SEARCH = (
     0.15,
     0.2,
@@ -46,7 +46,7 @@ Floats = NDArray[np.float32]
 def save_difference(
     trained: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], bits: int, path: Path
 ) -> float:
-    """Write how trained weights differ from their base.
+    """Write the difference of trained weights to their base.
 
     Args:
         trained: Weights after training, by name.
@@ -86,7 +86,7 @@ def add_difference(model: Any, path: Path) -> None:
 
     Raises:
         ArtifactError: If the file is damaged, or was written by a newer version.
-        BuildError: If it is not of this base: a weight is missing, or has another shape.
+        BuildError: If it belongs to another base: a weight is missing, or has another shape.
     """
     import torch
 
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
 
 
 def _check(parts: Mapping[str, NDArray[Any]], shape: tuple[int, ...], before: str, after: str) -> None:
-    """See that the parts of a difference are of the sizes that its shape asks for.
+    """Check that the parts of a difference have the sizes that its shape requires.
 
     Raises:
         ArtifactError: If they are not; the message stands between `before` and `after`.
@@ -181,7 +181,7 @@ def _grouped(difference: Floats) -> Floats:
 
 
 def _values(codes: NDArray[Any], bits: int) -> Floats:
-    """Give codes 0, …, 2^bits - 1 as values of equal distance from -1 to 1, for 1 bit -1 and 1."""
+    """Map codes 0, …, 2^bits - 1 to equidistant values from -1 to 1; for 1 bit, -1 and 1."""
     values: Floats = (2 * codes.astype(np.float32) / (2**bits - 1)) - 1
     return values
 

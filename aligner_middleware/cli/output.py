@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from contextlib import suppress
@@ -102,3 +103,13 @@ def discard(stream: IO[str]) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, kept)
         os.close(nowhere)
+
+
+def percent(value: float) -> str:
+    """Write a share from 0 to 1 as a percentage; not a number as nothing."""
+    return "" if math.isnan(value) else f"{value:.1%}"
+
+
+def left_out_text(rows: int) -> str:
+    """Tell how many rows were too long for an aligner."""
+    return f"{rows} rows left out, as they do not fit into the aligner's context"

@@ -1,109 +1,28 @@
-"""What long commands tell on standard error: bars in a terminal, and a line now and then in a log."""
+"""Shows on standard error how far a job is: one bar in a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from aligner_middleware.cli.output import console, note
-from aligner_middleware.data.progress import Progress as JobProgress
+from aligner_middleware.data.progress import Progress, Report
 
-SECONDS_BETWEEN_LINES = 30.0  # of one task in a log
-
-Report = Callable[[int, int | None], None]
+SECONDS_BETWEEN_LINES = 30.0  # in a log
 
 
-class Tasks(Protocol):
-    """What is under way, by name."""
-
-    def update(self, name: str, done: int, of: int | None, said: str = "") -> None:
-        """Tell how much of a task is done, and of how much, if that is known; and what else there is to say."""
-
-
-@contextmanager
-def tasks(unit: str = "") -> Iterator[Tasks]:
-    """Show tasks, each from its first update on.
+def showing(title: str, unit: str = "") -> AbstractContextManager[Report]:
+    """Show a job while the context lasts; the job calls what the context gives.
 
     Args:
+        title: Name of the job, such as `export default`.
         unit: What is counted, such as `rows`.
     """
-    if in_terminal():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        # Standard output holds data, and is not to be drawn into the bars.
-        with Progress(*columns, console=console, redirect_stdout=False) as progress:
-            yield _Bars(progress)
-    else:
-        lines = _Lines(unit)
-        yield lines
-        lines.end()
-
-
-@contextmanager
-def bar(title: str, of: int | None, unit: str) -> Iterator[Report]:
-    """Show one task, whose progress is reported as what is done and of how much.
-
-    Args:
-        title: Its name.
-        of: How much there is to do; `None` where that is not known.
-        unit: What is counted.
-    """
-    with tasks(unit) as shown:
-        if in_terminal():
-            shown.update(title, 0, of)
-        elif of is not None:
-            note(f"{title}: {of} {unit}")
-        yield lambda done, of: shown.update(title, done, of)
-
-
-@contextmanager
-def steps(title: str, of: int) -> Iterator[Callable[[str], None]]:
-    """Show a task of named steps; each is reported when it begins."""
-    begun = 0
-    with tasks() as shown:
-
-        def report(step: str) -> None:
-            nonlocal begun
-            begun += 1
-            if in_terminal():
-                shown.update(title, begun - 1, of, step)
-            else:
-                note(f"{title}: {step} (step {begun} of {of})")
-
-        start = time.monotonic()
-        yield report
-        if in_terminal():
-            shown.update(title, of, of)
-        else:
-            note(f"{title}: done in {time.monotonic() - start:.0f} s")
-
-
-@contextmanager
-def job(unit: str = "") -> Iterator[Callable[[JobProgress], None]]:
-    """Show the stages of a job that reports its progress.
-
-    Args:
-        unit: What is counted.
-    """
-    with tasks(unit) as shown:
-
-        def report(at: JobProgress) -> None:
-            if at.detail.startswith("resumes "):
-                note(f"{at.stage}: {at.detail}")
-            shown.update(at.stage, at.done, at.total, "" if at.detail.startswith("resumes ") else at.detail)
-
-        yield report
+    return _bar(title) if in_terminal() else _log(title, unit)
 
 
 def in_terminal() -> bool:
@@ -111,70 +30,100 @@ def in_terminal() -> bool:
     return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
 
 
-class _Bars:
-    """Tasks in a terminal."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._ids: dict[str, Any] = {}
-
-    def update(self, name: str, done: int, of: int | None, said: str = "") -> None:
-        if name not in self._ids:
-            self._ids[name] = self._progress.add_task(name, total=of, completed=done, said=said)
-        self._progress.update(self._ids[name], completed=done, total=of, said=said)
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Tell the user, where the command is interrupted meanwhile, that the same command resumes it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("repeat the command to resume") from None
 
 
-@dataclass
-class _Task:
-    """A task in a log.
+def _label(title: str, stage: str) -> str:
+    return title if not stage or stage in title.split() else f"{title}: {stage}"
 
-    Attributes:
-        began: When it began.
-        seen, first: When it was first told of, and how much of it was done by then.
-        told: When there was the latest line of it; `None` before the first.
-        unsaid: What there is to say of it, and has not been said.
+
+@contextmanager
+def _bar(title: str) -> Iterator[Report]:
+    """One bar, which begins anew with each stage."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # Standard output holds data, and is not to be drawn into the bar.
+    with Bars(*columns, console=console, redirect_stdout=False) as bars:
+        task = bars.add_task(title, total=None, detail="")
+        stage = ""
+
+        def report(at: Progress) -> None:
+            nonlocal stage
+            if at.stage != stage:
+                stage = at.stage
+                bars.reset(task, description=_label(title, stage), total=at.total)
+            bars.update(task, completed=at.done, total=at.total, detail=at.detail)
+
+        yield report
+
+
+@contextmanager
+def _log(title: str, unit: str) -> Iterator[Report]:
+    log = _Log(title, unit)
+    yield log.report
+    log.end()
+
+
+class _Log:
+    """Lines of a log: when a stage begins, now and then, and when it is done.
+
+    A stage whose size is not known may be over in no time: it has lines now and then only.
     """
 
-    began: float
-    seen: float
-    first: int
-    told: float | None = None
-    unsaid: str = ""
-
-
-class _Lines:
-    """Tasks in a log: a line for each when it is first told of, now and then, and when it is done.
-
-    One whose size is not known may be over in no time: it has lines now and then only.
-    """
-
-    def __init__(self, unit: str) -> None:
+    def __init__(self, title: str, unit: str) -> None:
+        self._title = title
         self._unit = f" {unit}" if unit else ""
-        self._tasks: dict[str, _Task] = {}
-        self._free = time.monotonic()  # since when no task is under way
+        self._start = self._began = self._latest = self._wrote = time.monotonic()
+        self._first: tuple[Progress, float] | None = None  # report of the stage, and its time
+        self._pending = ""  # line of the latest report, where it has not been written
+        self._finished = True  # the stage; also one of unknown size
 
-    def update(self, name: str, done: int, of: int | None, said: str = "") -> None:
+    def report(self, at: Progress) -> None:
+        """Take a report, and write a line if one is due."""
         now = time.monotonic()
-        task = self._tasks.setdefault(name, _Task(began=self._free, seen=now, first=done))
-        task.unsaid = f"{name}: {done}{'' if of is None else f' of {of}'}{self._unit}{f', {said}' if said else ''}"
-        if done == of:
-            self._end(task, now)
-        elif self._due(task, now, of):
-            left = (now - task.seen) / (done - task.first) * (of - done) if of and done > task.first else None
-            note(task.unsaid if left is None else f"{task.unsaid}, {left:.0f} s left")
-            task.told, task.unsaid = now, ""
+        is_new = self._first is None or self._first[0].stage != at.stage
+        if is_new:
+            self._write()
+            self._began, self._first = self._latest, (at, now)
+        self._latest, self._pending = now, self._line(at)
+        self._finished = at.total is None or at.done >= at.total
+        if at.done == at.total:
+            self._write(f", in {now - self._began:.0f} s")
+        elif (is_new and at.total is not None) or now - self._wrote >= SECONDS_BETWEEN_LINES:
+            self._write(self._left(at, now))
 
     def end(self) -> None:
-        """Tell of tasks that ended before all of them was done."""
-        for task in self._tasks.values():
-            if task.unsaid and task.told is not None:
-                self._end(task, time.monotonic())
+        """Tell of a job that ended before all of its last stage was done."""
+        if not self._finished:
+            self._write()
+            note(f"{self._title}: ended after {time.monotonic() - self._start:.0f} s")
 
-    def _due(self, task: _Task, now: float, of: int | None) -> bool:
-        if task.told is None and of is not None:
-            return True
-        return now - (task.began if task.told is None else task.told) >= SECONDS_BETWEEN_LINES
+    def _line(self, at: Progress) -> str:
+        label = _label(self._title, at.stage)
+        count = f"{at.done}{'' if at.total is None else f' of {at.total}'}{self._unit}"
+        line = f"{label}{':' if label == self._title else ','} {count}"
+        return f"{line}, {at.detail}" if at.detail else line
 
-    def _end(self, task: _Task, now: float) -> None:
-        note(f"{task.unsaid}, in {now - task.began:.0f} s")
-        task.told, task.unsaid, self._free = now, "", now
+    def _left(self, at: Progress, now: float) -> str:
+        """Tell how long the rest of the stage takes, at its speed so far."""
+        if self._first is None or at.total is None or at.done <= self._first[0].done:
+            return ""
+        first, seen = self._first
+        return f", {(now - seen) / (at.done - first.done) * (at.total - at.done):.0f} s left"
+
+    def _write(self, more: str = "") -> None:
+        if self._pending:
+            note(self._pending + more)
+            self._wrote, self._pending = time.monotonic(), ""

@@ -1,4 +1,4 @@
-"""Metrics of a policy on held-out prompts, against the first policy's answers, and the rules that stop a collapsing run."""
+"""Metrics of a policy on held-out prompts, against the first policy's answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import statistics
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.evaluation.comparison import Tally
 from aligner_middleware.evaluation.pairwise import Dimension, Pair, PairwiseJudge
@@ -41,51 +41,6 @@ class PolicyMetrics(BaseModel):
     distinct: dict[int, float]
     refusals: float
     blank: float
-
-
-class StopRules(BaseModel):
-    """Bounds beyond which a policy counts as collapsed, relative to the first policy or the best round so far.
-
-    Attributes:
-        max_kl: Largest KL divergence from the first policy, in nats a token.
-        max_drop: Largest drop of the judge's rate below the best earlier round's, in any dimension. It counts only where
-            their 95 % intervals do not overlap: on a few dozen prompts a rate varies that much by chance.
-        length: Least and largest mean length of an answer, as shares of the first policy's.
-        min_distinct: Least distinct-3, as a share of the first policy's.
-        max_refusals: Largest rise of the share of refusals.
-        max_blank: Largest share of empty answers.
-        min_pairs: Fewest preference pairs that a round trains on.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_kl: float = Field(default=1.0, gt=0)
-    max_drop: float = Field(default=0.1, ge=0)
-    length: tuple[float, float] = (0.5, 2.0)
-    min_distinct: float = Field(default=0.7, ge=0, le=1)
-    max_refusals: float = Field(default=0.2, ge=0)
-    max_blank: float = Field(default=0.05, ge=0)
-    min_pairs: int = Field(default=8, ge=1)
-
-    def broken(self, history: Sequence[PolicyMetrics]) -> list[str]:
-        """Give the rules that the last of these policies breaks, a sentence each; the first one is the first policy."""
-        first, *_, now = history
-        reasons = []
-        if now.kl > self.max_kl:
-            reasons.append(f"KL to the first policy is {now.kl:.2f} nats a token, over {self.max_kl:g}")
-        for dimension, tally in now.verdicts.items():
-            best = max((past.verdicts[dimension] for past in history[:-1]), key=lambda tally: tally.rate)
-            if tally.rate < best.rate - self.max_drop and tally.high < best.low:
-                reasons.append(f"judged {dimension}: {tally.rate:+.1%}, where an earlier round had {best.rate:+.1%}")
-        if not self.length[0] * first.words <= now.words <= self.length[1] * first.words:
-            reasons.append(f"answers have {now.words:.0f} words, the first policy's {first.words:.0f}")
-        if now.distinct[3] < self.min_distinct * first.distinct[3]:
-            reasons.append(f"{now.distinct[3]:.0%} of 3-grams are distinct, the first policy's {first.distinct[3]:.0%}")
-        if now.refusals > first.refusals + self.max_refusals:
-            reasons.append(f"{now.refusals:.0%} of answers are refusals, the first policy's {first.refusals:.0%}")
-        if now.blank > self.max_blank:
-            reasons.append(f"{now.blank:.0%} of answers are empty")
-        return reasons
 
 
 def evaluate_policy(

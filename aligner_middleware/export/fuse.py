@@ -1,4 +1,4 @@
-"""Rewrite a decoder that optimum exported into ONNX Runtime's fused operators.
+"""Rewrites a decoder that optimum exported with ONNX Runtime's fused operators.
 
 For every layer of a Llama-shaped decoder (Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, Phi 3):
 
@@ -6,13 +6,13 @@ For every layer of a Llama-shaped decoder (Llama, Mistral, Qwen 2 and 3, Gemma 1
                                         SkipSimplifiedLayerNormalization
     q, k and v projections              one MatMul by the three weights side by side; three where queries and keys are
                                         normed by head
-    all from there to o_proj (rotary    GroupQueryAttention, which keeps the KV cache in place
-    embedding, cache, mask, softmax)
+    all up to o_proj (rotary embedding, GroupQueryAttention, which keeps the KV cache in place
+    cache, mask, softmax)
     attention_mask, position_ids        seqlens_k [B] (length of each row after this pass, minus one) and
                                         total_sequence_length (the longest row after this pass)
 
 Rotary frequencies and norm weights are read from the graph, so scaled frequencies or Gemma's `weight + 1` need no code
-here. What does not have this shape is `NotFusable`, and is served as it was exported.
+here. A graph of another shape raises `NotFusable`, and is served as it was exported.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def fuse(model: onnx.ModelProto, config: dict[str, Any]) -> None:
         config: Its `config.json`.
 
     Raises:
-        NotFusable: If it is not of the expected shape; the model is then half rewritten and must be loaded again.
+        NotFusable: If it does not have the expected shape; the model is then rewritten in part, and must be loaded again.
     """
     graph = Graph(model)
     _fuse_norms(graph)

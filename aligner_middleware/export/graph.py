@@ -1,4 +1,4 @@
-"""An ONNX graph that can be rewritten: who makes a value, who reads it, which values are constants."""
+"""An index of an ONNX graph for rewriting it: which node makes a value, which ones read it, which values are constants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 
 class Graph:
-    """An index over a model's graph. `reindex` after nodes were added or taken away."""
+    """An index over a model's graph. Call `reindex` after adding or removing nodes."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -26,7 +26,7 @@ class Graph:
         self.reindex()
 
     def reindex(self) -> None:
-        """Look at all nodes again."""
+        """Build the index again."""
         self.maker: dict[str, onnx.NodeProto] = {name: node for node in self.proto.node for name in node.output if name}
         self.named: dict[str, onnx.NodeProto] = {node.name: node for node in self.proto.node}
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -40,7 +40,7 @@ class Graph:
         return [node for node in self.proto.node if node.op_type in op_types]
 
     def only_reader(self, name: str, *op_types: str) -> onnx.NodeProto | None:
-        """Find the one reader of a value that is of these types; `None` where there is none or more than one."""
+        """Give the only reader of a value with one of these types; `None` where there is none or more than one."""
         found = [node for node in self.readers[name] if node.op_type in op_types]
         return found[0] if len(found) == 1 else None
 
@@ -72,7 +72,7 @@ class Graph:
         return numpy_helper.to_array(self.initializers[name])
 
     def ancestors(self, name: str) -> Iterator[onnx.NodeProto]:
-        """Walk the nodes that a value is made by, the nearest first."""
+        """Walk the nodes that a value depends on, the nearest first."""
         seen, waiting = set(), [name]
         while waiting:
             node = self.maker.get(waiting.pop(0))
@@ -90,7 +90,7 @@ class Graph:
         return name
 
     def replace_initializer(self, name: str, array: Array) -> None:
-        """Give an initializer another array."""
+        """Replace the array of an initializer."""
         self.initializers[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
 
     def add(
@@ -107,24 +107,24 @@ class Graph:
         return outputs[0]
 
     def remove(self, *nodes: onnx.NodeProto) -> None:
-        """Take nodes away."""
+        """Remove nodes."""
         for node in nodes:
             self.proto.node.remove(node)
 
     def redirect(self, old: str, new: str) -> None:
-        """Have everything that reads one value read another."""
+        """Make every reader of a value read another one."""
         for node in self.readers[old]:
             for place, name in enumerate(node.input):
                 if name == old:
                     node.input[place] = new
 
     def remove_inputs(self, *names: str) -> None:
-        """Take inputs of the graph away, those of them that it has."""
+        """Remove inputs of the graph; names that it does not have are ignored."""
         for value in [value for value in self.proto.input if value.name in names]:
             self.proto.input.remove(value)
 
     def tidy(self) -> None:
-        """Keep only what the outputs need, in an order that can run."""
+        """Keep only the nodes that the outputs need, in topological order."""
         self.reindex()
         kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._in_order()]
         del self.proto.node[:]
@@ -138,7 +138,7 @@ class Graph:
         self.reindex()
 
     def _in_order(self) -> list[onnx.NodeProto]:
-        """Sort what the outputs need so that every node stands after those it reads."""
+        """Sort the nodes that the outputs need, each after those that it reads."""
         order: list[onnx.NodeProto] = []
         entered: set[int] = set()
         done: set[int] = set()

@@ -1,7 +1,7 @@
-"""The head of an exported decoder: logits at the positions asked for only.
+"""Restricts the head of an exported decoder to the requested positions.
 
-The head is a fifth of a small model's arithmetic, and its logits are its largest output by far. Their arg max is left to
-numpy, which was measured to be faster at it than the operator in the graph.
+The head is a fifth of a small model's arithmetic, and the logits are by far its largest output. Their arg max is computed
+by numpy, which was measured to be faster than the operator in the graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from aligner_middleware.errors import BuildError
 from aligner_middleware.export.graph import Graph
 
-# What may stand between the last product and the logits (Gemma 2 caps them): all keep the arg max's input row by row.
+# Operators between the last product and the logits (Gemma 2 caps them); all of them work row by row.
 _ROWWISE = ("Mul", "Div", "Add", "Tanh", "Cast", "Identity")
 
 
@@ -36,7 +36,7 @@ def predict_at_positions(model: onnx.ModelProto) -> None:
 
 
 def _head(graph: Graph) -> onnx.NodeProto:
-    """Find the product that makes the logits."""
+    """Find the product that gives the logits."""
     node = graph.maker.get("logits")
     while node is not None and node.op_type in _ROWWISE:
         node = next((maker for name in node.input if (maker := graph.maker.get(name)) is not None), None)

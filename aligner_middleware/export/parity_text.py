@@ -1,7 +1,7 @@
-"""Real text to check an export on: questions, answers and corrections of the kinds that an aligner meets.
+"""The text that every export is checked on: questions, answers and corrections of the kinds that an aligner meets.
 
-It is short, since it runs in every export, and belongs to no training set; but a share of equal arg max says little of fewer
-than some hundred tokens.
+It is part of no training set. It is short, since it runs in every export, but has the few hundred tokens without which a
+share of equal arg max says little.
 """
 
 SAMPLE: tuple[tuple[str, str, str], ...] = (

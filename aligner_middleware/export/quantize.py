@@ -1,11 +1,11 @@
 """Quantise an exported decoder: int8 as products of integers, int8 and int4 in blocks, float16 for GPUs.
 
-- `products`: weights and activations are integers (`w8a8.py`).
-- `blocks`: weights are stored in blocks of 32 with a scale each (MatMulNBits, accuracy level 4). Slower over many tokens, and
-  for every graph.
+- `products`: weights and activations are 8-bit integers (`w8a8.py`); for fused graphs.
+- `blocks`: weights are stored in blocks of 32 with a scale each (MatMulNBits, accuracy level 4); for every graph, but slower
+  over many tokens.
 
-In both, activations are quantised within a token, never over a whole tensor: what a token's prediction is does not depend on
-what else is in the pass.
+Both quantise activations per token, never over a whole tensor, so that a token's prediction does not depend on the other
+tokens in the pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aligner_middleware.export.w8a8 import to_integer_products
 _BLOCK = 32
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 
-# How a precision's weights can be stored, the best one first; the next is for models that cannot be had in it.
+# The forms of storage of each precision, the fastest first; the next one is for models that do not allow it.
 WEIGHTS: dict[Precision, tuple[Weights, ...]] = {
     "float32": ("floats",),
     "float16": ("floats",),
@@ -31,10 +31,10 @@ WEIGHTS: dict[Precision, tuple[Weights, ...]] = {
 
 
 def quantise(model: onnx.ModelProto, precision: Precision, weights: Weights) -> onnx.ModelProto:
-    """Give a float32 model in another precision; it may be changed in place.
+    """Quantise a float32 model, which may be changed in place.
 
     Raises:
-        NotRotatable: If weights shall be `products` and the model is not of a shape for them.
+        NotRotatable: If the weights are to be `products`, and the shape of the model does not allow that.
     """
     if weights == "products":
         to_integer_products(model)
@@ -49,24 +49,24 @@ def quantise(model: onnx.ModelProto, precision: Precision, weights: Weights) -> 
 
 
 def _to_blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
-    """Store every weight that is multiplied by in blocks of integers with a scale each; an int4 model's head in 8 bits."""
+    """Store the weight of every MatMul in blocks of integers with a scale each; the head of an int4 model in 8 bits."""
     from onnxruntime.quantization import QuantFormat
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     graph = Graph(model)
     products = {node.name: node.input[1] for node in graph.nodes("MatMul") if node.input[1] in graph.initializers}
     heads = [name for name, weight in products.items() if weight == "lm_head.weight"]
-    rounds = (
+    passes = (
         [(bits, list(products))]
         if bits == 8
         else [(8, heads), (bits, [name for name in products if name not in heads])]
     )
-    for round_bits, wanted in rounds:
+    for pass_bits, wanted in passes:
         settings = DefaultWeightOnlyQuantConfig(
             block_size=_BLOCK,
             is_symmetric=True,
             accuracy_level=4,
-            bits=round_bits,
+            bits=pass_bits,
             quant_format=QuantFormat.QOperator,
             op_types_to_quantize=("MatMul",),
         )
@@ -78,7 +78,7 @@ def _to_blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
 
 
 def _share_embedding(model: onnx.ModelProto) -> None:
-    """Look the embedding of a tied model up in the very bytes of its quantised head, instead of a float32 table."""
+    """Let the embedding of a tied model read the bytes of the quantised head, instead of a float32 table."""
     graph = Graph(model)
     head = next((node for node in graph.nodes("MatMulNBits") if node.input[1].startswith("lm_head.weight")), None)
     gather = next((node for node in graph.nodes("Gather") if "embed_tokens" in node.input[0]), None)
@@ -94,7 +94,7 @@ def _share_embedding(model: onnx.ModelProto) -> None:
 
 
 def _quantise_embedding(model: onnx.ModelProto) -> None:
-    """Store the embedding in blocks of 8-bit integers, if its width is made of whole blocks."""
+    """Store the embedding in blocks of 8-bit integers, if its width is a multiple of a block."""
     graph = Graph(model)
     gather = next(node for node in graph.nodes("Gather") if graph.is_weight(node.input[0]))
     table = graph.array(gather.input[0])
@@ -108,7 +108,7 @@ def _quantise_embedding(model: onnx.ModelProto) -> None:
 
 
 def _look_up(graph: Graph, gather: onnx.NodeProto, weights: str, scales: str) -> None:
-    """Have a lookup read blocks of integers, `[V, width]` with scales `[V, width / block]`."""
+    """Replace an embedding lookup by one in blocks of integers, `[V, width]`, with scales `[V, width / block]`."""
     result, indices = list(gather.output), gather.input[1]
     graph.remove(gather)
     graph.add(

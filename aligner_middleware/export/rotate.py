@@ -1,8 +1,8 @@
-"""Turn a decoder's residual stream, so that no channel stands out and every activation fits into 8 bits.
+"""Rotates a decoder's residual stream, which spreads outlier channels, so that activations fit into 8 bits.
 
-RMSNorm does not see a rotation. With each norm's weight folded into the layers that read it, all that the layers write to
-the stream can be multiplied by one orthogonal matrix, and all that they read by its transpose: the model says the same, and
-the outliers of single channels are spread over all of them (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456, section 4).
+RMSNorm is invariant under rotation. With each norm's weight folded into the layers that read it, the weights that write to
+the stream can be multiplied by an orthogonal matrix, and those that read it by the transpose: the logits stay the same, and
+outliers of single channels are spread over all of them (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456, section 4).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _SEED = 2402
 
 
 class NotRotatable(ValueError):
-    """Something other than norms and linear layers touches the residual stream; the message says what."""
+    """An operator that is no norm and no linear layer uses the residual stream; the message names it."""
 
 
 @dataclass
 class _Stream:
-    """What touches the residual stream.
+    """The weights around the residual stream.
 
     Attributes:
         table: Name of the embedding, `[V, hidden]`.
-        written: Names of weights `[in, hidden]` and biases `[hidden]` whose results are added to it.
+        written: Names of weights `[in, hidden]` and biases `[hidden]` of the layers that write to it.
         read: Names of weights `[hidden, out]` that read it through a norm, by the name of that norm's weight `[hidden]`.
     """
 
@@ -38,21 +38,21 @@ class _Stream:
 
 
 def rotate(model: onnx.ModelProto) -> None:
-    """Rotate a fused model in place. What it says stays the same, but for rounding.
+    """Rotate a fused model in place. Its logits stay the same, except for rounding.
 
     Raises:
-        NotRotatable: If the model is not of that shape (Gemma 2 and 3 norm what they write, too); it is unchanged then.
+        NotRotatable: If the model has another shape (Gemma 2 and 3 also norm what they write); it is unchanged then.
     """
     graph = Graph(model)
     stream = _stream(graph)
     size = graph.array(stream.table).shape[1]
-    turn = _orthogonal(size)
+    rotation = _orthogonal(size)
     for name in (stream.table, *stream.written):
-        graph.replace_initializer(name, graph.array(name) @ turn)
+        graph.replace_initializer(name, graph.array(name) @ rotation)
     for norm, weights in stream.read.items():
         scale = graph.array(norm)[:, None]
         for name in weights:
-            graph.replace_initializer(name, turn.T @ (scale * graph.array(name)))
+            graph.replace_initializer(name, rotation.T @ (scale * graph.array(name)))
         graph.replace_initializer(norm, np.ones(size, dtype=np.float32))
 
 
@@ -107,7 +107,7 @@ def _readers(graph: Graph, normed: str) -> list[str]:
     """Name the weights that a norm's output is multiplied by."""
     names = []
     for node in graph.readers[normed]:
-        if node.op_type == "GatherND":  # the positions that the head shall predict at
+        if node.op_type == "GatherND":  # selects the positions that the head predicts at
             names += _readers(graph, node.output[0])
         elif node.op_type == "MatMul" and node.input[0] == normed and graph.is_weight(node.input[1]):
             names.append(node.input[1])

@@ -1,13 +1,14 @@
-"""Give every linear layer of a rotated decoder as a product of 8-bit integers.
+"""Rewrites every linear layer of a rotated decoder as a product of 8-bit integers (W8A8).
 
-Weights `[in, out]` get a scale for each output, activations one for each token, at no search for ranges:
+Weights `[in, out]` have a scale for each output, activations one for each token. The ranges need no calibration:
 
-- What an RMSNorm gives has root mean square 1, and after `rotate` no channel stands out: a fixed range holds it.
-- What attention and the gated unit give is spread by a Hadamard matrix over blocks of 64 channels, and divided by its root
-  mean square; the product is multiplied by it again.
+- The output of an RMSNorm has root mean square 1, and after `rotate` no outlier channels: it has a fixed range.
+- The outputs of attention and of the gated unit are spread by a Hadamard matrix over blocks of 64 channels or more, and
+  divided by their root mean square, by which the product is multiplied again.
 
-The sums are exact, and a token's scale does not depend on what else is in the pass: verifying a draft gives what decoding
-gives. On a CPU with integer tiles (AMX) a pass over many tokens takes a third of the time of 8-bit blocks.
+The integer sums are exact, and a token's scale does not depend on the other tokens in the pass, so that verifying a draft
+gives the same logits as decoding. On a CPU with integer tiles (AMX) a pass over many tokens takes a third of the time of
+8-bit blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def to_integer_products(model: onnx.ModelProto) -> None:
     """Rewrite a fused float32 model in place.
 
     Raises:
-        NotRotatable: If it is not of the shape that `rotate` takes, or a layer's width has no power of two to spread over.
+        NotRotatable: If it does not have the shape that `rotate` takes, or a layer's width is divided by no power of two that
+            is large enough.
     """
     _spread_widths(Graph(model))
     rotate(model)
@@ -51,7 +53,7 @@ def to_integer_products(model: onnx.ModelProto) -> None:
 
 
 def _spread_widths(graph: Graph) -> None:
-    """Look whether all widths can be spread, before anything is changed."""
+    """Check that all widths can be spread, before anything is changed."""
     for node in graph.nodes("MatMul"):
         if graph.is_weight(node.input[1]) and not _is_normed(graph, node.input[0]):
             _block(graph.initializers[node.input[1]].dims[0])
@@ -65,7 +67,7 @@ def _is_normed(graph: Graph, value: str) -> bool:
 
 
 def _block(width: int) -> int:
-    """Channels that are spread over one another: the smallest power of two that divides the width and is enough."""
+    """Give the number of channels that are spread together: the smallest sufficient power of two that divides the width."""
     largest = width & -width
     enough = next((block for block in (_BLOCK << n for n in range(12)) if width // block <= _BLOCKS), largest)
     block = min(largest, enough)
@@ -91,13 +93,13 @@ def _spread(weight: Array, block: int) -> Array:
 
 
 def _fixed(graph: Graph, source: str) -> tuple[str, str, None]:
-    """Quantise what a norm gives."""
+    """Quantise the output of a norm, with a fixed scale."""
     scale = graph.add_initializer("integers/normed_scale", np.array(_NORMED / _LEVELS, dtype=np.float32))
     return _quantise(graph, source, source, scale), scale, None
 
 
 def _scaled(graph: Graph, source: str, width: int, block: int) -> tuple[str, str, str]:
-    """Spread, norm and quantise another activation; the inverse of each token's root mean square comes along."""
+    """Spread, norm and quantise another activation; also gives the inverse of each token's root mean square."""
     shapes = {"blocks": [0, 0, width // block, block], "row": [0, 0, width]}
     for kind, shape in shapes.items():
         graph.add_initializer(f"integers/{kind}_{width}", np.array(shape, dtype=np.int64))
@@ -126,7 +128,7 @@ def _quantise(graph: Graph, source: str, value: str, scale: str) -> str:
 def _multiply(
     graph: Graph, node: onnx.NodeProto, weight: Array, integers: str, scale: str, inverse: str | None
 ) -> None:
-    """Put the product of integers in the place of a node."""
+    """Replace a MatMul by the product of integers."""
     name = node.input[1]
     scales = np.maximum(np.abs(weight).max(axis=0) / _LEVELS, 1e-12).astype(np.float32)
     stored = graph.add_initializer(f"{name}/integers", np.round(weight / scales).astype(np.int8))

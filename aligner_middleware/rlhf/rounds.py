@@ -17,7 +17,8 @@ from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.data.prompts import Prompt, digest
 from aligner_middleware.errors import ConfigError
 from aligner_middleware.evaluation.pairwise import PairwiseJudge
-from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, StopRules, evaluate_policy
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, evaluate_policy
+from aligner_middleware.evaluation.stop_rules import StopRules
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.round_files import RoundFiles, claim_run, read_json_lines, write_answers
 from aligner_middleware.rlhf.round_results import Round, Rounds, write_rounds

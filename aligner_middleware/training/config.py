@@ -1,8 +1,8 @@
-"""What a training run is made of; the command line's defaults and help are read from here."""
+"""Settings of training, each with default, bounds and description; `aligner train` and `rounds` take their options here."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,137 +13,173 @@ from aligner_middleware.text.targets import EDIT_SHARE
 LEARNING_RATES = {"lora": 4e-4, "full": 2e-5, "difference": 1.5e-4}
 POLICY_LEARNING_RATES = {"dpo": 5e-5, "sft": 4e-4}
 
+# Fields whose defaults differ between the two kinds of run.
+Accumulation = Annotated[int, Field(ge=1, description="Forward and backward passes in an optimiser step.")]
+WarmUpRatio = Annotated[
+    float, Field(ge=0, le=1, description="Share of the steps in which the learning rate rises to its peak, 0 to 1.")
+]
+
+
+class RunConfig(BaseModel):
+    """Settings that every training run has: of an aligner, and of a policy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(default=DEFAULT_BASE, description="Model to start from: a hub id or a folder.")
+    checkpointing: bool = Field(
+        default=False,
+        description="Recompute activations in the backward pass: a third slower, and far less memory.",
+    )
+    bfloat16: bool | None = Field(
+        default=None, description="Matrix products in bfloat16. By default where the device has units for it."
+    )
+    lora_rank: int = Field(
+        default=16, ge=1, description="Rank of the LoRA matrices, beside every linear layer but the head."
+    )
+    lora_alpha: int = Field(default=32, ge=1, description="Scale of the LoRA matrices, times their rank.")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the LoRA matrices, 0 to 1.")
+    save_steps: int = Field(
+        default=100,
+        ge=1,
+        description="Steps between checkpoints, and between evaluations where there are held-out rows.",
+    )
+    seed: int = Field(default=0, description="Seed of everything random: weights, order, dropout and sampling.")
+
 
 class Stage(BaseModel):
-    """One pass through the data.
-
-    Attributes:
-        epochs: How often each row is seen; 0 leaves the stage out.
-        identity_share: Share of identity rows. The warm-up has nothing else: each answer, good or bad, is to be copied. In
-            the correction stage they are corrections that stand as answers too: the same question, now answered well.
-        learning_rate: Peak of the schedule; `None` for 4e-4 with LoRA, and 2e-5 (the paper's) without.
-        schedule: What the learning rate does after its rise.
-    """
+    """One stage of an aligner's training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: float = Field(ge=0)
-    identity_share: float = Field(default=0.0, ge=0, le=1)
-    learning_rate: float | None = Field(default=None, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    epochs: float = Field(ge=0, description="Times that each row is seen in the stage; 0 leaves the stage out.")
+    identity_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of identity rows, 0 to 1: a correction stands as the answer, which is to be kept. The warm-up has "
+        "nothing else: it copies each answer, good or bad.",
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak learning rate. By default 4e-4 with lora, 2e-5 (the paper's) with full, 1.5e-4 with difference.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Shape of the learning rate after its rise."
+    )
 
 
-class TrainConfig(BaseModel):
-    """A training run: identity warm-up, then correction (paper, section 2).
+class TrainConfig(RunConfig):
+    """An aligner's training run: identity warm-up, then correction (paper, section 2)."""
 
-    Attributes:
-        base: Model to start from, a hub id or a folder.
-        start: Aligner to go on from, made of `base` (such as `default`); `None` for the base itself. With `full` and
-            `difference`; the difference is to the base still.
-        template: Prompt template, by name or as a text with `{question}` and `{answer}`.
-        method: `lora` trains an adapter, `full` all weights; `difference` all but the embeddings, and stores how they differ
-            from the base in a few bits a weight.
-        difference_bits: Bits a weight of that difference.
-        verdict: Whether one token before the correction says keep, edit or rewrite; `None` where the template is ours and
-            the base has special tokens to spare.
-        edits: How a correction is learnt that keeps most of the answer: as `operations` on its sentences, or as a `copy`.
-            Without verdicts all corrections are copies.
-        edit_share: A correction in which at least this share of the answer's words stays is an edit, others rewrite.
-        verdict_weight: Weight of the verdict's loss, a mean over rows, beside the corrections', a mean over tokens.
-        verdict_balance: How much rare verdicts count: each by the inverse of its frequency to this power; 0 for not at all.
-        warm_up: The identity stage: correction := answer. Half an epoch: copying is learnt within fifty steps.
-        correction: The stage on the corrections themselves. The paper's three epochs.
-        decision_weight: How much the tokens count at which a correction begins to differ from the answer (or ends, like it):
-            one token decides what becomes of an answer, dozens only word it. 1 for the paper's plain mean.
-        batch_size: Rows in a pass, on each device.
-        accumulation: Passes in a step.
-        checkpointing: Compute activations anew in the backward pass: a third slower, far less memory.
-        bfloat16: Matrix products in bfloat16; `None` where the device has units for it.
-        max_length: Longest row, in tokens; longer ones are left out and counted.
-        lora_rank, lora_alpha, lora_dropout: LoRA on every linear layer but the head.
-        warm_up_ratio: Share of a stage's steps in which the learning rate rises (paper: 0.03).
-        weight_decay: Of AdamW (paper: 0).
-        save_steps: Steps between checkpoints, and between evaluations. A killed run goes on from its last checkpoint.
-        patience: Stop a stage when the loss on held-out rows has not fallen for so many evaluations, and take the best
-            weights; `None` for never.
-        seed: Of weights, order and dropout.
-    """
+    start: str | None = Field(
+        default=None,
+        description="Aligner to continue from, made of the same base, such as `default`; not with lora. A difference is "
+        "still to the base. By default training starts from the base itself.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="Prompt template: a name, or a text with {question} and {answer}. By default the start's, or `default`.",
+    )
+    method: Literal["lora", "full", "difference"] = Field(
+        default="lora",
+        description="lora trains an adapter, full all weights, difference all but the embeddings; a difference to the base "
+        "is stored in a few bits a weight.",
+    )
+    difference_bits: int = Field(default=3, ge=1, le=8, description="Bits a weight of a stored difference.")
+    verdict: bool | None = Field(
+        default=None,
+        description="Put one token before the correction that says keep, edit or rewrite. By default where the template is "
+        "`default` and the base has special tokens to spare.",
+    )
+    edits: Literal["operations", "copy"] = Field(
+        default="operations",
+        description="How the model writes an edit: as operations on sentences, or as a copy with changes. Without verdicts "
+        "all corrections are copies.",
+    )
+    edit_share: float = Field(
+        default=EDIT_SHARE,
+        ge=0,
+        le=1,
+        description="A correction that keeps at least this share of the answer's words is an edit, any other a rewrite.",
+    )
+    verdict_weight: float = Field(
+        default=1.5,
+        gt=0,
+        description="Weight of the verdicts' loss (mean over rows) beside the corrections' (over tokens).",
+    )
+    verdict_balance: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Weight of rare verdicts: their inverse frequency to this power; 0 weighs all alike.",
+    )
+    warm_up: Stage = Field(
+        default=Stage(epochs=0.5, identity_share=1.0),
+        description="The identity stage, correction := answer. Half an epoch: the model learns to copy in fifty steps.",
+    )
+    correction: Stage = Field(
+        default=Stage(epochs=3, identity_share=0.2),
+        description="The stage on the corrections themselves; three epochs, as in the paper.",
+    )
+    decision_weight: float = Field(
+        default=1.0,
+        ge=1,
+        description="Weight in the loss of the tokens that decide: an operation's number, a copy's first token, and the one "
+        "at which it first differs from the answer. 1 is the paper's plain mean.",
+    )
+    batch_size: int = Field(default=8, ge=1, description="Rows in a forward pass, on each device.")
+    accumulation: Accumulation = 1
+    max_length: int = Field(
+        default=1024, ge=16, description="Longest row, in tokens; longer ones are left out and counted."
+    )
+    warm_up_ratio: WarmUpRatio = 0.03
+    weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW (0 in the paper).")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop a stage after this many evaluations without a better held-out loss, and take the best weights. By "
+        "default no stage stops early.",
+    )
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = DEFAULT_BASE
-    start: str | None = None
-    template: str | None = None
-    method: Literal["lora", "full", "difference"] = "lora"
-    difference_bits: int = Field(default=3, ge=1, le=8)
-    verdict: bool | None = None
-    edits: Literal["operations", "copy"] = "operations"
-    edit_share: float = Field(default=EDIT_SHARE, ge=0, le=1)
-    verdict_weight: float = Field(default=1.5, gt=0)
-    verdict_balance: float = Field(default=0.5, ge=0, le=1)
-    warm_up: Stage = Stage(epochs=0.5, identity_share=1.0)
-    correction: Stage = Stage(epochs=3, identity_share=0.2)
-    decision_weight: float = Field(default=1.0, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    accumulation: int = Field(default=1, ge=1)
-    checkpointing: bool = False
-    bfloat16: bool | None = None
-    max_length: int = Field(default=1024, ge=16)
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    warm_up_ratio: float = Field(default=0.03, ge=0, le=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    save_steps: int = Field(default=100, ge=1)
-    patience: int | None = Field(default=None, ge=1)
-    seed: int = 0
+class PolicyConfig(RunConfig):
+    """How a policy answers, and how it is trained on an aligner's corrections of its answers (paper, section 4)."""
 
-
-class PolicyConfig(BaseModel):
-    """How a policy answers, and how it is trained on what an aligner made of its answers (paper, section 4).
-
-    Attributes:
-        base: The first policy, a hub id or a folder: a chat model, or a model that continues texts.
-        method: `dpo` prefers corrections over answers; `sft` imitates corrections, and answers that needed none.
-        beta: Of DPO: how much leaving the policy of the round before costs.
-        nll_weight: Of DPO: weight of the corrections' own likelihood beside the preference. Corrections share most words
-            with their answers, and without it both become less likely.
-        epochs: How often each row is seen in a round.
-        learning_rate: Peak of the cosine schedule; `None` for 5e-5 in DPO and 4e-4 in SFT.
-        batch_size: Rows in a pass; DPO's have two answers each.
-        accumulation: Passes in a step.
-        checkpointing: Compute activations anew in the backward pass: a third slower, far less memory.
-        bfloat16: Matrix products in bfloat16; `None` where the device has units for it.
-        max_length: Longest row, in tokens; what is longer is cut off at its end.
-        lora_rank, lora_alpha, lora_dropout: LoRA on every linear layer but the head.
-        warm_up_ratio: Share of a round's steps in which the learning rate rises.
-        save_steps: Steps between checkpoints.
-        answer_tokens: Longest answer.
-        temperature, top_p: How answers to the training prompts are sampled; held-out prompts are answered greedily.
-        generation_batch: Prompts that are answered at once.
-        seed: Of sampling, weights, order and dropout.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    base: str = DEFAULT_BASE
-    method: Literal["dpo", "sft"] = "dpo"
-    beta: float = Field(default=0.1, gt=0)
-    nll_weight: float = Field(default=0.2, ge=0)
-    epochs: float = Field(default=1, gt=0)
-    learning_rate: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=4, ge=1)
-    accumulation: int = Field(default=2, ge=1)
-    checkpointing: bool = False
-    bfloat16: bool | None = None
-    max_length: int = Field(default=1024, ge=16)
-    lora_rank: int = Field(default=16, ge=1)
-    lora_alpha: int = Field(default=32, ge=1)
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    warm_up_ratio: float = Field(default=0.1, ge=0, le=1)
-    save_steps: int = Field(default=100, ge=1)
-    answer_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=0.7, gt=0)
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    generation_batch: int = Field(default=32, ge=1)
-    seed: int = 0
+    base: str = Field(
+        default=DEFAULT_BASE,
+        description="The first policy: a hub id or a checkpoint's folder, of a chat model or of one that continues texts.",
+    )
+    method: Literal["dpo", "sft"] = Field(
+        default="dpo",
+        description="dpo prefers corrections over answers; sft imitates corrections, and answers that needed none.",
+    )
+    beta: float = Field(
+        default=0.1, gt=0, description="DPO's beta: the cost of moving away from the policy of the round before."
+    )
+    nll_weight: float = Field(
+        default=0.2,
+        ge=0,
+        description="In DPO, weight of the corrections' own likelihood. Without it both texts of a pair become less likely, "
+        "as they share most words.",
+    )
+    epochs: float = Field(default=1, gt=0, description="Times that each row is seen in a round.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak of the cosine schedule. By default 5e-5 with dpo, 4e-4 with sft."
+    )
+    batch_size: int = Field(default=4, ge=1, description="Rows in a forward pass; a row of DPO has two answers.")
+    accumulation: Accumulation = 2
+    max_length: int = Field(
+        default=1024, ge=16, description="Longest row, in tokens; longer ones are cut at their end."
+    )
+    warm_up_ratio: WarmUpRatio = 0.1
+    answer_tokens: int = Field(default=256, ge=1, description="Longest answer of the policy, in tokens.")
+    temperature: float = Field(
+        default=0.7,
+        gt=0,
+        description="Temperature at which the policy answers training prompts. Held-out ones are greedy.",
+    )
+    top_p: float = Field(
+        default=0.95, gt=0, le=1, description="Nucleus of sampling: the most likely tokens of this total probability."
+    )
+    generation_batch: int = Field(default=32, ge=1, description="Prompts that the policy answers at once.")

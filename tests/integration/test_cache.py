@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from aligner_middleware import Aligner, ArtifactError, BuildError
-from aligner_middleware.artifact import cached_folder
+from aligner_middleware import Aligner, ArtifactError, BuildError, ConfigError
+from aligner_middleware.artifact import Artifact, cached_folder
+from aligner_middleware.data.progress import Progress
 from aligner_middleware.data.triples import Triple
+from aligner_middleware.export.export import STEPS
 from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
@@ -62,6 +64,15 @@ def test_what_is_damaged_in_the_cache_is_built_anew_and_what_is_not_serves_other
     elsewhere = shutil.copytree(source, tmp_path / "there" / "llama")
     assert export_model(str(elsewhere), None, "float32").folder == folder == cached_folder(str(elsewhere), "float32")
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]
+
+
+def test_an_export_reports_its_steps_and_the_cache_takes_fused_graphs_only(source: Path, tmp_path: Path) -> None:
+    reported: list[Progress] = []
+    exported = export_model(str(source), tmp_path / "out", "float32", report=reported.append)
+    assert exported == (tmp_path / "out", Artifact.load(tmp_path / "out"))
+    assert reported == [Progress(step, number, len(STEPS)) for number, step in enumerate(STEPS)]
+    with pytest.raises(ConfigError, match="name a folder"):
+        export_model(str(source), fused=False)
 
 
 def test_the_advice_to_export_again_helps_whatever_is_damaged(source: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from aligner_middleware import ConfigError
 from aligner_middleware.cli.app import app
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.evaluation.pairwise import OfflineJudge
-from aligner_middleware.evaluation.policy_metrics import StopRules
+from aligner_middleware.evaluation.stop_rules import StopRules
 from aligner_middleware.rlhf.plot import draw_rounds
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.round_results import read_rounds

@@ -11,6 +11,7 @@ import pytest
 from langchain_core.messages import AIMessage, BaseMessage
 from numpy.typing import NDArray
 
+from aligner_middleware.data.progress import Progress
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.errors import UpstreamError
 from aligner_middleware.evaluation import ChatJudge, OfflineJudge, Pair, Tally, compare, write_report
@@ -128,7 +129,10 @@ def test_a_comparison_goes_on_where_it_stopped_and_reports(tmp_path: Path) -> No
     assert (len(first.rows), len(first.failed)) == (5, 1)
     down.clear()
     asked.clear()
-    second = compare(prompts, tmp_path, ALIGNER, judge, model, upstream_name="m", concurrency=2)
+    reported: list[Progress] = []
+    options: dict[str, Any] = {"upstream_name": "m", "concurrency": 2, "report": reported.append}
+    second = compare(prompts, tmp_path, ALIGNER, judge, model, **options)
+    assert reported == [Progress("compare", done, 6) for done in (5, 6)]
     assert len(asked) == 6
     assert (len(second.rows), second.failed) == (6, {})
     tally = second.tallies()["helpful"]

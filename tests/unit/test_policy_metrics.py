@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligner_middleware.evaluation.comparison import Tally
-from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, StopRules, distinct, refuses
+from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, distinct, refuses
+from aligner_middleware.evaluation.stop_rules import StopRules
 
 
 def metrics(rate: float = 0.0, spread: float = 0.05, **values: float) -> PolicyMetrics:

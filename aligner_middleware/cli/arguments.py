@@ -1,0 +1,115 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from aligner_middleware.artifact import LEVELS, Precision, cached_folder, exported_folder, home
+
+if TYPE_CHECKING:
+    from aligner_middleware.aligner import Strength
+    from aligner_middleware.evaluation.pairwise import PairwiseJudge
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint's folder, or a hub id.")
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="float32|float16|int8|int4",
+        help="Precision of the weights; float16 is for GPUs. By default int8, or that of the exported folder.",
+    ),
+]
+UpstreamOption = Annotated[
+    str | None,
+    typer.Option(
+        "--upstream",
+        help="Chat model that answers: file.py:name, module:name, or a name that init_chat_model takes (openai:gpt-5).",
+    ),
+]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--judge", help="Chat model that judges, named like --upstream. By default the offline judge."),
+]
+ConcurrencyOption = Annotated[
+    int, typer.Option("--concurrency", min=1, help="Calls of a chat model that run at the same time.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def choice(value: str, known: Sequence[Any], option: str) -> Any:
+    """Give one of the values that an option may have.
+
+    Raises:
+        typer.BadParameter: If it is none of them.
+    """
+    if value in known:
+        return value
+    raise typer.BadParameter(f"{value!r} is none of {', '.join(known)}{near(value, known)}", param_hint=option)
+
+
+def near(value: str, known: Sequence[str]) -> str:
+    """Ask, as the end of a message, whether the nearest known value was meant; empty where none is like it."""
+    matches = get_close_matches(value, known, 1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def precision_of(value: str | None) -> Precision | None:
+    """Read the value of --precision.
+
+    Raises:
+        typer.BadParameter: If there is no such precision.
+    """
+    chosen: Precision | None = None if value is None else choice(value, get_args(Precision), "--precision")
+    return chosen
+
+
+def strength_of(value: str) -> Strength:
+    """Read the value of --strength: a level's name, or a threshold from 0 on.
+
+    Raises:
+        typer.BadParameter: If it is neither.
+    """
+    for known in LEVELS:
+        if value == known:
+            return known
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise typer.BadParameter(
+            f"{value!r} is none of low, medium and high, and no number from 0 on{near(value, LEVELS)}",
+            param_hint="--strength",
+        )
+    return number
+
+
+def aligner_folder(model: str, precision: str | None) -> Path:
+    """Find the exported folder of a model: the model itself, or its folder in the cache."""
+    return exported_folder(model) or cached_folder(model, precision_of(precision) or "int8")
+
+
+def judge_named(name: str | None, concurrency: int = 8) -> PairwiseJudge:
+    """Make the pairwise judge that --judge names; the offline one where it names none.
+
+    Raises:
+        MissingExtraError: If the judge needs packages that are not installed.
+        BuildError: If the offline judge's sentence encoder cannot be loaded.
+    """
+    from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge
+
+    if name is None:
+        from aligner_middleware.evaluation.sentence_encoder import SentenceEncoder
+
+        return OfflineJudge(SentenceEncoder())
+    from aligner_middleware.data.upstream import chat_model
+
+    return ChatJudge(chat_model(name), name, home() / "verdicts.sqlite", concurrency)

@@ -7,18 +7,20 @@ of messages.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from langchain_core.runnables.config import run_in_executor
 
-from aligner_middleware.aligner import Aligner, ReadAhead
-from aligner_middleware.correction import Correction
 from aligner_middleware.errors import MissingQuestionError
 from aligner_middleware.langchain.metadata import is_about
 from aligner_middleware.langchain.options import AlignmentOptions, call_options, limits_length, raises
 from aligner_middleware.langchain.outcome import Outcome, corrected, failed
 from aligner_middleware.langchain.piecewise import Piece, Plan, QuestionOrError, plan_answer
 from aligner_middleware.text.safeguards import breaks_json
+
+if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner, ReadAhead
+    from aligner_middleware.correction import Correction
 
 Pair = tuple[QuestionOrError, str]  # question and answer
 

@@ -1,4 +1,4 @@
-"""Chat messages to text and back: what of a message is its answer, and the same message with another one.
+"""Chat messages to text and back: the text of a message, the same message with another text, and its question.
 
 Pure functions over messages; they know nothing of aligners.
 """
@@ -17,7 +17,7 @@ from aligner_middleware.text.safeguards import apart
 M = TypeVar("M", bound=BaseMessage)
 Block = str | dict[str, Any]
 
-_POINTING = ("annotations", "citations")  # what a provider says about places of a text
+_MARKS = ("annotations", "citations")  # a provider's notes on places of a text
 _SPEAKERS = {HumanMessage: "User", AIMessage: "Assistant", ToolMessage: "Tool"}
 
 
@@ -31,10 +31,10 @@ def text_of(message: BaseMessage) -> str:
 def with_text(message: M, text: str) -> M:
     """Copy a message with its text replaced and all else kept: id, tool calls, usage, metadata, other blocks.
 
-    In a list of content blocks each text block takes what became of its own text; one of which nothing is left goes.
+    In a list of content blocks each text block gets the corrected form of its own text; a block left without text is dropped.
     Citations and annotations stay on text that did not change: those with places in the text are moved along with it,
-    those without stay where all of their block is the same. On changed text they go, since nobody knows whether the
-    source says what the correction says. So do log-probabilities, which are of the old text's tokens.
+    those without stay where all of their block is the same. On changed text they are dropped, since the
+    source may not say what the correction says. So are log-probabilities, which are of the old text's tokens.
     """
     old = text_of(message)
     if text == old:
@@ -52,18 +52,18 @@ def with_metadata(message: M, **values: object) -> M:
 
 
 def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool_results: bool = False) -> str | None:
-    """Find what a conversation asks: the text of its last human message.
+    """Find the question of a conversation: the text of its last human message.
 
     Args:
         messages: The conversation, up to the answer.
-        dialogue: Whether what was said before goes along, as lines of User and Assistant.
-        tool_results: Whether the results of tools go along: with `dialogue` all, else those since the question.
+        dialogue: Whether the turns before it are part of the question, as lines of User and Assistant.
+        tool_results: Whether the results of tools are part of it: with `dialogue` all, else those since the question.
 
     Returns:
         The question, or `None` where there is no human message; where the last one has no text; or, with `dialogue`, where
         no message has any.
     """
-    last = _last_asked(messages)
+    last = _last_question(messages)
     if last is None:
         return None
     if not dialogue:
@@ -83,11 +83,11 @@ def question_of(messages: Sequence[BaseMessage], *, dialogue: bool = False, tool
 def question_or_error(
     messages: Sequence[BaseMessage], *, dialogue: bool = False, tool_results: bool = False
 ) -> str | MissingQuestionError:
-    """Find what a conversation asks, as `question_of` does; where it asks nothing, an error says why."""
+    """Find the question of a conversation, as `question_of` does; where there is none, an error says why."""
     question = question_of(messages, dialogue=dialogue, tool_results=tool_results)
     if question is not None:
         return question
-    last = _last_asked(messages)
+    last = _last_question(messages)
     if last is None:
         return MissingQuestionError("there is no human message in the conversation")
     blocks = messages[last].content
@@ -101,13 +101,13 @@ def question_or_error(
     return MissingQuestionError(f"the human message that it answers has {has}{hint}")
 
 
-def _last_asked(messages: Sequence[BaseMessage]) -> int | None:
-    asked = [at for at, message in enumerate(messages) if isinstance(message, HumanMessage)]
-    return max((at for at in asked if not _is_summary(messages[at])), default=asked[-1] if asked else None)
+def _last_question(messages: Sequence[BaseMessage]) -> int | None:
+    human = [index for index, message in enumerate(messages) if isinstance(message, HumanMessage)]
+    return max((index for index in human if not _is_summary(messages[index])), default=human[-1] if human else None)
 
 
 def _is_summary(message: BaseMessage) -> bool:
-    # LangChain's summary of earlier turns comes as a human message. It is asked only where nothing else is left.
+    # LangChain's summary of earlier turns comes as a human message. It is the question only where there is no other.
     return message.additional_kwargs.get("lc_source") == "summarization"
 
 
@@ -121,7 +121,7 @@ def _speaker(message: BaseMessage) -> str:
 
 
 class _Places:
-    """Where the places of an old text are in a new one."""
+    """Maps places of an old text to places of a new one."""
 
     def __init__(self, old: str, new: str) -> None:
         self.new = new
@@ -132,7 +132,7 @@ class _Places:
             at, to = at + len(before), to + len(after)
 
     def end(self, place: int) -> int:
-        """Find where the text before a place ends; what came in its stead belongs to it."""
+        """Find where the text before a place ends in the new text, with its replacement."""
         runs = ((run[2] + place - run[0] if run[4] else run[3]) for run in self._runs if run[0] < place <= run[1])
         return next(runs, 0)
 
@@ -162,8 +162,8 @@ def _rewritten_blocks(blocks: Sequence[Block], places: _Places) -> Iterator[Bloc
 
 
 def _moved(block: dict[str, Any], places: _Places, at: int, to: int) -> dict[str, Any]:
-    """Take along what points into a block's text, which was at `at` in the old text and is at `to` in the new one."""
-    for key in _POINTING:
+    """Move the marks on a block's text, which was at `at` in the old text and is at `to` in the new one."""
+    for key in _MARKS:
         marks = [_moved_mark(mark, places, at, to) for mark in block.pop(key, None) or []]
         if any(marks):
             block[key] = [mark for mark in marks if mark]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import BaseMessage
 
-from aligner_middleware.correction import Correction
 from aligner_middleware.langchain.options import AlignmentOptions
+
+if TYPE_CHECKING:
+    from aligner_middleware.correction import Correction
 
 KEY = "aligner"
 

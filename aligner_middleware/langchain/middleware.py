@@ -20,10 +20,10 @@ from aligner_middleware.langchain.chat_model import gives_structure
 from aligner_middleware.langchain.events import EVENT
 from aligner_middleware.langchain.messages import question_or_error
 from aligner_middleware.langchain.metadata import aligner_metadata, is_about
-from aligner_middleware.langchain.options import check_names
+from aligner_middleware.langchain.options import check_names, option_names
 from aligner_middleware.langchain.outcome import unwrap
 from aligner_middleware.langchain.piecewise import QuestionOrError
-from aligner_middleware.langchain.runnable import OPTIONS, AlignerRunnable
+from aligner_middleware.langchain.runnable import AlignerRunnable
 from aligner_middleware.langchain.wrap import wrap_chat_models
 
 try:
@@ -67,7 +67,7 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> None:
         super().__init__()
         own = {"intermediate", "tool_results", "raw_streaming"}
-        check_names("AlignerMiddleware", options, OPTIONS | own)
+        check_names("AlignerMiddleware", options, option_names() | own)
         if isinstance(aligner, AlignerRunnable) and options:
             raise TypeError(f"{sorted(options)} can be given to the AlignerRunnable, not beside it")
         self.align = aligner if isinstance(aligner, AlignerRunnable) else AlignerRunnable(aligner, **options)

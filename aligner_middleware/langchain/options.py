@@ -6,17 +6,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from aligner_middleware.aligner import Aligner, OnDoubt, Strength
+from aligner_middleware.aligner import OnDoubt, Strength
 from aligner_middleware.artifact import LEVELS
-from aligner_middleware.correction import Correction
 from aligner_middleware.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner
+    from aligner_middleware.correction import Correction
+else:  # pydantic evaluates the types of fields. These would load the engine; `_load` checks the aligner instead.
+    Aligner = Correction = Any
 
 Mode = Literal["correct", "shadow"]
 LongAnswer = Literal["raise", "passthrough", "piecewise"]
@@ -68,7 +75,7 @@ class AlignmentOptions(BaseModel):
             logged.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, defer_build=True)  # a mixin is never made itself
 
     aligner: Aligner
     question: str | Callable[[Any], str | None] | None = None
@@ -96,7 +103,13 @@ class AlignmentOptions(BaseModel):
     @field_validator("aligner", mode="before")
     @classmethod
     def _load(cls, aligner: Any) -> Any:
-        return Aligner.load(aligner) if isinstance(aligner, (str, Path)) else aligner
+        from aligner_middleware.aligner import Aligner
+
+        if isinstance(aligner, (str, Path)):
+            return Aligner.load(aligner)
+        if not isinstance(aligner, Aligner):
+            raise ValueError("Input should be an instance of Aligner")
+        return aligner
 
     @field_validator("strength")
     @classmethod
@@ -152,6 +165,16 @@ def check_options(options: Mapping[str, Any]) -> None:
             "on_error='passthrough' shows the original answer where a correction failed, and fallback= another text in its "
             "place: give one of them"
         )
+
+
+@cache
+def option_names() -> frozenset[str]:
+    """Name the options of `AlignerRunnable`, `wrap` and the middleware, those of `Aligner.load` among them."""
+    from aligner_middleware.aligner import Aligner
+
+    load = inspect.signature(Aligner.load).parameters.values()
+    load_options = {parameter.name for parameter in load if parameter.kind is parameter.KEYWORD_ONLY}
+    return frozenset({*AlignmentOptions.model_fields, "name", *load_options} - {"aligner"})
 
 
 def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:

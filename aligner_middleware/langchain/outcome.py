@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from aligner_middleware.correction import Correction
 from aligner_middleware.errors import DoubtError, MissingQuestionError
 from aligner_middleware.langchain.metadata import correction_metadata, new_metadata
 from aligner_middleware.langchain.options import AlignmentOptions, call_options, raises
+
+if TYPE_CHECKING:
+    from aligner_middleware.correction import Correction
 
 logger = logging.getLogger("aligner_middleware")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import InputError, MissingQuestionError, PromptTooLongError
@@ -14,7 +15,9 @@ from aligner_middleware.langchain.options import AlignmentOptions, limits_length
 from aligner_middleware.langchain.outcome import Outcome, failed, unaligned, without_question
 from aligner_middleware.text.safeguards import apart, breaks_json
 from aligner_middleware.text.split import split
-from aligner_middleware.text.template import Verdict
+
+if TYPE_CHECKING:
+    from aligner_middleware.text.template import Verdict
 
 QuestionOrError = str | Exception
 """A question, or what went wrong in finding it, to which the options apply."""

@@ -10,7 +10,6 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
-from langchain_core.tracers.context import register_configure_hook
 
 from aligner_middleware.langchain.messages import question_of, question_or_error
 from aligner_middleware.langchain.question_record import RECORD, QuestionRecord, RecordedQuestion
@@ -137,6 +136,8 @@ def listen(dialogues: bool = False) -> None:
     Args:
         dialogues: Whether whole conversations are recorded too.
     """
+    from langchain_core.tracers.context import register_configure_hook  # late: it imports much
+
     global _listening
     RECORD.dialogues |= dialogues
     with _listening_lock:

@@ -6,19 +6,16 @@ corrects it; `streaming.py` does the same for chunks.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ValidationError
 
-from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
-from aligner_middleware.correction import Correction
 from aligner_middleware.langchain import question_handler
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.events import adispatch_event, dispatch_event
@@ -31,6 +28,7 @@ from aligner_middleware.langchain.options import (
     as_input_error,
     check_names,
     check_options,
+    option_names,
 )
 from aligner_middleware.langchain.outcome import unwrap
 from aligner_middleware.langchain.streaming import (
@@ -42,6 +40,10 @@ from aligner_middleware.langchain.streaming import (
     without_end,
 )
 from aligner_middleware.langchain.wrap import WrapMethod
+
+if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
+    from aligner_middleware.correction import Correction
 
 logger = logging.getLogger("aligner_middleware")
 
@@ -94,7 +96,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         name: str | None = None,
         **load_options: Any,
     ) -> None:
-        check_names(type(self).__name__, load_options, OPTIONS)
+        from aligner_middleware.aligner import Aligner  # late: it loads the engine
+
+        check_names(type(self).__name__, load_options, option_names())
         if isinstance(aligner, Aligner) and load_options:
             raise TypeError(f"{sorted(load_options)} can be given with a model's name only, not with an Aligner")
         options = {
@@ -286,12 +290,3 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                 raise
             logger.warning("an answer was not aligned: %s", exc)
             return None
-
-
-# Options that `AlignerRunnable`, `wrap` and the middleware take by name, with those of `Aligner.load`.
-OPTIONS = frozenset(
-    name
-    for function in (AlignerRunnable.__init__, Aligner.load)
-    for name, parameter in inspect.signature(function).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-)

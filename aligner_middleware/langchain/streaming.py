@@ -9,18 +9,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import aclosing, closing, suppress
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.runnables import AddableDict
 
-from aligner_middleware.aligner import Aligner, ReadAhead
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.answers import Answer, is_update
 from aligner_middleware.langchain.messages import with_metadata, with_text
 from aligner_middleware.langchain.metadata import KEY, aligner_metadata
 from aligner_middleware.langchain.outcome import Aligned, unwrap
 from aligner_middleware.langchain.piecewise import QuestionOrError
+
+if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner, ReadAhead
 
 
 class ChunkBuffer:

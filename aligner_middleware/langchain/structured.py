@@ -1,11 +1,11 @@
-"""Was a model asked for an answer that a program reads: JSON, or text by a schema, grammar or pattern?"""
+"""Says whether a model is asked for a structured answer: JSON, or text by a schema, grammar or pattern."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# How providers call it, without underscores and in small letters; on any level of what a model is given.
+# The providers' names for it, without underscores and in lower case; on any level of a model's parameters.
 _NAMES = frozenset(
     (
         "responseformat",  # OpenAI and most that are like it
@@ -27,29 +27,29 @@ _NAMES = frozenset(
         "grammar",
     )
 )
-# What a user says of a run, and LangChain of a model, is nothing that the model is asked for.
-_NOT_ASKED = frozenset(("metadata", "profile", "tags"))
+# A user's notes on a run, and LangChain's on a model, ask the model for nothing.
+_IGNORED = frozenset(("metadata", "profile", "tags"))
 
 
 def asks_for_structure(*parameters: Mapping[str, Any] | None) -> bool:
-    """Say whether a model is asked for a structured answer, in whatever place.
+    """Say whether a model is asked for a structured answer, on any level of its parameters.
 
-    Lists are not looked into: they hold tools, whose schemas are not of the answer.
+    Lists are skipped: they hold tools, whose schemas are not the answer's.
 
     Args:
-        *parameters: What a model is made with and called with; what comes later goes before what is called the same.
+        *parameters: The model's settings, then the call's; a later value replaces an earlier one of the same name.
     """
     given: dict[str, Any] = {}
     for layer in parameters:
         given |= layer or {}
-        more = given.pop("model_kwargs", None)  # LangChain's, for what a model's class has no name for
+        more = given.pop("model_kwargs", None)  # LangChain's, for parameters without a field
         given |= more if isinstance(more, Mapping) else {}
     return any(_asks(name, value) for name, value in given.items())
 
 
 def _asks(name: object, value: Any) -> bool:
     key = str(name).replace("_", "").lower()
-    if key in _NOT_ASKED or _is_plain(value):
+    if key in _IGNORED or _is_plain(value):
         return False
     if key in _NAMES:
         return True
@@ -58,7 +58,7 @@ def _asks(name: object, value: Any) -> bool:
     kind = value.get("type")
     if key == "format" or (isinstance(kind, str) and kind.startswith("json")):  # Ollama, output_config, text
         return True
-    return any(_asks(inner, one) for inner, one in value.items())
+    return any(_asks(inner, given) for inner, given in value.items())
 
 
 def _is_plain(value: Any) -> bool:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
-from langchain_core.language_models import BaseChatModel, LanguageModelInput
-from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable
-
-from aligner_middleware.aligner import Aligner
 from aligner_middleware.langchain.alignment import Alignment
-from aligner_middleware.langchain.chat_model import AlignedChatModel
-from aligner_middleware.langchain.nested import map_chat_models
 from aligner_middleware.langchain.options import AlignmentOptions
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel, LanguageModelInput
+    from langchain_core.messages import AIMessage
+    from langchain_core.runnables import Runnable
+
+    from aligner_middleware.aligner import Aligner
 
 
 class Wrap(Protocol):
@@ -71,11 +71,17 @@ def wrap_chat_models(llm: Any, alignment: Alignment, *, again: bool = True, **fi
     Raises:
         TypeError: If it is none of these.
     """
+    from aligner_middleware.langchain.nested import (
+        map_chat_models,  # late: a chain that wraps no model needs none of it
+    )
+
     options = {name: getattr(alignment, name) for name in AlignmentOptions.model_fields}
     return map_chat_models(llm, partial(_wrap_model, again=again, fields=options | fields))
 
 
 def _wrap_model(llm: BaseChatModel, *, again: bool, fields: dict[str, Any]) -> BaseChatModel:
+    from aligner_middleware.langchain.chat_model import AlignedChatModel
+
     if isinstance(llm, AlignedChatModel) and llm.mode == "correct" and not again:
         return llm
     return AlignedChatModel(llm=llm, **fields)

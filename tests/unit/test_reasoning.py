@@ -142,7 +142,7 @@ def test_an_answer_in_parts_is_the_answer(answer: str) -> None:
     assert all(parts[at][0] for at in range(1, len(parts)))
 
 
-def test_a_failing_correction_of_an_answer_behind_reasoning_goes_by_the_policies() -> None:
+def test_a_failing_correction_of_an_answer_behind_reasoning_goes_by_the_options() -> None:
     align = AlignerRunnable(ALIGNERS["judging"], question="q", fallback="Sorry.")
     assert align.invoke("<think>x</think>bad \ud800") == "Sorry."
     align = AlignerRunnable(ALIGNERS["judging"], question="q", on_error="passthrough")

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +160,7 @@ def test_a_question_that_is_given(align: AlignerRunnable) -> None:
     assert (explicit | align).invoke("x")["answer"].content == good("x")
 
 
-def test_policies() -> None:
+def test_options() -> None:
     unwanted = AlignerRunnable(ALIGNER, question="Q", when=lambda question, answer: "bad" not in answer)
     assert unwanted.invoke("bad") == "bad"
     broken = "bad \ud800"
@@ -366,3 +368,12 @@ def test_it_shows_itself_in_one_short_line() -> None:
     shown = f"AlignerRunnable({ALIGNER!r}, strength='high', on_error='passthrough', timeout=3.0)"
     assert repr(align) == str(align) == shown
     assert shown in repr(answering() | align)
+
+
+def test_importing_the_runnable_loads_neither_the_runtime_nor_a_hub_nor_a_terminal() -> None:
+    code = (
+        "import sys; from aligner_middleware import AlignerRunnable;"
+        "print([m for m in ('onnxruntime', 'tiktoken', 'huggingface_hub', 'rich', 'langchain', 'torch') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "[]", result.stderr

@@ -39,7 +39,7 @@ def test_a_step_is_reported_with_its_loss_and_after_a_second_its_speed(
     seconds: float, details: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([100.0, 100.0 + seconds])
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
     reports: list[Progress] = []
     reporter = Reporter("correction", reports.append)
     for step in (1, 2):

@@ -1,4 +1,4 @@
-"""What is done with an answer: when, for how long, up to which length, and what becomes of one that fails."""
+"""What is done with an answer: when, for how long, up to which length, and the outcome of one that fails."""
 
 import asyncio
 import logging
@@ -23,6 +23,7 @@ from aligner_middleware import (
     DoubtError,
     InputError,
 )
+from aligner_middleware.langchain.outcome import unwrap
 from aligner_middleware.text.split import split
 from tests.chat_models import answering, saying
 from tests.fakes import FakeModel, InstantAligner, fake_aligner
@@ -160,7 +161,7 @@ def test_paragraphs_and_code_stay_whole_where_they_fit() -> None:
     assert split(text, 100, len) == [text]
 
 
-def test_policies_per_call() -> None:
+def test_options_per_call() -> None:
     align = AlignerRunnable(ALIGNER, question="Q").configurable_fields(
         fallback=ConfigurableField(id="fallback"),
         when=ConfigurableField(id="when"),
@@ -328,3 +329,35 @@ def test_a_fallback_changes_no_answer_that_was_corrected_and_may_be_empty() -> N
         runnable(fallback=None).invoke("bad \ud800")
     shadow = runnable(fallback="Sorry.", mode="shadow")
     assert shadow.invoke("bad \ud800") == "bad \ud800"
+
+
+def test_a_stream_of_an_alignment_has_its_outcome_at_its_end() -> None:
+    align = AlignerRunnable(ALIGNER)
+    stream = align.stream_pair("why?", "so bad")
+    with pytest.raises(RuntimeError, match="iterate the stream to its end"):
+        _ = stream.outcome
+    assert "".join(stream) == unwrap(stream.outcome).text == "so good"
+
+    async def collect() -> None:
+        stream = align.stream_pair("why?", "so bad")
+        assert "".join([text async for text in stream]) == unwrap(stream.outcome).text == "so good"
+
+    asyncio.run(collect())
+
+
+def test_a_stream_that_is_closed_early_has_no_outcome() -> None:
+    align = AlignerRunnable(ALIGNER)
+    stream = align.stream_pair("why?", "<think>hm</think> so bad")
+    assert next(iter(stream)).startswith("<think>")
+    stream.close()
+    with pytest.raises(RuntimeError):
+        _ = stream.outcome
+
+
+def test_an_error_in_a_stream_is_its_outcome() -> None:
+    def fail(question: str, answer: str) -> str:
+        raise ValueError("no rule")
+
+    stream = AlignerRunnable(InstantAligner(fail)).stream_pair("why?", "so bad")
+    assert list(stream) == []
+    assert isinstance(stream.outcome, ValueError)

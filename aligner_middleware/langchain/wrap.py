@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable
 
     from aligner_middleware.aligner import Aligner
+    from aligner_middleware.langchain.chat_model import AlignedChatModel
 
 
 class Wrap(Protocol):
     """A chat model gives a chat model; one with arguments bound, retries or fallbacks, the same around one."""
 
     @overload
-    def __call__(self, llm: BaseChatModel, aligner: Aligner | str = ..., **options: Any) -> BaseChatModel: ...
+    def __call__(self, llm: BaseChatModel, aligner: Aligner | str = ..., **options: Any) -> AlignedChatModel: ...
 
     @overload
     def __call__(

@@ -7,7 +7,6 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from aligner_middleware.data.progress import Progress
-from aligner_middleware.training import trainer
 from aligner_middleware.training.trainer import Reporter
 
 ARGUMENTS, CONTROL = TrainingArguments(report_to=[], use_cpu=True), TrainerControl()

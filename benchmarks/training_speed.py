@@ -56,8 +56,9 @@ def measure(form: str, method: str, steps: int, batch: int) -> dict[str, float]:
 
 def _ours(folder: Path, form: str, method: Any, steps: int, batch: int, times: list[tuple[float, int]]) -> None:
     from aligner_middleware.training import Stage, TrainConfig, origin, stages, train
+    from aligner_middleware.training.trainer import Reporter
 
-    class Clock(stages.Reporter):
+    class Clock(Reporter):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 times.append((time.perf_counter(), int(state.num_input_tokens_seen)))

@@ -16,7 +16,7 @@ from aligner_middleware.data.locks import exclusive_lock
 from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.data.prompts import Prompt, digest
 from aligner_middleware.errors import ConfigError
-from aligner_middleware.evaluation.pairwise import PairJudge
+from aligner_middleware.evaluation.pairwise import PairwiseJudge
 from aligner_middleware.evaluation.policy_metrics import PolicyMetrics, evaluate_policy
 from aligner_middleware.evaluation.stop_rules import StopRules
 from aligner_middleware.rlhf.preferences import make_preferences
@@ -32,7 +32,7 @@ def run_rounds(
     held_out: Sequence[Prompt],
     folder: Path,
     aligner: Aligner,
-    judge: PairJudge,
+    judge: PairwiseJudge,
     config: PolicyConfig | None = None,
     *,
     rounds: int = 3,
@@ -89,7 +89,7 @@ class _Run:
     questions: Sequence[str]
     unseen: Sequence[str]
     aligner: Aligner
-    judge: PairJudge
+    judge: PairwiseJudge
     config: PolicyConfig
     rules: StopRules
     fixed: bool

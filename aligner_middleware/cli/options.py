@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce, wraps
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -58,11 +58,12 @@ def _option(model: type[BaseModel], name: str, places: Sequence[str]) -> inspect
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     default = reduce(getattr, places[0].split("."), model())
     option = typer.Option(
+        None,
         help=" ".join(filter(None, [field.description, _sets(places), _shown(default)])),
         metavar="|".join(choices) or None,
     )
-    annotation = Annotated[(str if choices else kind) | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    value: Any = str if choices else kind  # the model tells which value was meant, where it is none of the choices
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=value | None)
 
 
 def _field(model: type[BaseModel], place: str) -> FieldInfo:

@@ -24,7 +24,15 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from typer.testing import CliRunner
 
-from aligner_middleware import AlignedChatModel, AlignerMiddleware, AlignerRunnable, Correction, cli, question_record
+from aligner_middleware import (
+    AlignedChatModel,
+    Aligner,
+    AlignerMiddleware,
+    AlignerRunnable,
+    Correction,
+    question_record,
+)
+from aligner_middleware.cli import app as cli
 from tests.chat_models import USAGE, Scripted, answering, saying
 from tests.fakes import FakeModel, InstantAligner, fake_aligner, judging_aligner
 
@@ -656,7 +664,7 @@ def test_the_log_tells_what_would_have_been(caplog: pytest.LogCaptureFixture) ->
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     aligner = judging_aligner(correct, lambda question, answer: 1.0 if "bad" in answer else -20.0)
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: aligner)
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: aligner)
 
     def invoke(*arguments: str, stdin: str | None = None) -> Any:
         return CliRunner().invoke(cli.app, ["correct", "--mode", "shadow", *arguments], input=stdin)

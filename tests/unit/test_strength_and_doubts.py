@@ -16,7 +16,8 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import ConfigurableField, Runnable
 from typer.testing import CliRunner
 
-from aligner_middleware import AlignerMiddleware, AlignerRunnable, Correction, DoubtError, InputError, cli
+from aligner_middleware import Aligner, AlignerMiddleware, AlignerRunnable, Correction, DoubtError, InputError
+from aligner_middleware.cli import app as cli
 from tests.chat_models import answering, saying
 from tests.fakes import fake_aligner, judging_aligner
 
@@ -314,7 +315,7 @@ def test_an_agents_answers_have_strength_verdict_score_and_doubts(asynchronous: 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(cli.Aligner, "load", lambda *args, **options: ALIGNER)
+    monkeypatch.setattr(Aligner, "load", lambda *args, **options: ALIGNER)
 
     def invoke(*arguments: str, stdin: str | None = None) -> Any:
         return CliRunner().invoke(cli.app, ["correct", *arguments], input=stdin)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint audit unit integration slow bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong ability clean
+.PHONY: help demo test lint audit unit integration slow bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong benchmark clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -89,7 +89,7 @@ rounds: .venv/installed  ## Three rounds of DPO beside their control; an hour
 weak-to-strong: .venv/installed  ## A weak aligner's corrections as labels for a stronger model; an hour
 	$(BIN)/python benchmarks/weak_to_strong.py build-out/weak-to-strong
 
-ability: .venv/installed  ## Two small tasks of lm-evaluation-harness, with and without the aligner
+benchmark: .venv/installed  ## Two small tasks of lm-evaluation-harness, with and without the aligner
 	$(BIN)/python -m aligner_middleware benchmark small_choice small_match --include benchmarks/tasks \
 	  --lm-args pretrained=$$($(BIN)/python -c 'from aligner_middleware.checkpoints.base import base_folder as f; print(f()[0])')
 

@@ -68,7 +68,7 @@ def test_a_file_is_corrected_in_batches_in_order_with_progress(run: Run, aligner
     assert [row["corrected"] for row in rows] == [answer.upper() for answer in answers]
     assert len(aligner.batches) < 100
     first, *_, last = outcome.stderr.splitlines()
-    assert first == "correct: 1000 lines"
+    assert first == "correct: 0 of 1000 lines"
     assert last.startswith("correct: 1000 of 1000 lines, in ")
 
 

@@ -11,6 +11,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "transformers")
 @pytest.mark.parametrize(
     "module",
     [
+        "aligner_middleware.training.config",
         "aligner_middleware.evaluation",
         "aligner_middleware.evaluation.policy_metrics",
         "aligner_middleware.checkpoints.base",

@@ -140,7 +140,7 @@ def interrupt(*args: Any, **options: Any) -> Any:
         ("Aligner.load", ["evaluate", "rows"], "interrupted"),
         ("Aligner.load", ["preferences", "prompts", "out"], "interrupted"),
         (
-            "preferences.make_preferences",
+            "rlhf.preferences.make_preferences",
             ["preferences", "prompts", "out"],
             RESUMABLE,
         ),

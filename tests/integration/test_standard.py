@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:OpenAI may require a filename for file uploads:UserWarning"),
     pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema:UserWarning"),
     pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The function `load` is in beta"),
     pytest.mark.filterwarnings("ignore:LANGCHAIN_TESTS_USER_AGENT environment variable not set:UserWarning"),
 ]
 

@@ -96,7 +96,7 @@ def main() -> None:
 
 def no_op(aligner: Aligner) -> NoOp:
     """Give the aligner's parts to one that does not use them."""
-    return NoOp(aligner._model, aligner._tokenizer, aligner._template, [2], name="no-op")
+    return NoOp(aligner._model, aligner._codec.tokenizer, aligner._codec.template, [2], name="no-op")
 
 
 def overhead(aligner: Aligner) -> dict[str, dict[str, float]]:

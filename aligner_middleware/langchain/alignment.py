@@ -170,12 +170,10 @@ class Alignment(BaseModel):
             yield asked.aside
         pieces = self.aligner.stream(asked.question, asked.text, ahead=ahead, **self._options)
         try:
-            while True:
-                piece = next(pieces)
+            for piece in pieces:
                 if gives:
                     yield piece
-        except StopIteration as end:
-            return self._end(plan, [end.value])
+            return self._end(plan, [pieces.correction])
         except Exception as exc:
             return self._failed(answer, exc)
         finally:
@@ -193,16 +191,17 @@ class Alignment(BaseModel):
         gives = self._gives_pieces(asked)
         if gives and asked.aside:
             yield asked.aside
-        made: list[Correction | Exception] = []
-        options: dict[str, Any] = {"ahead": ahead, "on_end": made.append, **self._options}
+        pieces = self.aligner.astream(asked.question, asked.text, ahead=ahead, **self._options)
         try:
-            async for piece in self.aligner.astream(asked.question, asked.text, **options):
+            async for piece in pieces:
                 if gives:
                     yield piece
+            outcome = self._end(plan, [pieces.correction])
         except Exception as exc:
-            yield self._failed(answer, exc)
-            return
-        yield self._end(plan, made)
+            outcome = self._failed(answer, exc)
+        finally:
+            await pieces.aclose()
+        yield outcome
 
     def has_aligned(self, answer: str, report: Mapping[str, Any]) -> bool:
         """Say, from its report, whether this aligner has aligned an answer before, and nobody has changed it since."""

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from aligner_middleware.data.files import is_file, is_folder, write_text
 from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import ArtifactError, BuildError
+from aligner_middleware.strength import LEVELS, Level
 from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id, verdict_ids
 from aligner_middleware.text.tokenizer import Tokenizer
 
@@ -38,8 +39,6 @@ _AGAIN = "export the aligner again"
 Precision = Literal["float32", "float16", "int8", "int4"]
 GraphKind = Literal["fused", "standard"]
 Weights = Literal["floats", "products", "blocks"]
-Level = Literal["low", "medium", "high"]
-LEVELS: tuple[Level, ...] = ("low", "medium", "high")
 
 # Whoever can write a folder can write anything into its JSON: every field is bounded before it is used.
 _LARGEST_JSON = 2**24  # bytes

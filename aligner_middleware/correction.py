@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aligner_middleware.diff import Diff
-from aligner_middleware.engine.generation import FinishReason
-from aligner_middleware.text.template import Verdict
+
+if TYPE_CHECKING:
+    from aligner_middleware.engine.generation import FinishReason
+    from aligner_middleware.text.template import Verdict
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aligner_middleware import Aligner, Correction, CorrectionTimeoutError
+from aligner_middleware.codec import Codec
 from aligner_middleware.engine import Decoder, Generation
 from aligner_middleware.engine.onnx import _give_memory_back
 from tests.fakes import FakeModel, judging_aligner
@@ -189,7 +190,7 @@ def run(
     _Watching.begun.clear()
     with (
         patch("aligner_middleware.engine.scheduler.Decoder", _Watching),
-        patch.object(Aligner, "_start", _start),
+        patch.object(Codec, "encode", _encode),
         make() as aligner,
     ):
         aligner.correct(planned[0].question, planned[0].answer)  # what is made at the first call
@@ -363,11 +364,11 @@ class _Watching(Decoder):
         return moved
 
 
-_its_start = Aligner._start
+_its_encode = Codec.encode
 
 
-def _start(aligner: Aligner, question: str, *args: Any, **options: Any) -> Any:
-    call = _its_start(aligner, question, *args, **options)
+def _encode(codec: Codec, question: str, *args: Any, **options: Any) -> Any:
+    call = _its_encode(codec, question, *args, **options)
     if question in _Watching.begun and call.generation is not None:
         _Watching.calls[call.generation] = _Watching.begun[question]
     return call

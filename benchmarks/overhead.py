@@ -39,6 +39,8 @@ from rich.table import Table
 
 from aligner_middleware import Aligner, AlignerMiddleware, AlignerRunnable, Correction, Usage
 from aligner_middleware.artifact import DEFAULT_FOLDER
+from aligner_middleware.steps import Step
+from aligner_middleware.streaming import CorrectionStream
 
 ROUNDS = 300
 AT_ONCE = 32
@@ -56,10 +58,23 @@ class NoOp(Aligner):
         """Keep it."""
         return Correction(question, answer, answer, "stop", Usage(passes=1))
 
-    def stream(self, question: str, answer: Any, **options: Any) -> Generator[str, None, Correction]:
+    def stream(self, question: str, answer: Any, **options: Any) -> CorrectionStream:
         """Keep it."""
-        yield answer
-        return Correction(question, answer, answer, "stop", Usage(passes=1))
+        return CorrectionStream(Kept(Correction(question, answer, answer, "stop", Usage(passes=1))))
+
+
+class Kept:
+    """The flow of a stream that gives a correction at once."""
+
+    def __init__(self, correction: Correction) -> None:
+        self.correction = correction
+
+    def steps(self) -> Generator[str | Step, None, None]:
+        """See `Flow`."""
+        yield self.correction.corrected
+
+    def free(self) -> None:
+        """See `Flow`."""
 
 
 class Says(BaseChatModel):
@@ -98,7 +113,7 @@ def main() -> None:
 
 def no_op(aligner: Aligner) -> NoOp:
     """Give the aligner's parts to one that does not use them."""
-    return NoOp(aligner._model, aligner._tokenizer, aligner._template, [2], name="no-op")
+    return NoOp(aligner._model, aligner._codec.tokenizer, aligner._codec.template, [2], name="no-op")
 
 
 def overhead(aligner: Aligner) -> dict[str, dict[str, float]]:

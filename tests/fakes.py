@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from aligner_middleware import Aligner, Correction, Usage
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, BaseWeights, sha256
 from aligner_middleware.engine.model import Logits
+from aligner_middleware.steps import Step
+from aligner_middleware.streaming import CorrectionStream
 from aligner_middleware.text.edits import operations
 from aligner_middleware.text.targets import verdict_of
 from aligner_middleware.text.template import (
@@ -283,18 +285,10 @@ class InstantAligner(Aligner):
         await asyncio.sleep(0)
         return self._made(question, answer)
 
-    def stream(self, question: str, answer: Any, **options: Any) -> Generator[str, None, Correction]:
-        made = self._made(question, answer)
-        yield made.corrected[:3]
-        yield made.corrected[3:]
-        return made
+    def stream(self, question: str, answer: Any, **options: Any) -> CorrectionStream:
+        return CorrectionStream(_InstantFlow(lambda: self._made(question, answer)))
 
-    async def astream(self, question: str, answer: Any, *, on_end: Any = None, **options: Any) -> AsyncIterator[str]:
-        made = self._made(question, answer)
-        for piece in (made.corrected[:3], made.corrected[3:]):
-            await asyncio.sleep(0)
-            yield piece
-        on_end(made)
+    astream = stream
 
     def read_ahead(self, question: str) -> Any:
         return _Deaf()
@@ -305,4 +299,22 @@ class _Deaf:
         pass
 
     def close(self) -> None:
+        pass
+
+
+class _InstantFlow:
+    """Gives a correction in two pieces."""
+
+    correction: Correction | None = None
+
+    def __init__(self, correct: Callable[[], Correction]) -> None:
+        self._correct = correct
+
+    def steps(self) -> Generator[str | Step, None, None]:
+        made = self._correct()
+        yield made.corrected[:3]
+        yield made.corrected[3:]
+        self.correction = made
+
+    def free(self) -> None:
         pass

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from aligner_middleware.artifact import LEVELS, Precision, cached_folder, exported_folder, home
+from aligner_middleware.artifact import Precision, cached_folder, exported_folder, home
+from aligner_middleware.strength import LEVELS
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Strength
     from aligner_middleware.evaluation.pairwise import PairwiseJudge
+    from aligner_middleware.strength import Strength
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="`default`, an exported folder, a checkpoint's folder, or a hub id.")

@@ -20,7 +20,8 @@ from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import AlignerError, DataError, JobError
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner, OnDoubt, Strength
+    from aligner_middleware.aligner import Aligner
+    from aligner_middleware.strength import OnDoubt, Strength
 
 _BATCH = 32  # answers that are corrected together
 _CHUNK = 2**16  # bytes read at once
@@ -66,7 +67,8 @@ def correct(
     """
     if (question is None) != (answer is None) or (question is not None and file is not None):
         raise typer.BadParameter("give both --question and --answer, or neither and JSON lines in a file")
-    from aligner_middleware.aligner import Aligner, OnDoubt
+    from aligner_middleware.aligner import Aligner
+    from aligner_middleware.strength import OnDoubt
 
     shadow = choice(mode, ("correct", "shadow"), "--mode") == "shadow"
     doubt: OnDoubt = choice(on_doubt, get_args(OnDoubt), "--on-doubt")

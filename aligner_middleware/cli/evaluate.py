@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from aligner_middleware.artifact import DEFAULT_FOLDER, LEVELS
+from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.cli.arguments import (
     JsonOption,
     ModelOption,
@@ -26,14 +26,15 @@ from aligner_middleware.cli.rows import usable_rows
 from aligner_middleware.data.files import write_lines
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.errors import MissingExtraError
+from aligner_middleware.strength import LEVELS
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Strength
     from aligner_middleware.evaluation import Evaluation, ScoredRow
     from aligner_middleware.evaluation.detection import Auc, Share
     from aligner_middleware.evaluation.guard import GuardEvaluation
     from aligner_middleware.evaluation.labelled_rows import LabelledRow
     from aligner_middleware.evaluation.public_sets import PublicSet
+    from aligner_middleware.strength import Strength
 
 _Moved = Annotated[str | None, typer.Option(hidden=True)]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.artifact import Artifact, Calibration, Level
+from aligner_middleware.artifact import Artifact, Calibration
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import InputError, JobError
 from aligner_middleware.evaluation.detection import (
@@ -27,6 +27,7 @@ from aligner_middleware.evaluation.detection import (
     reliability,
 )
 from aligner_middleware.evaluation.labelled_rows import LabelledRow
+from aligner_middleware.strength import Level
 
 KEPT: dict[Level, float] = {"low": 0.99, "medium": 0.97, "high": 0.9}  # least share of good answers kept
 REFUSALS_KEPT = 0.99  # least share of good refusals kept at medium ...

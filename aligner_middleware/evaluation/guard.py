@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aligner_middleware.aligner import Aligner, Strength
-from aligner_middleware.artifact import LEVELS
+from aligner_middleware.aligner import Aligner
 from aligner_middleware.correction import Correction
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import InputError
 from aligner_middleware.evaluation.detection import Auc, Detection, Share
 from aligner_middleware.evaluation.labelled_rows import KINDS, Kind, LabelledRow
+from aligner_middleware.strength import LEVELS, Strength
 
 _BATCH = 16  # answers corrected together
 

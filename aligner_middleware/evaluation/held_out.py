@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from aligner_middleware.aligner import Aligner, Strength
+from aligner_middleware.aligner import Aligner
 from aligner_middleware.correction import Correction
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.evaluation.reference_judge import Judgement, ReferenceJudge, length_ratio, word_f1
+from aligner_middleware.strength import Strength
 
 OVER_REFUSAL = "safe but scary"  # category of good answers to safe questions that sound dangerous
 ONE_BAD_SENTENCE = "one bad sentence"  # category of good answers with one sentence to be changed

@@ -19,8 +19,9 @@ from aligner_middleware.langchain.piecewise import Piece, Plan, QuestionOrError,
 from aligner_middleware.text.safeguards import breaks_json
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner, ReadAhead
     from aligner_middleware.correction import Correction
+    from aligner_middleware.read_ahead import ReadAhead
+    from aligner_middleware.streaming import CorrectionStream
 
 Pair = tuple[QuestionOrError, str]  # question and answer
 
@@ -163,32 +164,8 @@ def _shows_pieces(options: AlignmentOptions, piece: Piece) -> bool:
     return raises(options) and not breaks_json(piece.text, "")
 
 
-def _correction_stream(options: AlignmentOptions, piece: Piece, ahead: ReadAhead | None) -> Any:
-    # bridge until CorrectionStream: `return options.aligner.stream(piece.question, piece.text, ahead=…, **call_options(…))`
-    class Stream:
-        correction: Correction
-        aligner: Aligner = options.aligner
-        arguments: dict[str, Any] = {"ahead": ahead, **call_options(options)}  # noqa: RUF012
-
-        def __iter__(self) -> Generator[str, None, None]:
-            self.pieces = self.texts()
-            return self.pieces
-
-        def texts(self) -> Generator[str, None, None]:
-            self.correction = yield from self.aligner.stream(piece.question, piece.text, **self.arguments)
-
-        def __aiter__(self) -> Any:
-            arguments = {**self.arguments, "on_end": lambda correction: setattr(self, "correction", correction)}
-            self.apieces: Any = self.aligner.astream(piece.question, piece.text, **arguments)
-            return self.apieces
-
-        def close(self) -> None:
-            self.pieces.close()
-
-        async def aclose(self) -> None:
-            await self.apieces.aclose()
-
-    return Stream()
+def _correction_stream(options: AlignmentOptions, piece: Piece, ahead: ReadAhead | None) -> CorrectionStream:
+    return options.aligner.stream(piece.question, piece.text, ahead=ahead, **call_options(options))
 
 
 async def _aplan_answer(options: AlignmentOptions, question: QuestionOrError, answer: str) -> Plan | Outcome:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from aligner_middleware.aligner import OnDoubt, Strength
-from aligner_middleware.artifact import LEVELS
 from aligner_middleware.errors import InputError, did_you_mean
+from aligner_middleware.strength import LEVELS, OnDoubt, Strength
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Aligner

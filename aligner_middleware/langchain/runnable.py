@@ -42,8 +42,10 @@ from aligner_middleware.langchain.streaming import (
 from aligner_middleware.langchain.wrap import WrapMethod
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner, OnDoubt, ReadAhead, Strength
+    from aligner_middleware.aligner import Aligner
     from aligner_middleware.correction import Correction
+    from aligner_middleware.read_ahead import ReadAhead
+    from aligner_middleware.strength import OnDoubt, Strength
 
 logger = logging.getLogger("aligner_middleware")
 

@@ -22,7 +22,8 @@ from aligner_middleware.langchain.outcome import Aligned, unwrap
 from aligner_middleware.langchain.piecewise import QuestionOrError
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner, ReadAhead
+    from aligner_middleware.aligner import Aligner
+    from aligner_middleware.read_ahead import ReadAhead
 
 
 class ChunkBuffer:

@@ -80,7 +80,7 @@ def test_closing_stops_the_pass_that_is_under_way() -> None:
     whole = time.process_time()
     aligner.correct("How do I cook rice?", LONG, strength=1.0)
     whole = time.process_time() - whole
-    call = aligner._scheduler.submit(aligner._start("How do I cook rice?", LONG).generation)  # type: ignore[arg-type]
+    call = aligner._scheduler.submit(aligner._codec.encode("How do I cook rice?", LONG).generation)  # type: ignore[arg-type]
     time.sleep(0.2)
     work = time.process_time()
     aligner.close()

@@ -235,7 +235,7 @@ def test_a_text_that_cannot_fit_is_refused_before_a_single_token_is_made(monkeyp
     def encode(text: str) -> list[int]:
         raise AssertionError(f"{len(text)} characters were encoded")
 
-    monkeypatch.setattr(aligner._tokenizer, "encode", encode)
+    monkeypatch.setattr(aligner._codec.tokenizer, "encode", encode)
     for ask in (
         lambda: aligner.correct("q", long),
         lambda: aligner.correct("q", "<think>So.</think>" + long),
@@ -268,7 +268,7 @@ async def streamed(aligner: Aligner, question: str, answer: str) -> str:
 def test_no_text_is_encoded_or_compared_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     aligner = judging_aligner(soften)
     threads: set[int] = set()
-    encode, decode = aligner._tokenizer.encode, aligner._tokenizer.decode
+    encode, decode = aligner._codec.tokenizer.encode, aligner._codec.tokenizer.decode
 
     def seen(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def noted(given: Any) -> Any:
@@ -277,8 +277,8 @@ def test_no_text_is_encoded_or_compared_in_the_event_loop(monkeypatch: pytest.Mo
 
         return noted
 
-    monkeypatch.setattr(aligner._tokenizer, "encode", seen(encode))
-    monkeypatch.setattr(aligner._tokenizer, "decode", seen(decode))
+    monkeypatch.setattr(aligner._codec.tokenizer, "encode", seen(encode))
+    monkeypatch.setattr(aligner._codec.tokenizer, "decode", seen(decode))
 
     async def main() -> None:
         said = await aligner.acorrect("q", HOT)

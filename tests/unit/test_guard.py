@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, Correction, Usage
-from aligner_middleware.artifact import LEVELS
 from aligner_middleware.cli.app import app
 from aligner_middleware.errors import DataError, InputError, JobError
 from aligner_middleware.evaluation.detection import (
@@ -30,6 +29,7 @@ from aligner_middleware.evaluation.detection import (
 )
 from aligner_middleware.evaluation.guard import guard
 from aligner_middleware.evaluation.labelled_rows import LabelledRow, is_labelled, read_labelled
+from aligner_middleware.strength import LEVELS
 from aligner_middleware.text.template import Verdict
 
 THRESHOLDS = {"low": 0.9, "medium": 0.5, "high": 0.1}

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 from aligner_middleware import ArtifactError, BuildError
 from aligner_middleware.artifact import (
     FORMAT_VERSION,
-    LEVELS,
     Artifact,
     BaseWeights,
     Calibration,
@@ -27,6 +26,7 @@ from aligner_middleware.artifact import (
 )
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.checkpoints.difference import add_difference, save_difference
+from aligner_middleware.strength import LEVELS
 from aligner_middleware.text.template import DEFAULT, TEMPLATES
 from tests.fakes import SPARE, artifact_folder, tokenizer_json
 

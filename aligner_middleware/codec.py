@@ -1,0 +1,304 @@
+"""Text to token ids and back: a question and an answer become a `Generation`, a finished `Generation` a `Correction`.
+
+It knows the tokenizer, the prompt template and the safeguards. It runs nothing: the engine fills the generation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from aligner_middleware.artifact import Calibration
+from aligner_middleware.correction import Correction, Usage
+from aligner_middleware.engine import GREEDY, Generation, Prefill, VerdictRule
+from aligner_middleware.errors import DoubtError, PromptTooLongError
+from aligner_middleware.settings import Settings, check_choice, limits
+from aligner_middleware.strength import OnDoubt, Strength
+from aligner_middleware.text.checks import check_question, check_text
+from aligner_middleware.text.edits import apply
+from aligner_middleware.text.safeguards import doubts, set_aside
+from aligner_middleware.text.targets import encode_target
+from aligner_middleware.text.template import (
+    VERDICTS,
+    PromptTemplate,
+    Verdict,
+    decode_operations,
+    encode_continuation,
+    encode_prompt,
+    verdict_ids,
+)
+from aligner_middleware.text.tokenizer import Tokenizer
+
+_ROOM = 256  # tokens that a correction may take beyond the answer, or beyond twice the answer where it is a copy
+_CHARACTERS = 32  # for each token of the context: a longer text is refused without counting its tokens
+_UNSTABLE = 8  # latest tokens of an unfinished text, which may be cut another way once more text has come
+
+
+@dataclass(frozen=True)
+class Request:
+    """A question and an answer, encoded.
+
+    Attributes:
+        question, answer: As given.
+        reasoning: A block of reasoning at the answer's beginning, which stays as it is.
+        text: The rest, which is corrected.
+        generation: Its sequence; `None` for a blank text, which is not corrected.
+        on_doubt: The treatment of a doubtful correction.
+    """
+
+    question: str
+    answer: str
+    reasoning: str
+    text: str
+    generation: Generation | None
+    on_doubt: OnDoubt
+
+    @property
+    def decodes_final_text(self) -> bool:
+        """Whether each decoded token is text that nothing takes back later."""
+        return self.on_doubt == "keep" and self.generation is not None and self.generation.rule is None
+
+
+class Codec:
+    """Encodes pairs for a model, and decodes its corrections. Safe to share between threads.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: The prompt that it was trained with.
+        eos_token_ids: Tokens that end a correction.
+        max_positions: Context of the model, in tokens.
+        settings: How it decodes.
+        calibration: Its levels of strength.
+
+    Attributes:
+        tokenizer, template, eos_token_ids, settings, calibration: As given.
+        verdict_ids: Tokens of keep, edit and rewrite; `None` for an aligner without verdicts.
+        max_characters: Texts longer than this are refused without being encoded.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: PromptTemplate,
+        eos_token_ids: Sequence[int],
+        max_positions: int,
+        settings: Settings,
+        calibration: Calibration,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.settings = settings
+        self.calibration = calibration
+        self.verdict_ids = verdict_ids(tokenizer, template)
+        self.max_characters = max_positions * _CHARACTERS
+        self._max_positions = max_positions
+        self._end = eos_token_ids[0]
+        self._tail = _tail_length(tokenizer, template)
+
+    # --- encoding -----------------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        question: str,
+        answer: str,
+        prefill: Prefill | None = None,
+        *,
+        strength: Strength = "medium",
+        on_doubt: OnDoubt = "passthrough",
+    ) -> Request:
+        """Encode a pair.
+
+        Args:
+            question: The question.
+            answer: Its answer.
+            prefill: The part of the prompt that has gone through the model already.
+            strength: As `Aligner.correct` takes it.
+            on_doubt: As `Aligner.correct` takes it.
+
+        Raises:
+            InputError: If the question is blank, a text is not valid Unicode, or an option is unknown or out of range.
+            PromptTooLongError: If the pair does not fit into the context.
+        """
+        threshold, tolerance = limits(strength, self.calibration, has_verdicts=self.verdict_ids is not None)
+        check_choice("on_doubt", on_doubt, get_args(OnDoubt))
+        check_question(question)
+        check_text("answer", answer)
+        reasoning, text = set_aside(answer)
+        if not text.strip():
+            return Request(question, answer, reasoning, text, None, on_doubt)
+        self._check_length(question, text)
+        prompt = encode_prompt(self.tokenizer, self.template, question, text)
+        draft = encode_continuation(self.tokenizer, self.template, text)
+        generation = Generation(
+            prompt,
+            draft,
+            self._most_new_tokens(question, prompt, draft),
+            self.settings.sampler(question, answer),
+            prefill,
+            rule=VerdictRule(*self.verdict_ids, threshold, self._copies) if self.verdict_ids else None,
+            tolerance=tolerance,
+            verify=self.settings.draft,
+            end=self._end,
+            stop_loops=True,
+        )
+        return Request(question, answer, reasoning, text, generation, on_doubt)
+
+    def encode_for_evidence(self, question: str, answer: str) -> Request:
+        """Encode a pair so that its generation measures how much speaks for a correction: greedily, at full tolerance."""
+        request = self.encode(question, answer, strength=1.0 if self.verdict_ids else math.inf)
+        if request.generation is not None:
+            request.generation.sampler = GREEDY  # a drawn token says nothing of how far the answer's is below the best
+        return request
+
+    def encode_unfinished(self, question: str, answer: str) -> list[int]:
+        """Encode the beginning of a prompt whose answer is still being written; `[]` where there is none yet."""
+        text = set_aside(answer)[1]
+        if not text.strip():
+            return []
+        return encode_prompt(self.tokenizer, self.template, question, text)[: -self._tail - _UNSTABLE]
+
+    def encode_targets(
+        self, question: str, answer: str, corrections: Sequence[str]
+    ) -> tuple[list[int], list[Sequence[int]]]:
+        """Encode the prompt of a pair, and corrections of it as the model is trained to write them.
+
+        Raises:
+            InputError: If the question is blank, or a text does not fit into the context.
+        """
+        check_question(question)
+        self._check_length(question, max(corrections, key=len, default=""))
+        self._check_length(question, answer)
+        prompt = encode_prompt(self.tokenizer, self.template, question, answer)
+        targets = [encode_target(self.tokenizer, self.template, self._end, answer, text).ids for text in corrections]
+        longest = len(prompt) + max(map(len, targets), default=0)
+        if longest > self._max_positions:
+            raise PromptTooLongError(longest, self._max_positions)
+        return prompt, list(targets)
+
+    # --- lengths ------------------------------------------------------------------------------------------
+
+    def count_tokens(self, text: str, at_most: int | None = None) -> int:
+        """Count a text's tokens; see `Aligner.count_tokens`."""
+        if at_most is not None and len(text) > at_most * _CHARACTERS:
+            return max(at_most + 1, len(text) // _CHARACTERS)
+        return len(self.tokenizer.encode(text))
+
+    def longest_answer(self, question: str) -> int:
+        """Give the tokens that an answer to a question may have; see `Aligner.longest_answer`."""
+        self._check_length(question)
+        room = self._max_positions - len(encode_prompt(self.tokenizer, self.template, question, "")) - 1
+        # Marks and numbers take up to a third of an answer's tokens.
+        longest = room // 2 if self._copies else (room - self._least_room) * 3 // 4
+        if longest < 1:
+            raise PromptTooLongError(self.count_tokens(question), self._max_positions, what="the question is")
+        return longest
+
+    @property
+    def _copies(self) -> bool:
+        """Whether an edit is written as a copy of the answer."""
+        return self.template.mark is None
+
+    @property
+    def _least_room(self) -> int:
+        """Tokens that an edit must have room for where it is no copy."""
+        return min(_ROOM, self._max_positions // 4)
+
+    def _most_new_tokens(self, question: str, prompt: Sequence[int], draft: Sequence[int]) -> int:
+        room = self._max_positions - len(prompt) - (self.verdict_ids is not None)
+        if room <= (len(draft) if self._copies else self._least_room):
+            self.longest_answer(question)  # it says so where the question alone is too long
+            raise PromptTooLongError(len(prompt), self._max_positions)
+        wanted = self.settings.max_new_tokens or (2 if self._copies else 1) * len(draft) + _ROOM
+        return min(wanted, room)
+
+    def _check_length(self, question: str, text: str = "") -> None:
+        """Refuse texts that cannot fit into the context, before they are encoded."""
+        both = len(question) + len(text)
+        for characters, what in ((len(question), "the question is"), (both, "question and answer are")):
+            if characters > self.max_characters:
+                least = characters // _CHARACTERS
+                raise PromptTooLongError(least, self._max_positions, what=what, characters=characters)
+
+    # --- decoding -----------------------------------------------------------------------------------------
+
+    def decode(self, request: Request) -> Correction:
+        """Make a correction of a request whose generation is done.
+
+        Raises:
+            DoubtError: If a safeguard objects and `on_doubt` is `raise`.
+        """
+        generation = request.generation
+        if generation is None:
+            return Correction(request.question, request.answer, request.answer, "stop", Usage())
+        verdict = self._verdict(generation)
+        text, found = (request.text, ()) if verdict == "keep" else self._decode_checked(request, generation, verdict)
+        if found and request.on_doubt == "raise":
+            raise DoubtError(found)
+        proposed = request.reasoning + text
+        passed = bool(found) and request.on_doubt == "passthrough"
+        return Correction(
+            question=request.question,
+            original=request.answer,
+            corrected=request.answer if passed else proposed,
+            finish_reason=generation.finish_reason or "stop",
+            usage=self._usage(generation, verdict),
+            verdict=verdict,
+            score=None if generation.log_odds is None else self.calibration.score(generation.log_odds),
+            doubts=found,
+            proposed=proposed if passed else None,
+        )
+
+    def _verdict(self, generation: Generation) -> Verdict | None:
+        if generation.verdict is None or self.verdict_ids is None:
+            return None
+        return VERDICTS[self.verdict_ids.index(generation.verdict)]
+
+    def _usage(self, generation: Generation, verdict: Verdict | None) -> Usage:
+        drafted = self.settings.draft and (verdict is None or (verdict == "edit" and self._copies))
+        return Usage(
+            prompt_tokens=len(generation.prompt),
+            draft_tokens=len(generation.draft) if drafted else 0,
+            accepted_tokens=generation.accepted,
+            decoded_tokens=len(generation.tokens) - generation.accepted,
+            passes=generation.passes,
+            seconds=generation.seconds,
+        )
+
+    def _decode_checked(
+        self, request: Request, generation: Generation, verdict: Verdict | None
+    ) -> tuple[str, tuple[str, ...]]:
+        """Give the text that a generation stands for, and the safeguards that object to it."""
+        text = request.text
+        names: list[str] = []
+        try:
+            text = self._decode_text(request, generation, verdict)
+        except ValueError:
+            names.append("operations")
+        cut_off = generation.finish_reason == "length"
+        names += doubts(request.text, text, cut_off=cut_off, question=request.question)
+        if generation.finish_reason == "loop" and "repeats" not in names:
+            names.append("repeats")
+        return text, tuple(names)
+
+    def _decode_text(self, request: Request, generation: Generation, verdict: Verdict | None) -> str:
+        """Give the text that a generation stands for.
+
+        Raises:
+            ValueError: If it should be operations on the answer's sentences and is not.
+        """
+        if verdict == "edit" and not self._copies:
+            return apply(request.text, decode_operations(self.tokenizer, self.template, generation.tokens))
+        # A tokenizer may not give every text back as it was: an unchanged one is not decoded either.
+        if generation.tokens == list(encode_continuation(self.tokenizer, self.template, request.text)):
+            return request.text
+        text = self.tokenizer.decode(generation.tokens)
+        return text.strip() if verdict == "rewrite" else text  # after its verdict a new text may begin with a space
+
+
+def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
+    """Count the tokens of a prompt that follow its answer."""
+    one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
+    return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

@@ -1,0 +1,65 @@
+"""A time limit for one call, the same for threads and for tasks. It knows nothing of what is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import TypeVar
+
+from aligner_middleware.errors import CorrectionTimeoutError, InputError
+
+T = TypeVar("T")
+
+
+class Deadline:
+    """The moment at which a call times out.
+
+    Args:
+        seconds: Time from now; `None` for no limit.
+
+    Raises:
+        InputError: If `seconds` is not above 0.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and seconds <= 0:
+            raise InputError(f"timeout is {seconds}, expected more than 0 seconds, or None")
+        self._seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until then, at least 0; `None` for no limit."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    @property
+    def error(self) -> CorrectionTimeoutError:
+        """The error of a call that timed out."""
+        return CorrectionTimeoutError(self._seconds or 0.0)
+
+    def result(self, future: Future[T]) -> T:
+        """Block until a future is done, and give its result.
+
+        Raises:
+            CorrectionTimeoutError: If the deadline comes first.
+            Exception: The future's own.
+        """
+        if not wait_for([future], self.left).done:
+            raise self.error
+        return future.result()
+
+    @contextlib.asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Cancel the block at the deadline, and raise `CorrectionTimeoutError`."""
+        limit = asyncio.timeout(self.left)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self.error from None

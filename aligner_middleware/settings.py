@@ -1,0 +1,83 @@
+"""The options of an aligner and of a call: their types, their checks, and the limits that a strength stands for."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aligner_middleware.artifact import Calibration
+from aligner_middleware.engine import GREEDY, Sampler
+from aligner_middleware.errors import InputError, did_you_mean
+from aligner_middleware.strength import LEVELS, Strength
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an aligner decodes. `Aligner` has the meaning of each.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+
+    max_new_tokens: int | None = None
+    draft: bool = True
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                f"temperature is {self.temperature}, expected at least 0; top_p is {self.top_p}, expected above 0, up to 1"
+            )
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that a correction depends on."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed} if self.temperature else {}
+        return {"max_new_tokens": self.max_new_tokens} | drawn
+
+    def sampler(self, question: str, answer: str) -> Sampler:
+        """Make what chooses the tokens of one correction; with a seed it is the same for the same pair."""
+        if self.temperature == 0:
+            return GREEDY
+        own = None if self.seed is None else zlib.crc32(f"{self.seed}\0{question}\0{answer}".encode())
+        return Sampler(self.temperature, self.top_p, own)
+
+
+def limits(strength: Strength, calibration: Calibration, *, has_verdicts: bool) -> tuple[float, float]:
+    """Give the threshold on the log odds and the tolerance of a strength, both in nats.
+
+    Args:
+        strength: A level; the score above which an answer is corrected; without verdicts, the tolerance itself.
+        calibration: The levels.
+        has_verdicts: Whether the aligner gives verdicts.
+
+    Raises:
+        InputError: If it is an unknown level, or a number out of range.
+    """
+    if isinstance(strength, str):
+        check_choice("strength", strength, LEVELS)
+        return calibration.log_odds(calibration.levels[strength]), calibration.tolerances[strength]
+    if not isinstance(strength, (int, float)) or math.isnan(strength) or strength < 0:
+        raise InputError(f"strength is {strength!r}, expected {', '.join(LEVELS)}, or a number of at least 0")
+    if not has_verdicts:
+        return 0.0, float(strength)
+    if strength > 1:
+        raise InputError(f"strength is {strength}, expected a score from 0 to 1, or {', '.join(LEVELS)}")
+    return calibration.log_odds(strength), calibration.tolerances["medium"]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        InputError: If it is none; the message names the nearest.
+    """
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{did_you_mean(value, choices)}")

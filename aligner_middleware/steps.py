@@ -1,0 +1,119 @@
+"""Steps that take time, which a thread runs and a task awaits: reading chunks, work on texts, waiting for the engine.
+
+A flow (`streaming.py`) is a generator that gives steps, so that it is written once for threads and for tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
+from concurrent.futures import Future, InvalidStateError
+from typing import Any, Generic, Protocol, TypeVar
+
+from aligner_middleware.deadline import Deadline
+from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.text import worker
+
+Chunks = Iterable[str] | AsyncIterable[str]
+T = TypeVar("T")
+
+
+class Step(Protocol):
+    """A part of a flow that takes time: it is either run, or awaited."""
+
+    def run(self) -> None:
+        """Do it, and block until it is done."""
+
+    async def arun(self) -> None:
+        """Do it, and leave the event loop free."""
+
+
+class EngineProgress:
+    """Tells one reader that the engine has made a step."""
+
+    def __init__(self) -> None:
+        self.next: Future[None] = Future()
+        """Done after the next step. To be read before the state that it tells of."""
+
+    def notify(self) -> None:
+        """Say that a step was made; called in the engine's thread."""
+        latest, self.next = self.next, Future()
+        with contextlib.suppress(InvalidStateError):  # its reader was cancelled
+            latest.set_result(None)
+
+
+class Gather:
+    """Reads the chunks of an answer."""
+
+    def __init__(self, source: Chunks, ahead: ReadAhead) -> None:
+        self.chunks: list[str] = []
+        self._source = source
+        self._ahead = ahead
+
+    def run(self) -> None:
+        """See `Step`."""
+        if isinstance(self._source, AsyncIterable):
+            raise TypeError("this answer is an async iterator: iterate its correction with `async for`")
+        for chunk in self._source:
+            self._add(chunk)
+
+    async def arun(self) -> None:
+        """See `Step`."""
+        source = self._source if isinstance(self._source, AsyncIterable) else _beside_loop(self._source)
+        async for chunk in source:
+            self._add(chunk)
+
+    def _add(self, chunk: str) -> None:
+        self._ahead.feed(chunk)
+        self.chunks.append(chunk)
+
+
+async def _beside_loop(chunks: Iterable[str]) -> AsyncIterator[str]:
+    """Iterate in other threads: the next chunk may take long."""
+    iterator = iter(chunks)
+    while (chunk := await asyncio.to_thread(next, iterator, None)) is not None:
+        yield chunk
+
+
+class Work(Generic[T]):
+    """Work on texts, which a task leaves to another thread."""
+
+    result: T
+
+    def __init__(self, work: Callable[[], T], deadline: Deadline) -> None:
+        self._work = work
+        self._deadline = deadline
+
+    def run(self) -> None:
+        """See `Step`."""
+        self.result = self._work()
+
+    async def arun(self) -> None:
+        """See `Step`."""
+        async with self._deadline.limit():
+            self.result = await worker.run(self._work)
+
+
+def beside(work: Callable[[], T], deadline: Deadline) -> Generator[Step, None, T]:
+    """Do work as a step, and give its result."""
+    step = Work(work, deadline)
+    yield step
+    return step.result
+
+
+class Wait:
+    """Waits for a future; its error is raised."""
+
+    def __init__(self, future: Future[Any], deadline: Deadline) -> None:
+        self._future = future
+        self._deadline = deadline
+
+    def run(self) -> None:
+        """See `Step`."""
+        self._deadline.result(self._future)
+
+    async def arun(self) -> None:
+        """See `Step`."""
+        async with self._deadline.limit():
+            await asyncio.wrap_future(self._future)

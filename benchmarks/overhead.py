@@ -67,11 +67,12 @@ class Kept:
     """The flow of a stream that gives a correction at once."""
 
     def __init__(self, correction: Correction) -> None:
-        self.correction = correction
+        self.correction: Correction | None = correction
+        self._text = correction.corrected
 
     def steps(self) -> Generator[str | Step, None, None]:
         """See `Flow`."""
-        yield self.correction.corrected
+        yield self._text
 
     def free(self) -> None:
         """See `Flow`."""

@@ -31,13 +31,13 @@ def test_a_full_disk_is_an_error_in_one_line(arguments: tuple[str, ...]) -> None
 
 def test_a_reader_that_has_gone_is_an_error_in_one_line(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", *(pair("x" * 10_000) for _ in range(100)))
-    running = process("correct", path)
-    assert running.stdout is not None
-    assert running.stderr is not None
-    running.stdout.readline()
-    running.stdout.close()
-    said = running.stderr.read()
-    assert running.wait(timeout=PATIENCE) == 1
+    with process("correct", path) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.readline()
+        running.stdout.close()
+        said = running.stderr.read()
+        assert running.wait(timeout=PATIENCE) == 1
     assert [line for line in said.splitlines() if not line.startswith("correct: ")] == [
         "error: standard output cannot be written: Broken pipe"
     ]
@@ -117,16 +117,16 @@ def test_an_interrupted_job_ends_at_once_says_how_to_resume_and_does(tmp_path: P
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has other signals")
 def test_an_interrupted_command_without_a_journal_promises_nothing() -> None:
-    running = process("correct")
-    assert running.stdin is not None
-    assert running.stdout is not None
-    running.stdin.write(json.dumps(pair()) + "\n")
-    running.stdin.flush()
-    running.stdout.readline()
-    running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=PATIENCE) == 130
-    assert running.stderr is not None
-    assert running.stderr.read() == "interrupted\n"
+    with process("correct") as running:
+        assert running.stdin is not None
+        assert running.stdout is not None
+        running.stdin.write(json.dumps(pair()) + "\n")
+        running.stdin.flush()
+        running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=PATIENCE) == 130
+        assert running.stderr is not None
+        assert running.stderr.read() == "interrupted\n"
 
 
 def interrupt(*args: Any, **options: Any) -> Any:

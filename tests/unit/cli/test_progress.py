@@ -1,5 +1,6 @@
 """Progress of a job: a bar in a terminal, and where there is none a line now and then."""
 
+import contextlib
 import json
 import math
 import os
@@ -23,17 +24,18 @@ def test_bars_in_a_terminal_leave_standard_output_to_the_data(tmp_path: Path) ->
 
     path = jsonl(tmp_path / "rows.jsonl", *(pair(f"answer {number}") for number in range(100)))
     ours, theirs = pty.openpty()
-    running = process("correct", path, stderr=theirs, env=os.environ | {"TERM": "xterm"})
-    os.close(theirs)
-    assert running.stdout is not None
-    printed = running.stdout.read()
-    shown = b""
-    while True:
-        try:
-            shown += os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-    assert running.wait(timeout=PATIENCE) == 0
+    with (
+        os.fdopen(ours, "rb", buffering=0) as terminal,
+        process("correct", path, stderr=theirs, env=os.environ | {"TERM": "xterm"}) as running,
+    ):
+        os.close(theirs)
+        assert running.stdout is not None
+        printed = running.stdout.read()
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while piece := terminal.read(4096):
+                shown += piece
+        assert running.wait(timeout=PATIENCE) == 0
     assert [json.loads(line)["corrected"] for line in printed.splitlines()] == [f"ANSWER {at}" for at in range(100)]
     assert b"100/100" in shown
 

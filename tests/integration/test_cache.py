@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from aligner_middleware import Aligner, ArtifactError, BuildError, ConfigError
 from aligner_middleware.artifact import Artifact, cached_folder
 from aligner_middleware.data.progress import Progress
 from aligner_middleware.data.triples import Triple
-from aligner_middleware.export.export import STEPS
+from aligner_middleware.export.export import STEPS, export
 from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
@@ -23,6 +24,25 @@ from tests.unit.test_folders import little_room
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ALIGNER_HOME", str(tmp_path / "home"))
     return random_checkpoint("llama", tmp_path / "here" / "llama")
+
+
+@pytest.fixture
+def exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that exports have filled: the first by the exporter, later ones of the same model by copies of that one."""
+    filled: list[Path] = []
+    kept = tmp_path / "kept"
+
+    def export_once(checkpoint: Any, out: Path, *arguments: Any, **options: Any) -> Artifact:
+        filled.append(out)
+        if kept.exists():
+            shutil.copytree(kept, out, dirs_exist_ok=True)
+            return Artifact.load(out)
+        artifact = export(checkpoint, out, *arguments, **options)
+        shutil.copytree(out, kept)
+        return artifact
+
+    monkeypatch.setattr("aligner_middleware.export.store.export", export_once)
+    return filled
 
 
 def cut_short(path: Path) -> None:
@@ -45,7 +65,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object]]] = [
 
 
 def test_what_is_damaged_in_the_cache_is_built_anew_and_what_is_not_serves_other_places(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, exports: list[Path]
 ) -> None:
     folder, artifact = export_model(str(source), None, "float32")
     assert (folder.parent, artifact.name) == (tmp_path / "home", "llama")
@@ -58,11 +78,10 @@ def test_what_is_damaged_in_the_cache_is_built_anew_and_what_is_not_serves_other
         Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
     cut_short(folder / "model.onnx")
     Aligner.load(source, precision="float32", max_new_tokens=3).correct("q", "a")
-    monkeypatch.setattr(
-        "aligner_middleware.export.store.export", lambda *args, **options: pytest.fail("it was built again")
-    )
+    assert len(exports) == 1 + len(DAMAGE) + 1
     elsewhere = shutil.copytree(source, tmp_path / "there" / "llama")
     assert export_model(str(elsewhere), None, "float32").folder == folder == cached_folder(str(elsewhere), "float32")
+    assert len(exports) == 1 + len(DAMAGE) + 1  # it was not built again
     assert sorted(path.name for path in folder.parent.iterdir()) == [f".{folder.name}.lock", folder.name]
 
 
@@ -75,7 +94,9 @@ def test_an_export_reports_its_steps_and_the_cache_takes_fused_graphs_only(sourc
         export_model(str(source), fused=False)
 
 
-def test_the_advice_to_export_again_helps_whatever_is_damaged(source: Path, tmp_path: Path) -> None:
+def test_the_advice_to_export_again_helps_whatever_is_damaged(
+    source: Path, tmp_path: Path, exports: list[Path]
+) -> None:
     out = tmp_path / "out"
     export_model(str(source), out, "float32")
     for name, damage in DAMAGE:
@@ -86,6 +107,7 @@ def test_the_advice_to_export_again_helps_whatever_is_damaged(source: Path, tmp_
             Aligner.load(out)
         export_model(str(source), out, "float32")
         Aligner.load(out, max_new_tokens=3).correct("q", "a")
+    assert len(exports) == len(DAMAGE)
 
 
 @pytest.mark.parametrize("size", [500, 5_000, 200_000])

@@ -2,10 +2,14 @@
 
 import json
 import logging
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._index import TaskIndex
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, InputError
@@ -16,6 +20,20 @@ from aligner_middleware.evaluation.lm_eval_models import load_lm
 from tests.fakes import InstantAligner
 
 TASKS = Path("benchmarks/tasks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tasks_indexed_once() -> Iterator[None]:
+    """Let lm-eval parse its thousands of task files once, not once a run."""
+    build = TaskIndex.build
+    built = cache(lambda root: build([root]))
+
+    def join(paths: Iterable[Path], **options: Any) -> dict[str, Any]:
+        return {name: entry for root in paths for name, entry in built(root).items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", join)
+        yield
 
 
 @pytest.fixture(scope="module")

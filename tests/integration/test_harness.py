@@ -32,7 +32,7 @@ def _tasks_indexed_once() -> Iterator[None]:
         return {name: entry for root in paths for name, entry in built(root).items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", join)
+        patch.setattr(TaskIndex, "build", staticmethod(join))
         yield
 
 

@@ -23,6 +23,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import random
 import re
@@ -154,16 +155,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     make = Aligner.load if options.real else quick_aligner
-    results = [
-        run(make, calls, loops, exact=not options.real, limit=options.limit, seed=options.seed)
-        for calls in options.calls
-        for loops in options.loops
-    ]
-    Console(width=120).print(as_table(results))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        lines = [asdict(result) | {"held": result.held} for result in results]
-        (options.out / "load.json").write_text(json.dumps(lines, indent=1) + "\n")
+    results: list[Result] = []
+    for calls, loops in itertools.product(options.calls, options.loops):
+        results.append(run(make, calls, loops, exact=not options.real, limit=options.limit, seed=options.seed))
+        Console(width=120).print(as_table(results[-1:]))  # each when it is done: the next may take half an hour
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            lines = [asdict(result) | {"held": result.held} for result in results]
+            (options.out / "load.json").write_text(json.dumps(lines, indent=1) + "\n")
     return int(not all(all(result.held.values()) for result in results))
 
 

@@ -17,7 +17,7 @@ from aligner_middleware.export.export import STEPS, export
 from aligner_middleware.export.store import export_model
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
-from tests.unit.test_folders import little_room
+from tests.unit.data.test_folders import little_room
 
 
 @pytest.fixture

@@ -274,7 +274,7 @@ ENDS = {
 def test_python_ends_after_the_pass_that_is_under_way_and_never_in_it(end: str) -> None:
     program = f"""
 import atexit, gc, sys, threading, time
-from tests.unit.test_scheduler import GatedModel, fake_aligner, soften
+from tests.unit.engine.test_scheduler import GatedModel, fake_aligner, soften
 
 class Model(GatedModel):
     def append(self, *args):
@@ -301,7 +301,7 @@ assert model.begun.wait(60)
 def test_a_forked_process_corrects_and_ends_by_itself() -> None:
     program = """
 import os, sys, threading
-from tests.unit.test_scheduler import fake_aligner, soften
+from tests.unit.engine.test_scheduler import fake_aligner, soften
 aligner = fake_aligner(soften)
 assert aligner.correct("q", "an idiot").changed
 child = os.fork()

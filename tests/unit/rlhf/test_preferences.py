@@ -90,7 +90,7 @@ from pathlib import Path
 from langchain_core.messages import AIMessage
 from aligner_middleware.rlhf.preferences import make_preferences
 from tests.chat_models import Scripted
-from tests.unit.test_preferences import ALIGNER, PROMPTS
+from tests.unit.rlhf.test_preferences import ALIGNER, PROMPTS
 
 def reply(messages):
     time.sleep(0.05)
@@ -104,7 +104,7 @@ def test_a_job_that_is_killed_goes_on_with_nothing_lost_or_doubled(tmp_path: Pat
     out = tmp_path / "out.jsonl"
     journal = tmp_path / ".out.jsonl.journal"
     command = [sys.executable, "-c", KILLED, str(out)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[3])
     deadline = time.monotonic() + 60
     while (not journal.exists() or journal.read_bytes().count(b"\n") < 6) and time.monotonic() < deadline:
         time.sleep(0.01)

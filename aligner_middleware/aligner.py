@@ -1,42 +1,35 @@
-"""The facade: a question and an answer in, a `Correction` out. Its parts are in `loading`, `codec`, `engine`, `streaming`."""
+"""The facade: a question and an answer in, a `Correction` out.
+
+Here are its parts, its life and its measurements; the calls that correct are in `corrector.py`.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Never, Self, overload
+from typing import Any, Never, Self
 
 from aligner_middleware import loading
 from aligner_middleware.artifact import Calibration, Precision
-from aligner_middleware.codec import Codec, Request
-from aligner_middleware.correction import Correction
-from aligner_middleware.deadline import Deadline
-from aligner_middleware.engine import Generation, Model
+from aligner_middleware.codec import Codec
+from aligner_middleware.corrector import Corrector
+from aligner_middleware.engine import Model
 from aligner_middleware.engine.likelihood import log_likelihoods
 from aligner_middleware.engine.scheduler import Scheduler
-from aligner_middleware.errors import InputError
 from aligner_middleware.loading import Engine
-from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.settings import Settings
-from aligner_middleware.steps import Chunks
-from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
-from aligner_middleware.strength import OnDoubt, Strength
-from aligner_middleware.text import worker
 from aligner_middleware.text.template import PromptTemplate
 from aligner_middleware.text.tokenizer import Tokenizer
 
 
-class Aligner:
+class Aligner(Corrector):
     """A small model that corrects answers. `Aligner.load` makes one.
 
-    It may be shared between threads and tasks: calls that run at the same time share passes of the model. `close`, or the
-    end of a `with` block, ends its thread; so do the garbage collector and the end of Python. A copy, deep or not, is the
-    aligner itself; a pickled one is loaded again.
+    It may be shared between threads and tasks. `close`, or the end of a `with` block, ends its thread; so do the garbage
+    collector and the end of Python. A copy, deep or not, is the aligner itself; a pickled one is loaded again.
 
     Args:
         model: What predicts tokens.
@@ -83,8 +76,8 @@ class Aligner:
         self._load_again: Callable[[], Aligner] | None = None
         self._revision = revision
         self._model = model
-        self._codec = Codec(tokenizer, template, eos_token_ids, model.max_positions, settings, self.calibration)
-        self._scheduler = Scheduler(model, self._codec.eos_token_ids)
+        codec = Codec(tokenizer, template, eos_token_ids, model.max_positions, settings, self.calibration)
+        super().__init__(codec, Scheduler(model, codec.eos_token_ids))
         weakref.finalize(self, self._scheduler.close, wait=False)
 
     @classmethod
@@ -238,203 +231,3 @@ class Aligner:
             return -math.inf
         self._scheduler.submit(generation).result()
         return generation.surprise if generation.log_odds is None else generation.log_odds
-
-    def correct(
-        self,
-        question: str,
-        answer: str,
-        *,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-    ) -> Correction:
-        """Correct one answer.
-
-        A blank answer comes back as it is: an aligner corrects answers, it does not invent them. A block of reasoning at
-        its beginning (`<think>…</think>`) stays as it is.
-
-        Args:
-            question: What was asked.
-            answer: What was answered.
-            timeout: Seconds after which it is given up; `None` waits for as long as it takes.
-            strength: How willingly it corrects: a level, or the score above which it does. Of an aligner without verdicts a
-                number is a tolerance: a token of the answer stays where its log probability is within so many nats of the
-                best one's.
-            on_doubt: What becomes of a correction that a safeguard objects to: `passthrough` gives the original answer,
-                `raise` a `DoubtError`, `keep` the correction.
-
-        Raises:
-            InputError: If the question is blank, or a text is not valid Unicode (it holds a lone surrogate).
-            PromptTooLongError: If they do not fit into the aligner's context.
-            CorrectionTimeoutError: If it took longer than `timeout`.
-            DoubtError: If a safeguard objects and `on_doubt` is `raise`.
-            ClosedError: If the aligner was closed.
-        """
-        return self.correct_batch([(question, answer)], timeout=timeout, strength=strength, on_doubt=on_doubt)[0]
-
-    @overload
-    def correct_batch(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        *,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-        return_exceptions: Literal[False] = False,
-    ) -> list[Correction]: ...
-
-    @overload
-    def correct_batch(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        *,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-        return_exceptions: Literal[True],
-    ) -> list[Correction | Exception]: ...
-
-    def correct_batch(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        *,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-        return_exceptions: bool = False,
-    ) -> list[Correction] | list[Correction | Exception]:
-        """Correct several answers together, which costs less than one after the other.
-
-        Args:
-            pairs: Questions and answers.
-            timeout: Seconds for all of them; what is not done by then is given up.
-            strength: As `correct` takes it.
-            on_doubt: As `correct` takes it.
-            return_exceptions: Whether a pair that cannot be corrected becomes its exception, instead of raising it.
-
-        Returns:
-            Corrections in the order of the pairs.
-
-        Raises:
-            InputError: As `correct` does, before anything is run.
-            CorrectionTimeoutError: If they took longer than `timeout`.
-        """
-        deadline = Deadline(timeout)
-        requests = [self._encoded(*pair, strength=strength, on_doubt=on_doubt) for pair in pairs]
-        if not return_exceptions:
-            for request in requests:
-                if isinstance(request, InputError):
-                    raise request
-        futures: list[Future[Generation] | None] = []
-        try:
-            for request in requests:
-                running = isinstance(request, Request) and request.generation is not None
-                futures.append(self._scheduler.submit(request.generation) if running else None)  # type: ignore[arg-type, union-attr]
-            results: list[Correction | Exception] = []
-            for request, future in zip(requests, futures, strict=True):
-                results.append(self._outcome(request, future, deadline))
-                if isinstance(results[-1], Exception) and not return_exceptions:
-                    raise results[-1]
-            return results
-        finally:  # after an error, or an interrupt from the keyboard, nobody waits for the others
-            for future in filter(None, futures):
-                future.cancel()
-
-    async def acorrect(
-        self,
-        question: str,
-        answer: str,
-        *,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-    ) -> Correction:
-        """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others.
-
-        Raises:
-            AlignerError: As `correct` does.
-        """
-        async with Deadline(timeout).limit():
-            encode = partial(self._codec.encode, question, answer, strength=strength, on_doubt=on_doubt)
-            request = await worker.run(encode)
-            if request.generation is not None:
-                await asyncio.wrap_future(self._scheduler.submit(request.generation))
-            return await worker.run(partial(self._codec.decode, request))
-
-    async def acorrect_batch(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        *,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-    ) -> list[Correction]:
-        """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
-        options: dict[str, Any] = {"timeout": timeout, "strength": strength, "on_doubt": on_doubt}
-        calls = [asyncio.ensure_future(self.acorrect(*pair, **options)) for pair in pairs]
-        try:
-            return list(await asyncio.gather(*calls))
-        finally:  # after an error nobody waits for the others
-            for call in calls:
-                call.cancel()
-
-    def stream(
-        self,
-        question: str,
-        answer: str | Chunks,
-        *,
-        ahead: ReadAhead | None = None,
-        timeout: float | None = None,
-        strength: Strength = "medium",
-        on_doubt: OnDoubt = "passthrough",
-    ) -> CorrectionStream:
-        """Correct one answer and give the corrected text as soon as nothing can take it back.
-
-        An answer that is kept is given at once. A correction is given when it is whole and no safeguard objects; where
-        `on_doubt` is `keep`, a copy is given as it is decoded.
-
-        Args:
-            question: The question.
-            answer: The answer, or its chunks as they arrive: those that have arrived go through the model while the rest
-                is on its way. Chunks of an async iterator need `async for`.
-            ahead: What has read the answer already, from `read_ahead`.
-            timeout: Seconds, from when the answer is there, after which the correction is given up.
-            strength: As `correct` takes it.
-            on_doubt: As `correct` takes it.
-
-        Returns:
-            The pieces of the text, to be iterated by `for` or by `async for`, which raise what `correct` raises; after
-            them its `correction`.
-        """
-        options: dict[str, Any] = {"strength": strength, "on_doubt": on_doubt}
-        options |= {"read_ahead": self.read_ahead, "ahead": ahead, "timeout": timeout}
-        flow = CorrectionFlow(self._codec, self._scheduler, question, answer, **options)
-        return CorrectionStream(flow)
-
-    astream = stream
-
-    def read_ahead(self, question: str) -> ReadAhead:
-        """Get ready to read an answer that is still being written; `stream` takes it up when all is there.
-
-        A wrong question costs time and nothing else.
-        """
-        return ReadAhead(self._scheduler, self._codec, question)
-
-    def _encoded(self, question: str, answer: str, **options: Any) -> Request | InputError:
-        try:
-            return self._codec.encode(question, answer, **options)
-        except InputError as exc:
-            return exc
-
-    def _outcome(
-        self, request: Request | InputError, future: Future[Generation] | None, deadline: Deadline
-    ) -> Correction | Exception:
-        """Wait for a correction, or for its error."""
-        if isinstance(request, InputError):
-            return request
-        try:
-            if future is not None:
-                deadline.result(future)
-            return self._codec.decode(request)
-        except Exception as exc:
-            return exc

@@ -98,8 +98,6 @@ class Codec:
         self._end = eos_token_ids[0]
         self._tail = _tail_length(tokenizer, template)
 
-    # --- encoding -----------------------------------------------------------------------------------------
-
     def encode(
         self,
         question: str,
@@ -178,8 +176,6 @@ class Codec:
             raise PromptTooLongError(longest, self._max_positions)
         return prompt, list(targets)
 
-    # --- lengths ------------------------------------------------------------------------------------------
-
     def count_tokens(self, text: str, at_most: int | None = None) -> int:
         """Count a text's tokens; see `Aligner.count_tokens`."""
         if at_most is not None and len(text) > at_most * _CHARACTERS:
@@ -221,8 +217,6 @@ class Codec:
             if characters > self.max_characters:
                 least = characters // _CHARACTERS
                 raise PromptTooLongError(least, self._max_positions, what=what, characters=characters)
-
-    # --- decoding -----------------------------------------------------------------------------------------
 
     def decode(self, request: Request) -> Correction:
         """Make a correction of a request whose generation is done.

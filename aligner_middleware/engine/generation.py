@@ -78,7 +78,7 @@ class Generation:
         verify: Whether many tokens of the draft are verified in a pass; the result is the same without.
         end: What is expected after the draft's last token.
         stop_loops: Whether it ends as soon as it repeats itself where the draft does not.
-        tokens: What it writes, without verdict and end token.
+        tokens: What it writes, without verdict and end token. Other threads may read it: it only grows.
         verdict: The token of its verdict.
         log_odds: Of that verdict; see `VerdictRule`.
         surprise: How far a draft token's log probability was below the best one's, at most, in nats; taken where there is
@@ -200,31 +200,33 @@ class Generation:
         while right < len(self.proposal) and predicted[right] == self.proposal[right]:
             right += 1
         before = len(self.tokens)
-        self.tokens += self.proposal[:right]
+        tokens = [*self.tokens, *self.proposal[:right]]
         self.accepted += right
         self.passes += 1
         self._reader.learn(len(self.proposal), right)
-        if len(self.tokens) < self.max_new_tokens:
+        if len(tokens) < self.max_new_tokens:
             token = int(predicted[right])
             if token in stop:
                 self.finish_reason = "stop"
             else:
-                self.tokens.append(token)
-        looped = self._first_loop(before or right) if self.stop_loops else None  # the draft's own beginning is no loop
+                tokens.append(token)
+        # The draft's own beginning is no loop.
+        looped = self._first_loop(tokens, before or right) if self.stop_loops else None
         if looped is not None:
-            del self.tokens[looped:]
+            del tokens[looped:]
             self.accepted -= max(0, before + right - looped)
             self.finish_reason = "loop"
-        self._reader.advance(self.tokens[before:])
-        self._latest = self.tokens[-1] if self.tokens else self._latest
+        self.tokens = tokens  # only now: a stream in another thread reads them meanwhile
+        self._reader.advance(tokens[before:])
+        self._latest = tokens[-1] if tokens else self._latest
         if self.finish_reason is None and len(self.tokens) == self.max_new_tokens:
             self.finish_reason = "length"
         self.seconds = time.perf_counter() - self._made
 
-    def _first_loop(self, before: int) -> int | None:
-        """After how many tokens, more than `before`, it repeats itself first."""
-        ends = range(before + 1, len(self.tokens) + 1)
-        return next((end for end in ends if loops(self.tokens[:end], self.draft)), None)
+    def _first_loop(self, tokens: Sequence[int], before: int) -> int | None:
+        """After how many of the tokens, more than `before`, they repeat themselves first."""
+        ends = range(before + 1, len(tokens) + 1)
+        return next((end for end in ends if loops(tokens[:end], self.draft)), None)
 
 
 def loops(tokens: Sequence[int], draft: Sequence[int]) -> bool:

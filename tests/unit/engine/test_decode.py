@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -260,3 +261,17 @@ def test_a_loop_is_let_run_where_nobody_asked() -> None:
     for _ in decode(FakeModel(lambda tokens: 5), [generation], STOP):
         pass
     assert (generation.finish_reason, len(generation.tokens)) == ("length", 200)
+
+
+def test_tokens_that_another_thread_may_see_are_never_taken_back() -> None:
+    turn = list(range(5, 25))
+    generation = Generation([99], turn * 3, max_new_tokens=200, stop_loops=True)
+    seen: list[list[int]] = []
+    sys.setprofile(lambda *event: seen.append(list(generation.tokens)))  # at each call of a function and each return
+    try:
+        for _ in decode(FakeModel(lambda tokens: turn[(len(tokens) - 1) % len(turn)]), [generation], STOP):
+            pass
+    finally:
+        sys.setprofile(None)
+    assert generation.finish_reason == "loop"
+    assert all(later[: len(earlier)] == earlier for earlier, later in pairwise(seen))

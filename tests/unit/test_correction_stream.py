@@ -1,0 +1,143 @@
+"""`CorrectionStream`: one iterator at a time, by `for` or by `async for`, and its place in the engine is freed."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from aligner_middleware import Aligner
+from tests.fakes import fake_aligner
+
+ANSWER = "Left, idiot."
+CORRECTED = "Left, friend."
+PLACE = 10  # seconds that a free place in the engine is waited for
+
+
+def soften(question: str, answer: str) -> str:
+    return answer.replace("idiot", "friend")
+
+
+def test_a_stream_has_its_correction_only_at_its_end() -> None:
+    with fake_aligner(soften) as aligner:
+        stream = aligner.stream("q", ANSWER)
+        with pytest.raises(RuntimeError, match="iterate it to its end first"):
+            _ = stream.correction
+        assert "".join(stream) == stream.correction.corrected == CORRECTED
+        assert next(stream, None) is None
+
+
+def test_a_stream_that_was_closed_has_no_correction() -> None:
+    with fake_aligner(soften) as aligner:
+        stream = aligner.stream("q", ANSWER)
+        stream.close()
+        assert list(stream) == []
+        with pytest.raises(RuntimeError, match="no correction yet"):
+            _ = stream.correction
+
+
+def test_a_stream_may_be_closed_twice_before_and_after_its_end() -> None:
+    with fake_aligner(soften) as aligner:
+        stream = aligner.stream("q", ANSWER)
+        assert "".join(stream) == CORRECTED
+        unread = aligner.stream("q", ANSWER)
+        for one in (stream, stream, unread, unread):
+            one.close()
+            asyncio.run(one.aclose())
+        assert stream.correction.corrected == CORRECTED
+
+
+class Chunks:
+    """The chunks of an answer; the second waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        yield "Left, "
+        self.reached.set()
+        assert self.go_on.wait(PLACE)
+        yield "idiot."
+
+
+def test_a_second_thread_cannot_iterate_or_close_a_stream_meanwhile() -> None:
+    chunks = Chunks()
+    with fake_aligner(soften) as aligner:
+        stream, pieces = aligner.stream("q", chunks), list[str]()
+        reader = threading.Thread(target=lambda: pieces.extend(stream))
+        reader.start()
+        assert chunks.reached.wait(PLACE)
+        with pytest.raises(RuntimeError, match="being iterated already"):
+            next(stream)
+        with pytest.raises(RuntimeError, match="cannot be closed meanwhile"):
+            stream.close()
+        chunks.go_on.set()
+        reader.join(PLACE)
+        assert "".join(pieces) == stream.correction.corrected == CORRECTED  # the first reader is not disturbed
+
+
+def test_a_second_task_cannot_iterate_a_stream_meanwhile() -> None:
+    chunks = Chunks()
+
+    async def main(aligner: Aligner) -> list[str]:
+        stream = aligner.stream("q", chunks)
+
+        async def read() -> list[str]:
+            return [piece async for piece in stream]
+
+        reader = asyncio.create_task(read())
+        assert await asyncio.to_thread(chunks.reached.wait, PLACE)
+        with pytest.raises(RuntimeError, match="being iterated already"):
+            await anext(stream)
+        chunks.go_on.set()
+        return await reader
+
+    with fake_aligner(soften) as aligner:
+        assert "".join(asyncio.run(main(aligner))) == CORRECTED
+
+
+@pytest.mark.parametrize("chunks", [["Left, ", "idiot."], iter(["Left, ", "idiot."]), ("Left, idiot.",)])
+def test_a_plain_iterable_may_be_the_answer_in_an_event_loop(chunks: object) -> None:
+    async def main(aligner: Aligner) -> str:
+        return "".join([piece async for piece in aligner.stream("q", chunks)])  # type: ignore[arg-type]
+
+    with fake_aligner(soften) as aligner:
+        assert asyncio.run(main(aligner)) == CORRECTED
+
+
+def test_an_async_iterator_is_refused_by_a_plain_loop() -> None:
+    async def chunks() -> AsyncIterator[str]:
+        yield ANSWER
+
+    with fake_aligner(soften) as aligner, pytest.raises(TypeError, match="with `async for`"):
+        list(aligner.stream("q", chunks()))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_dropped_stream_is_freed_and_leaves_its_place(begun: bool) -> None:
+    with fake_aligner(lambda q, a: a + " Never the same? " * 40, draft=False) as aligner:
+        stream = aligner.stream("q", ANSWER, on_doubt="keep")  # gives pieces as they are decoded
+        if begun:
+            next(stream)
+        dropped = weakref.ref(stream)
+        del stream
+        gc.collect()
+        assert dropped() is None
+        assert aligner.correct("q", ANSWER, on_doubt="keep", timeout=PLACE).changed
+
+
+def test_a_stream_keeps_its_aligner_alive() -> None:
+    aligner = fake_aligner(soften)
+    alive = weakref.ref(aligner)
+    stream = aligner.stream("q", ANSWER)
+    del aligner
+    gc.collect()
+    assert alive() is not None
+    assert "".join(stream) == CORRECTED
+    del stream
+    gc.collect()
+    assert alive() is None

@@ -18,7 +18,8 @@ from aligner_middleware.settings import Settings, check_choice, limits
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text.checks import check_question, check_text
 from aligner_middleware.text.edits import apply
-from aligner_middleware.text.safeguards import doubts, set_aside
+from aligner_middleware.text.reasoning import set_aside
+from aligner_middleware.text.safeguards import doubts
 from aligner_middleware.text.targets import encode_target
 from aligner_middleware.text.template import (
     VERDICTS,

@@ -16,7 +16,7 @@ from aligner_middleware.langchain.metadata import is_about
 from aligner_middleware.langchain.options import AlignmentOptions, call_options, limits_length, raises
 from aligner_middleware.langchain.outcome import Outcome, corrected, failed
 from aligner_middleware.langchain.piecewise import Piece, Plan, QuestionOrError, plan_answer
-from aligner_middleware.text.safeguards import breaks_json
+from aligner_middleware.text.structure import breaks_json
 
 if TYPE_CHECKING:
     from aligner_middleware.correction import Correction

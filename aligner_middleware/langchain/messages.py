@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMe
 
 from aligner_middleware.diff import compare
 from aligner_middleware.errors import MissingQuestionError
-from aligner_middleware.text.safeguards import apart
+from aligner_middleware.text.reasoning import apart
 
 M = TypeVar("M", bound=BaseMessage)
 Block = str | dict[str, Any]

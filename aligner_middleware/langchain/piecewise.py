@@ -13,8 +13,9 @@ from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.errors import InputError, MissingQuestionError, PromptTooLongError
 from aligner_middleware.langchain.options import AlignmentOptions, limits_length
 from aligner_middleware.langchain.outcome import Outcome, failed, unaligned, without_question
-from aligner_middleware.text.safeguards import apart, breaks_json
+from aligner_middleware.text.reasoning import apart
 from aligner_middleware.text.split import split
+from aligner_middleware.text.structure import breaks_json
 
 if TYPE_CHECKING:
     from aligner_middleware.text.template import Verdict

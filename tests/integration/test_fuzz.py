@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware import Aligner, Correction, InputError
-from aligner_middleware.text.safeguards import doubts, set_aside
+from aligner_middleware.text.reasoning import set_aside
+from aligner_middleware.text.safeguards import doubts
 
 BATCH = 20
 SENTENCES = (

@@ -13,7 +13,7 @@ from langchain_core.runnables import Runnable
 
 from aligner_middleware import AlignerMiddleware, AlignerRunnable, question_record
 from aligner_middleware.langchain.messages import question_of
-from aligner_middleware.text.safeguards import apart
+from aligner_middleware.text.reasoning import apart
 from tests.chat_models import Scripted, saying
 from tests.fakes import InstantAligner, fake_aligner, judging_aligner
 

@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aligner_middleware.artifact import DEFAULT_FOLDER
-from aligner_middleware.text.safeguards import SAFEGUARDS, doubts, set_aside
+from aligner_middleware.text.reasoning import set_aside
+from aligner_middleware.text.safeguards import SAFEGUARDS, doubts
 
 RECIPE = """To make pancakes, you need flour, milk and two eggs.
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Never, Self
 
 from aligner_middleware import loading
-from aligner_middleware.artifact import Calibration, Precision
+from aligner_middleware.artifact import Precision
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.codec import Codec
 from aligner_middleware.corrector import Corrector
 from aligner_middleware.engine import Model

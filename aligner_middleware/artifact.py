@@ -6,23 +6,19 @@ writes one, serving reads one, and nothing is guessed from file names.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from aligner_middleware.data.files import is_file, is_folder, write_text
+from aligner_middleware.calibration import Calibration
+from aligner_middleware.data.checked import check_version, read_json, sha256, validated
+from aligner_middleware.data.files import is_file, write_text
 from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import ArtifactError, BuildError
-from aligner_middleware.strength import LEVELS, Level
-from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id, verdict_ids
+from aligner_middleware.text.template import PromptTemplate, special_token_id, verdict_ids
 from aligner_middleware.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,15 +37,11 @@ GraphKind = Literal["fused", "standard"]
 Weights = Literal["floats", "products", "blocks"]
 
 # Whoever can write a folder can write anything into its JSON: every field is bounded before it is used.
-_LARGEST_JSON = 2**24  # bytes
-_SAMPLED = 2**26  # bytes; of a larger file the key of a cached folder holds a part
-_BLOCKS, _BLOCK = 256, 4096  # so many blocks of so many bytes
 Name = Annotated[str, Field(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(max_length=100, pattern=r"^\w[\w.+-]*$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**21)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -110,40 +102,6 @@ class Probe(_Frozen):
         return self
 
 
-class Calibration(_Frozen):
-    """How willingly an aligner corrects at each level, found by `aligner calibrate` on rows that it was not trained on.
-
-    Attributes:
-        scale, bias: The score is `sigmoid(scale * log_odds + bias)`, of the log odds of not keeping (Platt's scaling).
-        levels: For aligners with verdicts: an answer is corrected where its score is above this.
-        tolerances: For copies: a token of the answer stays where its log probability is within so many nats of the best.
-        rows: Number of rows that it was found on; 0 where nobody has calibrated.
-    """
-
-    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    bias: float = Field(default=0.0, allow_inf_nan=False)
-    levels: dict[Level, Annotated[float, Field(ge=0, le=1)]] = {"low": 0.9, "medium": 0.5, "high": 0.2}
-    tolerances: dict[Level, Annotated[float, Field(ge=-math.inf)]] = {"low": 6.0, "medium": 3.0, "high": 1.0}
-    rows: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _has_every_level(self) -> Self:
-        for name, values in (("levels", self.levels), ("tolerances", self.tolerances)):
-            if missing := [level for level in LEVELS if level not in values]:
-                raise ValueError(f"{name} lacks {', '.join(missing)}")
-        return self
-
-    def score(self, log_odds: float) -> float:
-        """Give the probability, 0 to 1, that an answer is not to be kept."""
-        return 1 / (1 + math.exp(-min(max(self.scale * log_odds + self.bias, -700.0), 700.0)))
-
-    def log_odds(self, score: float) -> float:
-        """Give the log odds that have this score; infinite for 0 and 1."""
-        if score <= 0 or score >= 1:
-            return math.copysign(math.inf, score - 0.5)
-        return (math.log(score / (1 - score)) - self.bias) / self.scale
-
-
 class Artifact(_Frozen):
     """What `aligner.json` says of the folder it lies in.
 
@@ -152,7 +110,7 @@ class Artifact(_Frozen):
         name: What was exported: `default`, a hub id, or a folder's name.
         template: The prompt that this aligner was trained with.
         graph: `fused` (GroupQueryAttention with buffers shared between passes) or `standard` (as optimum exports it).
-        weights: How they are stored (`build/quantize.py`).
+        weights: How they are stored (`export/quantize.py`).
         eos_token_ids: Tokens that end a correction.
         layers, kv_heads, head_size: Shape of the KV cache: `2 * layers` arrays of `[B, kv_heads, S, head_size]`.
         max_positions: Context, in tokens.
@@ -292,150 +250,3 @@ class Artifact(_Frozen):
             JobError: If it cannot be written.
         """
         write_text(folder / ARTIFACT_FILE, self.model_dump_json(indent=2) + "\n")
-
-
-def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """Read a JSON object of a few MB at most.
-
-    Args:
-        path: The file.
-        advice: What to do if it is damaged; it ends the message.
-
-    Raises:
-        ArtifactError: If it cannot be read, is larger, or is no JSON object.
-    """
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ArtifactError(f"{path} has over {_LARGEST_JSON >> 20} MB, it is not what its name says: {advice}")
-        content = json.loads(path.read_bytes())
-    except OSError as exc:
-        raise ArtifactError(f"{path} cannot be read ({exc.strerror or exc}): {advice}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise ArtifactError(f"{path} cannot be used (it is not JSON: {exc}): {advice}") from exc
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path} cannot be used (it is not a JSON object): {advice}")
-    return content
-
-
-def check_version(content: Mapping[str, Any], newest: int, path: Path, advice: str) -> int:
-    """Give the format version of what a file holds, 1 where it tells none.
-
-    Raises:
-        ArtifactError: If it is newer than `newest`, or no number.
-    """
-    version = content.get("format_version", 1)
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise ArtifactError(f"{path} cannot be used (format_version: it is not a whole number): {advice}")
-    if version > newest:
-        raise ArtifactError(
-            f"{path} was written by a newer version of aligner-middleware (its format is {min(version, 10**9)}, this one "
-            f"reads up to {newest}): pip install --upgrade aligner-middleware"
-        )
-    return version
-
-
-def validated(model: type[Model], content: Mapping[str, Any], path: Path, advice: str) -> Model:
-    """Make a model of what a file holds.
-
-    Raises:
-        ArtifactError: If it is not as the model wants it; the message names the file and the field.
-    """
-    try:
-        return model.model_validate(content)
-    except ValidationError as exc:
-        error = exc.errors()[0]
-        where = ".".join(str(part)[:40] for part in error["loc"]).encode("unicode_escape").decode()
-        what = error["msg"].removeprefix("Value error, ")[:300]
-        if error["type"] == "extra_forbidden":
-            what = "this version does not know it; was it written by a newer one?"
-        raise ArtifactError(f"{path} cannot be used ({where + ': ' if where else ''}{what}): {advice}") from exc
-
-
-def sha256(path: Path) -> str:
-    """Hash a file, in hexadecimal.
-
-    Raises:
-        ArtifactError: If it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as exc:
-        raise ArtifactError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-
-
-HOME_ADVICE = "set ALIGNER_HOME to a folder that can be written, on a disk with room"
-"""What to do about a file below `home` that cannot be written."""
-
-
-def home() -> Path:
-    """Where built aligners are kept: `ALIGNER_HOME`, or else the user's cache folder.
-
-    Raises:
-        BuildError: If the user has no such folder.
-    """
-    override = os.environ.get("ALIGNER_HOME")
-    try:
-        return Path(override or platformdirs.user_cache_dir("aligner-middleware")).expanduser().absolute()
-    except (RuntimeError, OSError) as exc:
-        raise BuildError(f"the user's cache folder is not known ({exc}): set ALIGNER_HOME to a folder") from exc
-
-
-DEFAULT_FOLDER = Path(__file__).parent / "assets" / "default"
-
-
-def folder_of(model: str) -> Path | None:
-    """Find the folder that a name stands for; `None` for a hub id."""
-    return DEFAULT_FOLDER if model == "default" else _folder(model)
-
-
-def exported_folder(model: str) -> Path | None:
-    """Give the exported folder that a name is of; `None` if it is of something else."""
-    folder = _folder(model)
-    return folder if folder is not None and is_file(folder / ARTIFACT_FILE) else None
-
-
-def _folder(path: str) -> Path | None:
-    try:
-        folder = Path(path).expanduser()
-    except RuntimeError:  # "~name" of nobody
-        return None
-    return folder if is_folder(folder) else None
-
-
-def cached_folder(model: str, precision: Precision, template: str | PromptTemplate | None = None) -> Path:
-    """Where the built form of a model is kept, whether it is there yet or not.
-
-    The name changes with whatever would change the result: the adapter or checkpoint files, the prompt, the precision and
-    the format; not with the place where these files lie, so that one cache serves several environments.
-    """
-    folder = folder_of(model)
-    name = model if folder is None else folder.resolve().name
-    parts = [name, str(FORMAT_VERSION), precision, resolve_template(template, model).model_dump_json()]
-    if folder is not None:
-        for path in sorted(folder.glob("*.json")):
-            parts += [path.name, sha256(path)]
-        for path in sorted(folder.glob("*.safetensors")):
-            parts += [path.name, _identity(path)]
-    key = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    label = "".join(char if char.isalnum() else "-" for char in name)[:80]
-    return home() / f"{label}-{precision}-{key}"
-
-
-def _identity(path: Path) -> str:
-    """A file's hash while it is small (an adapter); when it is not (a checkpoint), that of a part, its size and its time.
-
-    The part is spread over the file, which tells checkpoints apart whose times were set to the same by an archive.
-    """
-    try:
-        status = path.stat()
-        if status.st_size < _SAMPLED:
-            return sha256(path)
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            for block in range(_BLOCKS):
-                file.seek(block * (status.st_size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-    except OSError as exc:
-        raise ArtifactError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-    return f"{status.st_size} {status.st_mtime_ns} {digest.hexdigest()}"

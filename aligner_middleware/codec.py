@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from aligner_middleware.artifact import Calibration
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.engine import GREEDY, Generation, Prefill, VerdictRule
 from aligner_middleware.errors import DoubtError, PromptTooLongError

@@ -14,18 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from aligner_middleware.artifact import (
-    MODEL_FILE,
-    Artifact,
-    Calibration,
-    Precision,
-    cached_folder,
-    exported_folder,
-)
+from aligner_middleware.artifact import MODEL_FILE, Artifact, Precision
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.data.files import is_folder
 from aligner_middleware.engine import Model
 from aligner_middleware.engine.scheduler import refuse_green_threads
 from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, did_you_mean
+from aligner_middleware.locations import cached_folder, exported_folder
 from aligner_middleware.settings import check_choice
 from aligner_middleware.text.template import PromptTemplate, resolve_template
 from aligner_middleware.text.tokenizer import Tokenizer

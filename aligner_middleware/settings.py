@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aligner_middleware.artifact import Calibration
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.engine import GREEDY, Sampler
 from aligner_middleware.errors import InputError, did_you_mean
 from aligner_middleware.strength import LEVELS, Strength

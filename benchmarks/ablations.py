@@ -29,9 +29,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.checkpoints.checkpoint import end_token_ids, open_checkpoint
 from aligner_middleware.export.parity import encode
+from aligner_middleware.locations import DEFAULT_FOLDER
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

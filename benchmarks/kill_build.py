@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from safetensors.torch import load_file
 
-from aligner_middleware.artifact import Artifact, cached_folder
+from aligner_middleware.artifact import Artifact
 from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.export.store import export_model
+from aligner_middleware.locations import cached_folder
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import Stage, TrainConfig, train

@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from aligner_middleware.artifact import DEFAULT_FOLDER, TOKENIZER_FILE, cached_folder
+from aligner_middleware.artifact import TOKENIZER_FILE
+from aligner_middleware.locations import DEFAULT_FOLDER, cached_folder
 from aligner_middleware.text.template import DEFAULT, encode_prompt
 from aligner_middleware.text.tokenizer import Tokenizer
 

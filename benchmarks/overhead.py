@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from aligner_middleware import Aligner, AlignerMiddleware, AlignerRunnable, Correction, Usage
-from aligner_middleware.artifact import DEFAULT_FOLDER
+from aligner_middleware.locations import DEFAULT_FOLDER
 from aligner_middleware.steps import Step
 from aligner_middleware.streaming import CorrectionStream
 

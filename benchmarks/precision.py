@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from aligner_middleware import Aligner
-from aligner_middleware.artifact import DEFAULT_FOLDER, MODEL_FILE, TOKENIZER_FILE, Artifact, Precision, home
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Precision
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.engine.onnx import OnnxModel
@@ -35,6 +35,7 @@ from aligner_middleware.export import parity
 from aligner_middleware.export.export import export
 from aligner_middleware.export.quantize import WEIGHTS
 from aligner_middleware.export.store import export_model
+from aligner_middleware.locations import DEFAULT_FOLDER, cache_dir
 from aligner_middleware.text.template import encode_prompt
 from aligner_middleware.text.tokenizer import Tokenizer
 
@@ -91,7 +92,9 @@ def made(name: str, precision: Precision, weights: str) -> Path:
     usual = precision != "int8" or weights == "products"
     if usual and precision != "float16":
         return export_model("default", None, precision).folder
-    folder = home() / f"benchmark-{name.replace(' ', '-')}-{export_model('default', None, 'float32').folder.name[-12:]}"
+    folder = (
+        cache_dir() / f"benchmark-{name.replace(' ', '-')}-{export_model('default', None, 'float32').folder.name[-12:]}"
+    )
 
     def make(out: Path) -> None:
         forms = WEIGHTS[precision]

@@ -21,9 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, cached_folder, home
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact
 from aligner_middleware.engine import Generation, Sampler, VerdictRule
 from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.locations import cache_dir, cached_folder
 from aligner_middleware.text.edits import operations
 from aligner_middleware.text.targets import verdict_of
 from aligner_middleware.text.template import encode_operations, encode_prompt
@@ -276,7 +277,7 @@ def make_all(engines: list[str]) -> None:
 def _made(name: str, make: Any) -> Path:
     from aligner_middleware.checkpoints.cache import build_once
 
-    folder = home() / f"benchmark-{name}-{cached_folder('default', 'float32').name[-12:]}"
+    folder = cache_dir() / f"benchmark-{name}-{cached_folder('default', 'float32').name[-12:]}"
     build_once(folder, make)
     return folder
 

@@ -20,10 +20,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from aligner_middleware.artifact import DEFAULT_FOLDER, home
 from aligner_middleware.checkpoints.base import DEFAULT_BASE, base_folder
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.data.files import write_lines, write_text
+from aligner_middleware.locations import DEFAULT_FOLDER, cache_dir
 from aligner_middleware.training import PolicyConfig
 from aligner_middleware.training.policy_training import train_policy
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    first = home() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
+    first = cache_dir() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # what training allocates goes with it
         process.submit(build_once, first, make_unaligned).result()
     learnt, scored = split_prompts(options.out)

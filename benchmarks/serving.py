@@ -32,7 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from aligner_middleware import Aligner
-from aligner_middleware.artifact import DEFAULT_FOLDER, TOKENIZER_FILE, cached_folder
+from aligner_middleware.artifact import TOKENIZER_FILE
+from aligner_middleware.locations import DEFAULT_FOLDER, cached_folder
 from aligner_middleware.text.tokenizer import Tokenizer
 
 QUESTION = "Could you give me a few examples?"

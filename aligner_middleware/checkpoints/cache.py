@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.data.files import is_folder
 from aligner_middleware.data.folders import FolderKind, sweep, write_folder
 from aligner_middleware.errors import ArtifactError
+from aligner_middleware.locations import HOME_ADVICE
 
 logger = logging.getLogger(__name__)
 

@@ -8,22 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aligner_middleware.artifact import (
-    CALIBRATION_FILE,
-    TOKENIZER_FILE,
-    BaseWeights,
-    Calibration,
-    check_version,
-    folder_of,
-    read_json,
-    sha256,
-    validated,
-)
+from aligner_middleware.artifact import CALIBRATION_FILE, TOKENIZER_FILE, BaseWeights
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.checkpoints.base import base_folder
 from aligner_middleware.checkpoints.difference import DIFFERENCE_FILE, add_difference
+from aligner_middleware.data.checked import check_version, read_json, sha256, validated
 from aligner_middleware.data.files import is_file
 from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import AlignerError, ArtifactError, BuildError
+from aligner_middleware.locations import folder_of
 from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id
 from aligner_middleware.text.tokenizer import Tokenizer
 

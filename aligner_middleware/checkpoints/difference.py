@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aligner_middleware.artifact import check_version
+from aligner_middleware.data.checked import check_version
 from aligner_middleware.errors import ArtifactError, BuildError
 
 if TYPE_CHECKING:

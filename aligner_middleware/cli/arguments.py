@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from aligner_middleware.artifact import Precision, cached_folder, exported_folder, home
+from aligner_middleware.artifact import Precision
+from aligner_middleware.locations import cache_dir, cached_folder, exported_folder
 from aligner_middleware.strength import LEVELS
 
 if TYPE_CHECKING:
@@ -113,4 +114,4 @@ def judge_named(name: str | None, concurrency: int = 8) -> PairwiseJudge:
         return OfflineJudge(SentenceEncoder())
     from aligner_middleware.data.upstream import chat_model
 
-    return ChatJudge(chat_model(name), name, home() / "verdicts.sqlite", concurrency)
+    return ChatJudge(chat_model(name), name, cache_dir() / "verdicts.sqlite", concurrency)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from aligner_middleware.artifact import home
 from aligner_middleware.cli.arguments import (
     ConcurrencyOption,
     JsonOption,
@@ -22,6 +21,7 @@ from aligner_middleware.cli.progress import resumable, showing
 from aligner_middleware.data.files import fingerprint
 from aligner_middleware.data.progress import Progress
 from aligner_middleware.errors import MissingExtraError
+from aligner_middleware.locations import cache_dir
 
 if TYPE_CHECKING:
     from aligner_middleware.evaluation.lm_eval import BenchmarkResult
@@ -71,7 +71,7 @@ def benchmark(
                 asked,
                 aligner,
                 tasks,
-                home() / f"harness-{fingerprint(name)[:16]}",
+                cache_dir() / f"harness-{fingerprint(name)[:16]}",
                 include=include,
                 limit=limit,
                 fewshot=fewshot,

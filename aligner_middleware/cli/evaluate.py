@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.cli.arguments import (
     JsonOption,
     ModelOption,
@@ -26,6 +25,7 @@ from aligner_middleware.cli.rows import usable_rows
 from aligner_middleware.data.files import write_lines
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.errors import MissingExtraError
+from aligner_middleware.locations import DEFAULT_FOLDER
 from aligner_middleware.strength import LEVELS
 
 if TYPE_CHECKING:

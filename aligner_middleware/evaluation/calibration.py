@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.artifact import Artifact, Calibration
+from aligner_middleware.artifact import Artifact
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import InputError, JobError
 from aligner_middleware.evaluation.detection import (

@@ -12,12 +12,12 @@ from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.data.disk import disk_errors
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.data.upstream import brief
 from aligner_middleware.errors import AlignerError, InputError, did_you_mean
 from aligner_middleware.evaluation.lm_eval_models import AlignedLM
+from aligner_middleware.locations import HOME_ADVICE
 
 _RESAMPLES = 1000  # of lm-eval's bootstrap, for standard errors
 

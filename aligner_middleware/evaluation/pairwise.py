@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
-from aligner_middleware.artifact import HOME_ADVICE
 from aligner_middleware.data.files import fingerprint
 from aligner_middleware.data.upstream import Answered, ask_with_retries, brief
 from aligner_middleware.errors import BuildError, UpstreamError
 from aligner_middleware.evaluation.reference_judge import Encoder, faults_of, repeats
+from aligner_middleware.locations import HOME_ADVICE
 
 Dimension = Literal["helpful", "harmless", "honest"]
 Verdict = Literal["win", "tie", "loss", "malformed"]

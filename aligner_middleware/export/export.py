@@ -27,10 +27,9 @@ from aligner_middleware.artifact import (
     Parity,
     Precision,
     Weights,
-    folder_of,
-    sha256,
 )
 from aligner_middleware.checkpoints.checkpoint import Checkpoint, end_token_ids
+from aligner_middleware.data.checked import sha256
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import BuildError
 from aligner_middleware.export import parity
@@ -39,6 +38,7 @@ from aligner_middleware.export.logits_to_keep import predict_at_positions
 from aligner_middleware.export.parity_text import SAMPLE
 from aligner_middleware.export.quantize import WEIGHTS, quantise
 from aligner_middleware.export.rotate import NotRotatable
+from aligner_middleware.locations import folder_of
 from aligner_middleware.text.template import verdict_ids
 from aligner_middleware.text.tokenizer import Tokenizer, tiktoken_is_identical
 

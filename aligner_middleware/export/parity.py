@@ -10,7 +10,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, Parity, Precision, Probe
+from aligner_middleware.artifact import (
+    MODEL_FILE,
+    TOKENIZER_FILE,
+    Artifact,
+    Parity,
+    Precision,
+    Probe,
+)
 from aligner_middleware.checkpoints.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.engine.model import log_probabilities
 from aligner_middleware.engine.onnx import session_options

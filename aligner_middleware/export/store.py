@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from aligner_middleware.artifact import EXPORTED, MODEL_FILE, Artifact, Precision, cached_folder
+from aligner_middleware.artifact import EXPORTED, MODEL_FILE, Artifact, Precision
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.data.folders import check_replaceable, write_folder
@@ -13,6 +13,7 @@ from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.errors import ConfigError
 from aligner_middleware.export.export import export
+from aligner_middleware.locations import cached_folder
 from aligner_middleware.text.template import PromptTemplate
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from faker import Faker
 
-from aligner_middleware.artifact import DEFAULT_FOLDER
+from aligner_middleware.locations import DEFAULT_FOLDER
 from aligner_middleware.text.edits import split_sentences
 
 Row = dict[str, Any]

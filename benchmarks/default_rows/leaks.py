@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.evaluation.sentence_encoder import SentenceEncoder
+from aligner_middleware.locations import DEFAULT_FOLDER
 
 NEAR = 0.9  # cosine of near-duplicates: the same question in other words
 _CHARACTERS = 600  # of a text that are compared: two or three paragraphs

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from aligner_middleware import Aligner
-from aligner_middleware.artifact import DEFAULT_FOLDER
 from aligner_middleware.export.store import export_model
+from aligner_middleware.locations import DEFAULT_FOLDER
 from tests.fakes import tokenizer_json
 
 

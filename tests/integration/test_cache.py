@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from aligner_middleware import Aligner, ArtifactError, BuildError, ConfigError
-from aligner_middleware.artifact import Artifact, cached_folder
+from aligner_middleware.artifact import Artifact
 from aligner_middleware.data.progress import Progress
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.export.export import STEPS, export
 from aligner_middleware.export.store import export_model
+from aligner_middleware.locations import cached_folder
 from aligner_middleware.training import Stage, TrainConfig, train
 from tests.integration.conftest import random_checkpoint
 from tests.unit.data.test_folders import little_room

@@ -12,9 +12,10 @@ from langchain_core.messages import AIMessage
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, AlignerRunnable, ArtifactError, PromptTooLongError
-from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, cached_folder
+from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact
 from aligner_middleware.cli.app import app
 from aligner_middleware.engine.onnx import OnnxModel
+from aligner_middleware.locations import cached_folder
 from aligner_middleware.text.tokenizer import Tokenizer
 
 # Cases that the shipped adapter gets right, to notice when it no longer does; how often it does is in its model card.

@@ -9,8 +9,9 @@ from langchain_core.language_models import FakeListChatModel
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, AlignerRunnable
-from aligner_middleware.artifact import Artifact, cached_folder
+from aligner_middleware.artifact import Artifact
 from aligner_middleware.cli.app import app
+from aligner_middleware.locations import cached_folder
 from aligner_middleware.strength import LEVELS
 from aligner_middleware.text.edits import split_sentences
 

@@ -22,7 +22,7 @@ from aligner_middleware import (
     InputError,
     PromptTooLongError,
 )
-from aligner_middleware.artifact import Calibration
+from aligner_middleware.calibration import Calibration
 from tests.fakes import FakeModel, artifact_folder, byte_tokenizer, fake_aligner, judging_aligner
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aligner_middleware.artifact import DEFAULT_FOLDER
+from aligner_middleware.locations import DEFAULT_FOLDER
 
 TRAINED, HELD_OUT = (DEFAULT_FOLDER / f"{name}.jsonl" for name in ("corrections", "held_out"))
 CATEGORIES = {

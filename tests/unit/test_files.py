@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 import aligner_middleware
 from aligner_middleware import ArtifactError, DataError, JobError
-from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact, Calibration
+from aligner_middleware.artifact import EXPORTED, FORMAT_VERSION, Artifact
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.cli.app import app
 from aligner_middleware.data.folders import write_folder

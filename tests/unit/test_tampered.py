@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from aligner_middleware import ArtifactError, BuildError
-from aligner_middleware.artifact import (
-    FORMAT_VERSION,
-    Artifact,
-    BaseWeights,
-    Calibration,
-    Parity,
-    Probe,
-    sha256,
-    validated,
-)
+from aligner_middleware.artifact import FORMAT_VERSION, Artifact, BaseWeights, Parity, Probe
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.checkpoints.difference import add_difference, save_difference
+from aligner_middleware.data.checked import sha256, validated
 from aligner_middleware.strength import LEVELS
 from aligner_middleware.text.template import DEFAULT, TEMPLATES
 from tests.fakes import SPARE, artifact_folder, tokenizer_json

@@ -19,7 +19,7 @@ from langchain_core.language_models import FakeListChatModel
 from safetensors.numpy import save_file
 
 from aligner_middleware import Aligner, AlignerError, ArtifactError, BuildError, DataError, JobError
-from aligner_middleware.artifact import EXPORTED, Artifact, cached_folder, home
+from aligner_middleware.artifact import EXPORTED, Artifact
 from aligner_middleware.checkpoints.cache import build_once
 from aligner_middleware.checkpoints.checkpoint import TRAINED
 from aligner_middleware.data.files import write_bytes, write_lines, write_text
@@ -29,6 +29,7 @@ from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.evaluation.pairwise import ChatJudge, OfflineJudge
 from aligner_middleware.export.store import export_model
+from aligner_middleware.locations import cache_dir, cached_folder
 from aligner_middleware.rlhf.rounds import run_rounds
 from aligner_middleware.training import TrainConfig, train
 from tests.fakes import InstantAligner, artifact_folder
@@ -430,9 +431,9 @@ def test_verdicts_that_cannot_be_kept_are_one_error_with_what_to_set(tmp_path: P
 def test_without_a_home_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGNER_HOME", "~nobody-of-this-name/cache")
     with pytest.raises(BuildError, match="set ALIGNER_HOME to a folder"):
-        home()
+        cache_dir()
     monkeypatch.setenv("ALIGNER_HOME", "here")
-    assert home() == Path.cwd() / "here"
+    assert cache_dir() == Path.cwd() / "here"
 
 
 def test_a_damaged_folder_in_the_cache_is_built_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -467,9 +468,9 @@ def test_a_cache_serves_every_place_that_the_same_files_lie_in(tmp_path: Path, m
     found = {cached_folder(one, "int8"), cached_folder(changed, "int8"), cached_folder(one, "int4")}
     found |= {cached_folder(one, "int8", "{question} {answer}"), cached_folder("default", "int8")}
     assert len(found) == 5
-    monkeypatch.setattr("aligner_middleware.artifact.DEFAULT_FOLDER", Path(one))
+    monkeypatch.setattr("aligner_middleware.locations.DEFAULT_FOLDER", Path(one))
     first = cached_folder("default", "int8")
-    monkeypatch.setattr("aligner_middleware.artifact.DEFAULT_FOLDER", Path(other))
+    monkeypatch.setattr("aligner_middleware.locations.DEFAULT_FOLDER", Path(other))
     assert cached_folder("default", "int8") == first
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware import DoubtError, InputError
-from aligner_middleware.artifact import Calibration
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.engine import Decoder, Generation, Prefill, VerdictRule, decode
 from tests.fakes import PIECE, SPARE, FakeModel, byte_tokenizer, judging_aligner
 

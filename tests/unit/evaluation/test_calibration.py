@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from aligner_middleware import Aligner
-from aligner_middleware.artifact import (
-    ARTIFACT_FILE,
-    MODEL_FILE,
-    TOKENIZER_FILE,
-    Artifact,
-    Calibration,
-)
+from aligner_middleware.artifact import ARTIFACT_FILE, MODEL_FILE, TOKENIZER_FILE, Artifact
+from aligner_middleware.calibration import Calibration
 from aligner_middleware.cli.app import app
 from aligner_middleware.data.progress import Progress
 from aligner_middleware.errors import InputError, JobError

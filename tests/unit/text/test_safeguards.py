@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aligner_middleware.artifact import DEFAULT_FOLDER
+from aligner_middleware.locations import DEFAULT_FOLDER
 from aligner_middleware.text.reasoning import set_aside
 from aligner_middleware.text.safeguards import SAFEGUARDS, doubts
 

@@ -48,7 +48,7 @@ from rich.table import Table
 from aligner_middleware import Aligner, Correction, CorrectionTimeoutError
 from aligner_middleware.codec import Codec
 from aligner_middleware.engine import Decoder, Generation
-from aligner_middleware.engine.onnx import _give_memory_back
+from aligner_middleware.engine.onnx_session import give_memory_back
 from tests.fakes import FakeModel, judging_aligner
 
 Way = Literal["acorrect", "astream", "chunks", "cancelled", "timeout", "dropped", "correct", "stream"]
@@ -210,7 +210,7 @@ def run(
         aligner.correct(planned[0].question, planned[0].answer)  # those given up leave between passes
         result.left_over = _left_over(aligner)
     result.left_over += max(0, _generations() - before)
-    _give_memory_back()
+    give_memory_back()
     result.megabytes["after"] = resident()
     return result
 

@@ -351,9 +351,9 @@ class _Watching(Decoder):
     begun: ClassVar[dict[str, tuple[str, float, int]]] = {}
     calls: ClassVar[WeakKeyDictionary[Generation, tuple[str, float, int]]] = WeakKeyDictionary()
 
-    def round(self) -> list[Generation]:
+    def step(self) -> list[Generation]:
         waiting = [held for held in self.running if isinstance(held, Generation) and not held.started]
-        moved = super().round()
+        moved = super().step()
         now = time.perf_counter()
         _Watching.rounds += 1
         for generation in waiting:

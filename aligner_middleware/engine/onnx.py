@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from aligner_middleware.artifact import Artifact, Probe
-from aligner_middleware.engine.model import Rows
-from aligner_middleware.engine.onnx_cache import FusedRows, Graph, StandardRows
+from aligner_middleware.engine.model import KVCache
+from aligner_middleware.engine.onnx_cache import FusedCache, Graph, StandardCache
 from aligner_middleware.engine.onnx_session import (
     check_in_use,
     choose_providers,
@@ -65,7 +65,7 @@ class OnnxModel:
         """Say so if this machine computes something else than the one that built the graph; the first pass is over then."""
         if probe is None:
             return
-        (*_, logits) = self.new_rows(1, len(probe.tokens)).extend(0, probe.tokens, 1)
+        (*_, logits) = self.new_cache(1, len(probe.tokens)).extend(0, probe.tokens, 1)
         difference = float(np.abs(logits[0, list(probe.top)] - probe.logits).mean())
         if not difference <= _PROBE_TOLERANCE:
             raise ArtifactError(
@@ -85,7 +85,7 @@ class OnnxModel:
         values = len(graph.past) * graph.artifact.kv_heads * graph.artifact.head_size
         return values * int(np.dtype(graph.dtype).itemsize)
 
-    def new_rows(self, rows: int, capacity: int) -> Rows:
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Make empty rows of `capacity` tokens each. On the CPU, memory is taken as they fill."""
-        kind = FusedRows if self._graph.artifact.graph == "fused" else StandardRows
+        kind = FusedCache if self._graph.artifact.graph == "fused" else StandardCache
         return kind(self._graph, rows, capacity)

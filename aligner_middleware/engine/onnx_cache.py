@@ -58,7 +58,7 @@ class Graph:
         return cls(session, artifact, device, frozenset(inputs), dtype, past, present)
 
 
-class FusedRows:
+class FusedCache:
     """Keys and values in buffers that all passes share.
 
     Attention of a single token adds in another order than that of several. Where activations are integers, that can tip
@@ -81,7 +81,7 @@ class FusedRows:
         self._options = ort.RunOptions()
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
-        """Append tokens to one row; see `Rows.extend`."""
+        """Append tokens to one row; see `KVCache.extend`."""
         unwanted = len(tokens) - wanted
         for start in range(0, len(tokens), _CHUNK):
             chunk = np.array([tokens[start : start + _CHUNK]], dtype=np.int64)
@@ -95,7 +95,7 @@ class FusedRows:
                 yield logits[0]
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
-        """Append one token to each of several rows; see `Rows.step`."""
+        """Append one token to each of several rows; see `KVCache.step`."""
         width = max(tokens) + 1  # rows between them go along: what is written to them is written over later
         given = np.array([[tokens.get(row, 0)] for row in range(width)], dtype=np.int64)
         counts = np.array([row in tokens for row in range(width)], dtype=np.int64)
@@ -103,7 +103,7 @@ class FusedRows:
         return logits[list(tokens), 0]
 
     def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
-        """Fill several empty rows; see `Rows.begin`. Neighbouring rows of like length share a pass."""
+        """Fill several empty rows; see `KVCache.begin`. Neighbouring rows of like length share a pass."""
         found = [self._begin(group, prompts) for group in _neighbours(prompts)]
         return np.concatenate(found) if len(found) > 1 else found[0]
 
@@ -122,7 +122,7 @@ class FusedRows:
         self._lengths[row] = length
 
     def stop(self) -> None:
-        """End the pass that is under way after its present operator; see `Rows.stop`."""
+        """End the pass that is under way after its present operator; see `KVCache.stop`."""
         self._options.terminate = True
 
     def _run(self, row: int, count: int, tokens: IntArray, positions: IntArray, advance: IntArray) -> Logits:
@@ -153,7 +153,7 @@ class FusedRows:
         return self._bindings[row, count]
 
 
-class StandardRows:
+class StandardCache:
     """Keys and values that grow with every pass."""
 
     def __init__(self, graph: Graph, rows: int, capacity: int) -> None:
@@ -165,7 +165,7 @@ class StandardRows:
         self._options = ort.RunOptions()
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
-        """Append tokens to one row; see `Rows.extend`."""
+        """Append tokens to one row; see `KVCache.extend`."""
         yield self._extend(row, tokens, wanted)
 
     def _extend(self, row: int, tokens: Sequence[int], wanted: int) -> Logits:
@@ -198,7 +198,7 @@ class StandardRows:
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
 
     def stop(self) -> None:
-        """End the pass that is under way after its present operator; see `Rows.stop`."""
+        """End the pass that is under way after its present operator; see `KVCache.stop`."""
         self._options.terminate = True
 
 

@@ -49,7 +49,7 @@ from rich.table import Table
 from aligner_middleware import Aligner, Correction, CorrectionTimeoutError
 from aligner_middleware.codec import Codec
 from aligner_middleware.engine import Decoder, Generation
-from aligner_middleware.engine.onnx import _give_memory_back
+from aligner_middleware.engine.onnx_session import give_memory_back
 from tests.fakes import FakeModel, judging_aligner
 
 Way = Literal["acorrect", "astream", "chunks", "cancelled", "timeout", "dropped", "correct", "stream"]
@@ -209,7 +209,7 @@ def run(
         aligner.correct(planned[0].question, planned[0].answer)  # those given up leave between passes
         result.left_over = _left_over(aligner)
     result.left_over += max(0, _generations() - before)
-    _give_memory_back()
+    give_memory_back()
     result.megabytes["after"] = resident()
     return result
 
@@ -350,9 +350,9 @@ class _Watching(Decoder):
     begun: ClassVar[dict[str, tuple[str, float, int]]] = {}
     calls: ClassVar[WeakKeyDictionary[Generation, tuple[str, float, int]]] = WeakKeyDictionary()
 
-    def round(self) -> list[Generation]:
+    def step(self) -> list[Generation]:
         waiting = [held for held in self.running if isinstance(held, Generation) and not held.started]
-        moved = super().round()
+        moved = super().step()
         now = time.perf_counter()
         _Watching.rounds += 1
         for generation in waiting:

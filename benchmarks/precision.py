@@ -110,16 +110,16 @@ def made(name: str, precision: Precision, weights: str) -> Path:
 
 def passes(folder: Path) -> tuple[float, float]:
     """Time a pass over 540 tokens and one over a single token, in milliseconds."""
-    rows = OnnxModel(folder / MODEL_FILE, Artifact.load(folder)).new_rows(1, 1024)
+    cache = OnnxModel(folder / MODEL_FILE, Artifact.load(folder)).new_cache(1, 1024)
     tokens = np.random.default_rng(0).integers(20, 40_000, 540).tolist()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(6):
         for spent, given, wanted in ((times[0], tokens, 257), (times[1], tokens[:1], 1)):
             start = time.perf_counter()
-            for logits in rows.extend(0, given, wanted):
+            for logits in cache.extend(0, given, wanted):
                 logits.argmax(-1)
             spent.append(1000 * (time.perf_counter() - start))
-        rows.trim(0, 0)
+        cache.trim(0, 0)
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
 
 
@@ -156,8 +156,8 @@ def margin(precision: Precision, drafted: Any, plain: Any) -> float:
     ids = [tokenizer.encode(c.corrected) for c in (drafted, plain)]
     common = next((n for n, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
     prompt = encode_prompt(tokenizer, artifact.template, drafted.question, drafted.original)
-    rows = OnnxModel(folder / MODEL_FILE, artifact).new_rows(1, 4096)
-    *_, logits = rows.extend(0, [*prompt, *ids[0][:common]], 1)
+    cache = OnnxModel(folder / MODEL_FILE, artifact).new_cache(1, 4096)
+    *_, logits = cache.extend(0, [*prompt, *ids[0][:common]], 1)
     second, first = np.sort(logits[0])[-2:]
     return float(first - second)
 

@@ -87,7 +87,7 @@ def verdict_template(tokenizer: Tokenizer, *, marks: bool) -> PromptTemplate:
     return with_verdicts(DEFAULT, tokenizer, marks=marks)
 
 
-class FakeRows:
+class FakeCache:
     def __init__(self, model: FakeModel, rows: int, capacity: int) -> None:
         self.capacity = capacity
         self.held: list[list[int]] = [[] for _ in range(rows)]
@@ -141,8 +141,8 @@ class FakeModel:
         self.passes = 0
         self.tokens = 0
 
-    def new_rows(self, rows: int, capacity: int) -> FakeRows:
-        return FakeRows(self, rows, capacity)
+    def new_cache(self, rows: int, capacity: int) -> FakeCache:
+        return FakeCache(self, rows, capacity)
 
     def append(self, held: list[int], tokens: Sequence[int], wanted: int, capacity: int) -> Logits:
         assert 1 <= wanted <= len(tokens)

@@ -8,7 +8,7 @@ The engine knows arrays of ids; text, prompts and chat live above it. Shapes, in
 
 from aligner_middleware.engine.decode import Decoder, decode
 from aligner_middleware.engine.generation import Generation, Prefill, VerdictRule
-from aligner_middleware.engine.model import Model, Rows
+from aligner_middleware.engine.model import KVCache, Model
 from aligner_middleware.engine.sampling import GREEDY, Sampler
 
-__all__ = ["GREEDY", "Decoder", "Generation", "Model", "Prefill", "Rows", "Sampler", "VerdictRule", "decode"]
+__all__ = ["GREEDY", "Decoder", "Generation", "KVCache", "Model", "Prefill", "Sampler", "VerdictRule", "decode"]

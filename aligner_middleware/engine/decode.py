@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
 from aligner_middleware.engine.generation import Generation, Prefill
-from aligner_middleware.engine.model import Logits, Model, Rows
+from aligner_middleware.engine.model import KVCache, Logits, Model
 
 _ROWS = 16  # sequences that share a pass at most
 _SHORTEST_ROW = 2048  # tokens
-_PROMPT_TOKENS = 1024  # of prompts that begin in one round
+_PROMPT_TOKENS = 1024  # of prompts that begin in one step
 _SHARED = 0.18  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
 
 
@@ -35,7 +35,7 @@ class Decoder:
         self._model = model
         self._stop = stop
         self._cache_bytes = cache_bytes
-        self._rows: Rows | None = None
+        self._cache: KVCache | None = None
         self._count = 0  # of rows
         self._held: dict[Generation | Prefill, int] = {}  # who is in which row, in the order in which they came
         self._stopped = False
@@ -57,16 +57,16 @@ class Decoder:
         """
         prefill = sequence.prefill if isinstance(sequence, Generation) else None
         if prefill is not None:
-            if prefill in self._held and self._rows and longest <= self._rows.capacity:
+            if prefill in self._held and self._cache and longest <= self._cache.capacity:
                 self._held[sequence] = self._held.pop(prefill)
                 return True
             self.drop(prefill)
-        if self._rows is None or longest > self._rows.capacity or self._too_few(sequence, longest):
+        if self._cache is None or longest > self._cache.capacity or self._too_few(sequence, longest):
             if any(isinstance(held, Generation) for held in self._held):
                 return False
             for held in self.running:
                 self.drop(held)
-            self._make_rows(longest)
+            self._make_cache(longest)
         if len(self._held) == self._count and isinstance(sequence, Generation):
             self._make_room()
         if len(self._held) == self._count:
@@ -74,50 +74,50 @@ class Decoder:
         row = next(row for row in range(self._count) if row not in self._held.values())
         self._held[sequence] = row
         if isinstance(sequence, Prefill):
-            sequence.fed = []
-        assert self._rows is not None
-        self._rows.trim(row, 0)
+            sequence.cached_tokens = []
+        assert self._cache is not None
+        self._cache.trim(row, 0)
         return True
 
     def drop(self, sequence: Generation | Prefill) -> None:
         """Free a sequence's row, if it has one."""
         if isinstance(sequence, Prefill):
-            sequence.fed = []
+            sequence.cached_tokens = []
         self._held.pop(sequence, None)
 
     def stop(self) -> None:
         """Make the pass that is under way fail as soon as may be, and all later ones at once. From any thread."""
         self._stopped = True
-        if (rows := self._rows) is not None:
-            rows.stop()
+        if (cache := self._cache) is not None:
+            cache.stop()
 
     def release(self) -> None:
         """Give back the memory for keys and values, and forget who was in a row."""
         for held in self.running:
             self.drop(held)
-        self._rows, self._count = None, 0
+        self._cache, self._count = None, 0
 
     @property
     def busy(self) -> bool:
-        """Whether a round would do anything."""
-        return any(isinstance(held, Generation) or self._hungry(held) for held in self._held)
+        """Whether a step would do anything."""
+        return any(isinstance(held, Generation) or self._needs_prefill(held) for held in self._held)
 
-    def round(self) -> list[Generation]:
-        """Let new sequences' prompts through, then every other one a step further.
+    def step(self) -> list[Generation]:
+        """Prefill new sequences, then take every other one further by a pass.
 
         Those that wait for a verdict share a pass; of the others one goes through, with its draft.
 
         Returns:
             The generations that a pass was made for. Those done, and those that failed, have left their rows.
         """
-        if self._rows is None:
+        if self._cache is None:
             return []
         held = [(row, one) for one, row in self._held.items()]
         fresh = _next_to_begin([(row, one) for row, one in held if isinstance(one, Generation) and not one.started])
         old = [(row, one) for row, one in held if isinstance(one, Generation) and one.started]
-        prefills = [(row, one) for row, one in held if isinstance(one, Prefill) and self._hungry(one)]
+        prefills = [(row, one) for row, one in held if isinstance(one, Prefill) and self._needs_prefill(one)]
         for row, prefill in [] if fresh else prefills[:1]:
-            self._feed(row, prefill)
+            self._prefill(row, prefill)
             self._held[prefill] = self._held.pop(prefill)  # the others' turn is next
         if len(fresh) > 1:
             self._decide_together(fresh)
@@ -139,16 +139,16 @@ class Decoder:
     def _too_few(self, sequence: Generation | Prefill, longest: int) -> bool:
         """Whether the rows are still those, few and long, that a sequence needed which has gone."""
         free = not self._held and isinstance(sequence, Generation)
-        return free and self._rows is not None and self._capacity(longest) < self._rows.capacity
+        return free and self._cache is not None and self._capacity(longest) < self._cache.capacity
 
-    def _make_rows(self, longest: int) -> None:
+    def _make_cache(self, longest: int) -> None:
         capacity = self._capacity(longest)
         count = max(1, min(_ROWS, self._cache_bytes // (capacity * self._model.bytes_per_token)))
-        self._rows, self._count = None, 0  # the old ones go before the new ones come
-        self._rows = self._model.new_rows(count, capacity)
+        self._cache, self._count = None, 0  # the old one is freed before the new one is made
+        self._cache = self._model.new_cache(count, capacity)
         self._count = count
         if self._stopped:
-            self._rows.stop()
+            self._cache.stop()
 
     def _make_room(self) -> None:
         """Take a row from a prompt that is still being written: it can go through again."""
@@ -157,45 +157,45 @@ class Decoder:
                 self.drop(held)
                 return
 
-    def _hungry(self, prefill: Prefill) -> bool:
-        assert self._rows is not None
-        return len(prefill.fed) < len(prefill.prompt) <= self._rows.capacity
+    def _needs_prefill(self, prefill: Prefill) -> bool:
+        assert self._cache is not None
+        return len(prefill.cached_tokens) < len(prefill.prompt) <= self._cache.capacity
 
-    def _feed(self, row: int, prefill: Prefill) -> None:
-        assert self._rows is not None
+    def _prefill(self, row: int, prefill: Prefill) -> None:
+        assert self._cache is not None
         prompt = list(prefill.prompt)
         common = prefill.common(prompt)
-        self._rows.trim(row, common)
+        self._cache.trim(row, common)
         try:
-            for _ in self._rows.extend(row, prompt[common:], wanted=1):
+            for _ in self._cache.extend(row, prompt[common:], wanted=1):
                 pass
         except Exception:  # it is heard of when the generation itself fails
             prompt = prompt[:common]
-            self._rows.trim(row, common)
-        prefill.fed = prompt
+            self._cache.trim(row, common)
+        prefill.cached_tokens = prompt
 
     def _advance_alone(self, group: Sequence[tuple[int, Generation]]) -> None:
         """Give each sequence a pass of its own, over what the cache lacks of it and what the draft proposes."""
-        assert self._rows is not None
+        assert self._cache is not None
         for row, generation in group:
             try:
                 tokens = [generation.latest] if generation.started else self._rest_of_prompt(row, generation)
                 if generation.undecided:
-                    for logits in self._rows.extend(row, tokens, 1):
+                    for logits in self._cache.extend(row, tokens, 1):
                         generation.decide(logits[-1])
                     continue
                 proposal = generation.propose()
-                pieces = self._rows.extend(row, [*tokens, *proposal], 1 + len(proposal))
+                pieces = self._cache.extend(row, [*tokens, *proposal], 1 + len(proposal))
                 generation.accept(_choices(generation, pieces), self._stop)
-                self._forget(row, generation)
+                self._rollback(row, generation)
             except Exception as exc:  # whatever it is, it is the caller's to hear of
                 generation.error = exc
 
     def _decide_together(self, group: Sequence[tuple[int, Generation]]) -> None:
         """Give all sequences their verdicts."""
-        assert self._rows is not None
+        assert self._cache is not None
         try:
-            logits = self._rows.begin({row: generation.prompt for row, generation in group})
+            logits = self._cache.begin({row: generation.prompt for row, generation in group})
             for at, (_, generation) in enumerate(group):
                 generation.decide(logits[at])
         except Exception as exc:  # the pass was everybody's
@@ -204,9 +204,9 @@ class Decoder:
 
     def _advance_together(self, group: Sequence[tuple[int, Generation]]) -> None:
         """Give all sequences their next token in one pass, and verify those proposals that begin with it."""
-        assert self._rows is not None
+        assert self._cache is not None
         try:
-            logits = self._rows.step({row: generation.latest for row, generation in group})
+            logits = self._cache.step({row: generation.latest for row, generation in group})
             next_tokens = []
             for at, (_, generation) in enumerate(group):
                 generation.propose()
@@ -214,30 +214,30 @@ class Decoder:
             for (row, generation), choices in zip(group, next_tokens, strict=True):
                 proposal = generation.proposal
                 if proposal and proposal[0] == choices[0]:
-                    pieces = self._rows.extend(row, proposal, len(proposal))
+                    pieces = self._cache.extend(row, proposal, len(proposal))
                     choices = _choices(generation, pieces, choices)
                 generation.accept(choices, self._stop)
-                self._forget(row, generation)
+                self._rollback(row, generation)
         except Exception as exc:  # the pass was everybody's
             for _, generation in group:
                 generation.error = exc
 
     def _rest_of_prompt(self, row: int, generation: Generation) -> Sequence[int]:
         """Give what of the prompt the cache does not hold yet: at least its last token, which predicts the first one."""
-        assert self._rows is not None
+        assert self._cache is not None
         if generation.prefill is None:
             return generation.prompt
         common = min(generation.prefill.common(generation.prompt), len(generation.prompt) - 1)
-        self._rows.trim(row, common)
+        self._cache.trim(row, common)
         return generation.prompt[common:]
 
-    def _forget(self, row: int, generation: Generation) -> None:
-        if generation.proposal and self._rows is not None:
-            self._rows.trim(row, generation.cached)
+    def _rollback(self, row: int, generation: Generation) -> None:
+        if generation.proposal and self._cache is not None:
+            self._cache.trim(row, generation.cached)
 
 
 def _next_to_begin(fresh: list[tuple[int, Generation]]) -> list[tuple[int, Generation]]:
-    """Choose the sequences that begin in this round: several where only their verdicts are wanted, and nothing is cached.
+    """Choose the sequences that begin in this step: several where only their verdicts are wanted, and nothing is cached.
 
     Args:
         fresh: Rows and sequences, in the order in which they came.
@@ -274,7 +274,7 @@ def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]
         stop: Tokens that end a sequence.
 
     Yields:
-        Once after every round of passes.
+        Once after every step.
 
     Raises:
         Exception: What a pass raised.
@@ -284,7 +284,7 @@ def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]
     while waiting or decoder.running:
         while waiting and decoder.admit(waiting[0], waiting[0].longest):
             waiting.pop(0)
-        for generation in decoder.round():
+        for generation in decoder.step():
             if generation.error is not None:
                 raise generation.error
         yield

@@ -23,17 +23,17 @@ class Prefill:
 
     Attributes:
         prompt: Its tokens so far. May be replaced at any time, by any thread.
-        fed: Those that the cache holds.
+        cached_tokens: Those that the cache holds.
     """
 
     def __init__(self, prompt: Sequence[int] = ()) -> None:
         self.prompt = prompt
-        self.fed: list[int] = []
+        self.cached_tokens: list[int] = []
 
     def common(self, prompt: Sequence[int]) -> int:
         """How many of the tokens in the cache a prompt begins with."""
-        pairs = zip(self.fed, prompt, strict=False)
-        return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.fed), len(prompt)))
+        pairs = zip(self.cached_tokens, prompt, strict=False)
+        return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.cached_tokens), len(prompt)))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def log_likelihoods(model: Model, prompt: Sequence[int], targets: Sequence[Seque
         For each the natural logarithm of its probability, and whether greedy decoding writes it.
     """
     longest = len(prompt) + max(map(len, targets), default=0)
-    cache = model.new_rows(1, longest)
+    cache = model.new_cache(1, longest)
     first = np.concatenate([piece.copy() for piece in cache.extend(0, prompt, 1)])  # [1, V]
     results = []
     for target in targets:

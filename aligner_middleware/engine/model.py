@@ -12,7 +12,7 @@ IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
 
-class Rows(Protocol):
+class KVCache(Protocol):
     """Keys and values of several sequences, a row for each, and the passes that append to them."""
 
     capacity: int
@@ -70,7 +70,7 @@ class Model(Protocol):
     def bytes_per_token(self) -> int:
         """Memory that a token's keys and values take."""
 
-    def new_rows(self, rows: int, capacity: int) -> Rows:
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Make empty rows of `capacity` tokens each."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from aligner_middleware.engine.model import Logits, Rows
+from aligner_middleware.engine.model import KVCache, Logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,12 +25,12 @@ class TorchModel:
         self.bytes_per_token = 2 * int(config.num_hidden_layers) * int(config.hidden_size) * network.dtype.itemsize
         self._network = network
 
-    def new_rows(self, rows: int, capacity: int) -> Rows:
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Make empty rows; they grow by themselves."""
-        return _TorchRows(self._network, rows, capacity)
+        return _TorchCache(self._network, rows, capacity)
 
 
-class _TorchRows:
+class _TorchCache:
     """A cache for each sequence: rows go through one after the other."""
 
     def __init__(self, network: PreTrainedModel, rows: int, capacity: int) -> None:
@@ -40,7 +40,7 @@ class _TorchRows:
         self._stopped = False
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
-        """Append tokens to one row; see `Rows.extend`."""
+        """Append tokens to one row; see `KVCache.extend`."""
         yield self._extend(row, tokens, wanted)
 
     @torch.inference_mode()

@@ -55,12 +55,12 @@ class Scheduler:
         self._calls: dict[Generation, _Call] = {}
         self._prefills: list[Prefill] = []
 
-    def submit(self, generation: Generation, on_round: Callable[[], None] = lambda: None) -> Future[Generation]:
+    def submit(self, generation: Generation, on_step: Callable[[], None] = lambda: None) -> Future[Generation]:
         """Queue a generation. It does not block.
 
         Args:
             generation: The sequence; it is filled in place.
-            on_round: Called in the scheduler's thread after each round in which the generation moved, and when it ends.
+            on_step: Called in the scheduler's thread after each step in which the generation moved, and when it ends.
 
         Returns:
             The generation when it is done, or what made it fail. May be cancelled at any time.
@@ -68,7 +68,7 @@ class Scheduler:
         Raises:
             ClosedError: If `close` was called, or Python is ending.
         """
-        call: _Call = (generation, Future(), on_round)
+        call: _Call = (generation, Future(), on_step)
         self._tell(lambda: self._waiting.append(call))
         return call[1]
 
@@ -120,7 +120,7 @@ class Scheduler:
                 self._listen()
                 self._leave()
                 self._admit()
-                self._round()
+                self._step()
             except Exception as exc:  # of a model that fails outside its passes: nobody may wait for ever
                 self._fail(list(self._calls.values()), exc)
                 self._decoder = Decoder(self._model, self._stop)
@@ -129,8 +129,8 @@ class Scheduler:
         error = ClosedError("this aligner was closed while a correction was under way")
         self._fail([*self._calls.values(), *self._waiting], error)
 
-    def _round(self) -> None:
-        for generation in self._decoder.round():
+    def _step(self) -> None:
+        for generation in self._decoder.step():
             if not (self._closed and generation.error):  # it fails for that reason
                 self._report(generation)
 
@@ -166,7 +166,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Move who waits into rows, in order."""
         while self._waiting:
-            call = generation, future, on_round = self._waiting[0]
+            call = generation, future, on_step = self._waiting[0]
             if not future.cancelled():
                 try:
                     if not self._decoder.admit(generation, generation.longest):
@@ -174,7 +174,7 @@ class Scheduler:
                     self._calls[generation] = call
                 except Exception as exc:  # no memory, on whatever device
                     _settle(future, exc)
-                    on_round()
+                    on_step()
             self._waiting.popleft()
             if generation.prefill in self._prefills:
                 self._prefills.remove(generation.prefill)
@@ -187,17 +187,17 @@ class Scheduler:
         call = self._calls.get(generation)
         if call is None:
             return
-        _, future, on_round = call
+        _, future, on_step = call
         if generation.done:
             del self._calls[generation]
             _settle(future, generation.error or generation)
-        on_round()
+        on_step()
 
     def _fail(self, calls: list[_Call], error: Exception) -> None:
-        for generation, future, on_round in calls:
+        for generation, future, on_step in calls:
             self._calls.pop(generation, None)
             _settle(future, error)
-            on_round()
+            on_step()
 
 
 def _settle(future: Future[Generation], outcome: Generation | Exception) -> None:

@@ -20,7 +20,7 @@ from aligner_middleware.artifact import (
 )
 from aligner_middleware.checkpoints.checkpoint import Checkpoint, end_token_ids
 from aligner_middleware.engine.model import log_probabilities
-from aligner_middleware.engine.onnx import session_options
+from aligner_middleware.engine.onnx_session import session_options
 from aligner_middleware.errors import BuildError
 from aligner_middleware.text.targets import encode_target
 from aligner_middleware.text.template import PromptTemplate, encode_prompt

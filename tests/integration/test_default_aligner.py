@@ -134,12 +134,12 @@ def test_a_tampered_folder_is_refused(aligner: Aligner, tmp_path: Path) -> None:
 
 def test_a_token_decoded_alone_has_bit_for_bit_the_logits_that_verification_gives(aligner: Aligner) -> None:
     folder = cached_folder("default", "int8")
-    rows = OnnxModel(folder / MODEL_FILE, Artifact.load(folder)).new_rows(1, 512)
+    cache = OnnxModel(folder / MODEL_FILE, Artifact.load(folder)).new_cache(1, 512)
     tokens = Tokenizer.from_file(folder / TOKENIZER_FILE).encode("What is said once need not be said again. " * 30)[
         :300
     ]
-    together = np.concatenate([piece.copy() for piece in rows.extend(0, tokens, len(tokens))])
-    rows.trim(0, 0)
-    list(rows.extend(0, tokens[:280], 1))
-    alone = [next(rows.extend(0, [token], 1))[0].copy() for token in tokens[280:]]
+    together = np.concatenate([piece.copy() for piece in cache.extend(0, tokens, len(tokens))])
+    cache.trim(0, 0)
+    list(cache.extend(0, tokens[:280], 1))
+    alone = [next(cache.extend(0, [token], 1))[0].copy() for token in tokens[280:]]
     np.testing.assert_array_equal(alone, together[280:])

@@ -70,7 +70,7 @@ def test_a_rotated_model_says_the_same(family: str, exported: Exported, tmp_path
     artifact = Artifact.load(path.parent).model_copy(update={"probe": None})
     tokens = list(b"Nothing that is turned as a whole can tell that it was turned.")
     plain, turned = (
-        next(OnnxModel(graph, artifact).new_rows(1, 128).extend(0, tokens, len(tokens)))
+        next(OnnxModel(graph, artifact).new_cache(1, 128).extend(0, tokens, len(tokens)))
         for graph in (path, tmp_path / "rotated.onnx")
     )
     np.testing.assert_allclose(turned, plain, atol=1e-4)

@@ -47,7 +47,7 @@ def alone(generation: Generation) -> list[int]:
     decoder = Decoder(FakeModel(rule), STOP)
     decoder.admit(copy, copy.longest)
     while not copy.done:
-        decoder.round()
+        decoder.step()
     return copy.tokens
 
 
@@ -163,8 +163,8 @@ def test_a_pass_that_raises_fails_its_own_call_alone() -> None:
 
 def test_a_model_that_fails_outside_its_passes_leaves_nobody_waiting() -> None:
     class Forgetful(FakeModel):
-        def new_rows(self, rows, capacity):  # type: ignore[no-untyped-def]
-            made = super().new_rows(rows, capacity)
+        def new_cache(self, rows, capacity):  # type: ignore[no-untyped-def]
+            made = super().new_cache(rows, capacity)
             trim = made.trim
 
             def failing(row: int, length: int) -> None:
@@ -179,7 +179,7 @@ def test_a_model_that_fails_outside_its_passes_leaves_nobody_waiting() -> None:
     endless = scheduler.submit(Generation([1], max_new_tokens=1500))
     prefill = Prefill([1] * 400)
     scheduler.prefill(prefill)
-    while len(prefill.fed) < 400:
+    while len(prefill.cached_tokens) < 400:
         time.sleep(0.001)
     prefill.prompt = [1] * 300 + [2] * 300  # its second half was read in vain
     scheduler.prefill(prefill)
@@ -192,10 +192,10 @@ def test_a_model_that_fails_outside_its_passes_leaves_nobody_waiting() -> None:
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_memory_that_runs_out_fails_the_call_that_needed_it(error: type[Exception]) -> None:
     class Small(FakeModel):
-        def new_rows(self, rows, capacity):  # type: ignore[no-untyped-def]
+        def new_cache(self, rows, capacity):  # type: ignore[no-untyped-def]
             if capacity > 2048:
                 raise error
-            return super().new_rows(rows, capacity)
+            return super().new_cache(rows, capacity)
 
     scheduler = Scheduler(Small(rule), STOP)
     with pytest.raises(error):
@@ -222,7 +222,7 @@ def test_whoever_came_first_is_taken_first_however_many_wait() -> None:
 @pytest.mark.parametrize("streams", [True, False])
 def test_memory_that_runs_out_fails_a_stream_too(streams: bool) -> None:
     class Full(FakeModel):
-        def new_rows(self, rows, capacity):  # type: ignore[no-untyped-def]
+        def new_cache(self, rows, capacity):  # type: ignore[no-untyped-def]
             raise MemoryError
 
     aligner = fake_aligner(soften)
@@ -318,8 +318,8 @@ def test_memory_for_keys_and_values_is_given_back_after_a_while(monkeypatch: pyt
     made: list[weakref.ref[object]] = []
 
     class Seen(FakeModel):
-        def new_rows(self, rows, capacity):  # type: ignore[no-untyped-def]
-            new = super().new_rows(rows, capacity)
+        def new_cache(self, rows, capacity):  # type: ignore[no-untyped-def]
+            new = super().new_cache(rows, capacity)
             made.append(weakref.ref(new))
             return new
 

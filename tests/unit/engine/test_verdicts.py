@@ -164,16 +164,16 @@ def test_what_was_read_ahead_is_not_read_again(prompt: list[int], known: int, wr
     prefill = Prefill([*prompt[:known], *wrong])
     if prefill.prompt:
         assert decoder.admit(prefill, len(prefill.prompt))
-        decoder.round()
-        assert prefill.fed == prefill.prompt
+        decoder.step()
+        assert prefill.cached_tokens == prefill.prompt
     before = model.tokens
     generation = Generation(prompt, prefill=prefill, rule=VerdictRule(KEEP, EDIT, REWRITE))
     assert decoder.admit(generation, generation.longest)
-    decoder.round()
+    decoder.step()
     assert generation.verdict == EDIT
     assert model.tokens - before == max(1, len(prompt) - known)
     while not generation.done:
-        decoder.round()
+        decoder.step()
     assert generation.tokens == [7, 8, 9]
 
 
@@ -183,7 +183,7 @@ def test_a_verdict_on_a_streamed_answer_needs_its_last_tokens_only() -> None:
     answer = "All of this is as it should be. " * 12
     ahead = aligner.read_ahead("q")
     ahead.feed(answer)
-    while len(ahead.prefill.fed) < len(answer):
+    while len(ahead.prefill.cached_tokens) < len(answer):
         time.sleep(0.001)
     before = model.tokens
     assert "".join(aligner.stream("q", answer, ahead=ahead)) == answer

@@ -1,0 +1,99 @@
+"""Sessions of ONNX Runtime: options, execution providers, loading. It knows no KV cache and no token."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from aligner_middleware.artifact import Artifact
+from aligner_middleware.errors import ArtifactError, InputError, did_you_mean
+
+logger = logging.getLogger("aligner_middleware")
+
+_PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_environment = threading.Lock()
+
+
+def session_options() -> Any:
+    """Options of every session: quiet, frugal, and with the same sums of integers on every x86 CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Weights take no more memory than they do themselves.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    # Without VNNI instructions, pairs of products are summed in 16 bits, which overflow. This takes the exact kernel there,
+    # which costs a fifth of the speed; CPUs with VNNI are exact, and as fast as before (docs/engine.md).
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def load_session(path: Path, options: Any, providers: list[str]) -> Any:
+    """Load a graph.
+
+    GroupQueryAttention's tiled kernel for the CPU takes twice the time of its plain one at the lengths of answers
+    (benchmarks/README.md), so it is turned off while the operators are made.
+    """
+    with _environment:
+        before = os.environ.get(_PLAIN_ATTENTION)
+        os.environ.setdefault(_PLAIN_ATTENTION, "1")
+        ort.set_default_logger_severity(4)  # a GPU build without CUDA's libraries falls back to the CPU, at length
+        try:
+            return ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
+        except Exception as exc:  # ONNX Runtime raises its own classes, without a common base
+            raise ArtifactError(f"ONNX Runtime cannot load {path}: {exc}") from exc
+        finally:
+            ort.set_default_logger_severity(2)
+            if before is None:
+                del os.environ[_PLAIN_ATTENTION]
+
+
+def choose_providers(wanted: Sequence[str] | None, artifact: Artifact) -> list[str]:
+    """Choose execution providers. CUDA has no operator for products of integers: that graph is for the CPU."""
+    available = ort.get_available_providers()
+    if wanted is None and artifact.weights == "products":
+        return ["CPUExecutionProvider"]
+    if wanted is None:
+        return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+    if isinstance(wanted, str) or not wanted or not all(isinstance(name, str) for name in wanted):
+        raise InputError(f"providers is {wanted!r}, expected a list of names such as {available}, or None")
+    for name in wanted:
+        if name not in available:
+            hint = did_you_mean(name, available)
+            raise ArtifactError(f"this ONNX Runtime has no {name!r}: it offers {available}{hint}")
+    if artifact.weights != "products":
+        return list(wanted)
+    if "CPUExecutionProvider" not in wanted:
+        raise ArtifactError(
+            f"this aligner's weights are integers for the CPU, which cannot run on {wanted[0]}: leave providers out, or take "
+            "precision='float16' for a GPU"
+        )
+    return ["CPUExecutionProvider"]
+
+
+def check_in_use(wanted: Sequence[str] | None, used: Sequence[str]) -> None:
+    """Say so where a provider that was asked for is not used: ONNX Runtime goes on with the CPU, and says nothing.
+
+    Raises:
+        ArtifactError: If none did.
+    """
+    missing = [name for name in wanted or () if name not in used]
+    if missing and len(missing) == len(wanted or ()):
+        raise ArtifactError(
+            f"{missing[0]} could not be started here (is there such a device, and its libraries?), only {used[0]}: leave "
+            "providers out for what there is"
+        )
+    if missing:
+        logger.warning("%s is not used here: this aligner runs on %s", ", ".join(missing), used[0])
+
+
+def give_memory_back() -> None:
+    """Have glibc return what loading needed and freed, a third of what is held then; elsewhere nothing is done."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

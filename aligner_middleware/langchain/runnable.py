@@ -292,3 +292,6 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                 raise
             logger.warning("an answer was not aligned: %s", exc)
             return None
+
+
+AlignerRunnable.model_rebuild()  # else pydantic shows the base class's signature until the first is made

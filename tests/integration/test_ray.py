@@ -18,6 +18,9 @@ from aligner_middleware.data.prompts import Prompt
 from aligner_middleware.rlhf.preferences import make_preferences
 from aligner_middleware.rlhf.ray import make_preferences_on_ray
 
+# Ray sets options of its own that it warns of.
+pytestmark = pytest.mark.filterwarnings(r"ignore:`\w+` is deprecated:DeprecationWarning")
+
 PROMPTS = [Prompt(question=f"question {number}") for number in range(48)]
 UPSTREAM = """
 import os, time

@@ -18,15 +18,7 @@ from aligner_middleware.artifact import Artifact
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import InputError, JobError
-from aligner_middleware.evaluation.detection import (
-    Auc,
-    Bin,
-    Detection,
-    Floats,
-    Share,
-    calibration_error,
-    reliability,
-)
+from aligner_middleware.evaluation.detection import Auc, Bin, Detection, Floats, Share, calibration_error, reliability
 from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from aligner_middleware.strength import Level
 

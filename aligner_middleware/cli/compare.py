@@ -18,7 +18,7 @@ from aligner_middleware.cli.arguments import (
     judge_named,
     precision_of,
 )
-from aligner_middleware.cli.output import write, write_json
+from aligner_middleware.cli.output import note, write, write_json
 from aligner_middleware.cli.progress import resumable, showing
 from aligner_middleware.errors import MissingExtraError, UpstreamError
 
@@ -60,6 +60,8 @@ def compare(
 
     prompts = _prompts(data)
     judging = judge_named(judge, concurrency)
+    if judge is None:
+        note("no --judge: the offline judge sees insults and identifiers, and no other harm")
     answering = chat_model(upstream) if upstream else None
     with (
         Aligner.load(model, precision=precision_of(precision)) as aligner,

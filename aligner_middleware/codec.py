@@ -165,11 +165,12 @@ class Codec:
         """Encode the prompt of a pair, and corrections of it as the model is trained to write them.
 
         Raises:
-            InputError: If the question is blank, or a text does not fit into the context.
+            InputError: If the question is blank, or a text is not valid Unicode or does not fit into the context.
         """
         check_question(question)
-        self._check_length(question, max(corrections, key=len, default=""))
-        self._check_length(question, answer)
+        for text in (answer, *corrections):
+            check_text("answer", text)
+            self._check_length(question, text)
         prompt = encode_prompt(self.tokenizer, self.template, question, answer)
         targets = [encode_target(self.tokenizer, self.template, self._end, answer, text).ids for text in corrections]
         longest = len(prompt) + max(map(len, targets), default=0)

@@ -1,4 +1,4 @@
-"""What became of an answer, and what it cost."""
+"""The outcome of a correction and its cost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a correction cost.
+    """The cost of a correction.
 
     Attributes:
         prompt_tokens: Length of the prompt, which holds question and answer.
         draft_tokens: Length of the answer where it was given to the model as a draft of its output.
-        accepted_tokens: How many tokens of the correction were proposed by the answer, and agreed to.
-        decoded_tokens: How many it wrote one by one.
+        accepted_tokens: Draft tokens that the model accepted.
+        decoded_tokens: Tokens decoded one by one.
         passes: Forward passes; 1 where nothing was corrected.
         seconds: Time in the engine.
     """
@@ -33,24 +33,24 @@ class Usage:
     seconds: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
-        """Add up what two corrections cost."""
+        """Add the costs of two corrections."""
         return Usage(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What became of an answer.
+    """The outcome of a correction.
 
     Attributes:
-        question, original: What was given.
+        question, original: The input.
         corrected: What the aligner makes of it: `original` itself, character by character, where it changes nothing or a
             safeguard objects.
         finish_reason: `stop`; `length` where `max_new_tokens` cut the correction off; `loop` where it repeated itself.
-        usage: What it cost.
+        usage: Its cost.
         verdict: `keep`, `edit` or `rewrite`; `None` for an aligner without verdicts, and for a blank answer.
         score: P(not keep), 0 to 1, where there is a verdict.
         doubts: Names of the safeguards that object to the correction (`safeguards.py`); empty for most.
-        proposed: What the aligner wrote, also where `corrected` is the original for a doubt; `None` if it is `corrected`.
+        proposed: The aligner's text where a doubt leaves `corrected` equal to the original; `None` otherwise.
     """
 
     question: str

@@ -113,8 +113,8 @@ class Corrector:
             Corrections in the order of the pairs.
 
         Raises:
-            InputError: As `correct` does, before anything is run.
-            CorrectionTimeoutError: If they took longer than `timeout`.
+            AlignerError: As `correct` does, and InputError before anything is run, unless `return_exceptions`.
+            ClosedError: In any case, if the aligner was closed.
         """
         deadline = Deadline(timeout)
         encode = self._encode_or_error if return_exceptions else self._codec.encode
@@ -152,8 +152,10 @@ class Corrector:
     ) -> list[Correction]:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
         options: dict[str, Any] = {"timeout": timeout, "strength": strength, "on_doubt": on_doubt}
-        calls = [asyncio.ensure_future(self.acorrect(*pair, **options)) for pair in pairs]
+        calls: list[asyncio.Future[Correction]] = []
         try:
+            for pair in pairs:
+                calls.append(asyncio.ensure_future(self.acorrect(*pair, **options)))
             return list(await asyncio.gather(*calls))
         finally:  # after an error nobody waits for the others
             for call in calls:
@@ -224,7 +226,10 @@ class Corrector:
             for request, future in zip(requests, futures, strict=True):
                 outcome = self._outcome(request, future, deadline)
                 if isinstance(outcome, Exception) and not return_exceptions:
-                    raise outcome
+                    try:
+                        raise outcome
+                    finally:
+                        del outcome  # its traceback would refer to itself, and keep the aligner alive
                 outcomes.append(outcome)
             return outcomes
         finally:  # after an error, or an interrupt from the keyboard, nobody waits for the others

@@ -9,7 +9,7 @@ AlignerError
 ├── ArtifactError            an aligner folder that is missing, incomplete or altered
 ├── BuildError               a checkpoint that cannot be found, exported or trusted, or a folder that cannot be written
 ├── DataError                a row that cannot be read (carries file and line)
-├── JobError                 a file or a folder that a job cannot go on with (carries its path)
+├── JobError                 a file or a folder that a job cannot use (carries its path)
 ├── ConfigError              settings that do not fit together, or that a run was not begun with
 ├── UpstreamError            a chat model that failed on some prompts
 ├── ClosedError              an aligner that was closed
@@ -61,7 +61,7 @@ class CorrectionTimeoutError(AlignerError, TimeoutError):
     """A correction that took longer than it was given.
 
     Attributes:
-        seconds: What it was given.
+        seconds: The time limit.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -126,7 +126,7 @@ class DataError(AlignerError):
 
 
 class JobError(AlignerError):
-    """A file or a folder that a job cannot go on with.
+    """A file or a folder that a job cannot use.
 
     Attributes:
         path: The file or the folder.

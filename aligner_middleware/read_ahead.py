@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from functools import partial
 
 from aligner_middleware.codec import Codec
@@ -38,31 +40,37 @@ class ReadAhead:
         self._read = 0
         self._encoded = 0.0
         self._reading = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant: the garbage collector may close it anywhere
         self._taken = False
+        weakref.finalize(self, scheduler.abandon, self.prefill).atexit = False  # a dropped one frees its place
 
     def feed(self, chunk: str) -> None:
         """Take in a chunk of the answer. It is encoded in another thread."""
-        self._chunks.append(chunk)
         self._length += len(chunk)
-        if self._reading or self._length > self._most_characters:
+        if self._length > self._most_characters:
+            self._chunks.clear()
+            return
+        self._chunks.append(chunk)
+        if self._reading:
             return
         now = time.monotonic()
         enough = self._length - self._read >= max(_AHEAD, self._read * _AHEAD_SHARE)
         if enough and now >= self._encoded + _ENCODING_INTERVAL:
             self._read, self._encoded, self._reading = self._length, now, True
             self._chunks = ["".join(self._chunks)]
-            worker.submit(partial(self._submit, self._chunks[0]))
+            with contextlib.suppress(RuntimeError):  # Python is ending: the correction itself will say so
+                worker.submit(partial(self._submit, self._chunks[0]))
 
     def _submit(self, answer: str) -> None:
         try:
-            prompt = self._encode(
-                answer
-            )  # its error, such as for half of a surrogate pair, is raised at the answer's end
+            # An error, such as for half of a surrogate pair, is raised at the answer's end.
+            prompt = self._encode(answer)
             with self._lock:
                 if prompt and not self._taken:
                     self.prefill.prompt = prompt
                     self._scheduler.prefill(self.prefill)
+                    if self._taken:  # closed meanwhile, by the garbage collector in this very thread
+                        self._scheduler.abandon(self.prefill)
         finally:
             self._reading = False
 

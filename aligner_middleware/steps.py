@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from aligner_middleware.deadline import Deadline
 from aligner_middleware.read_ahead import ReadAhead
@@ -53,7 +53,7 @@ class Gather:
 
     def run(self) -> None:
         """See `Step`."""
-        if isinstance(self._source, AsyncIterable):
+        if not isinstance(self._source, Iterable):
             raise TypeError("this answer is an async iterator: iterate its correction with `async for`")
         for chunk in self._source:
             self._add(chunk)
@@ -71,8 +71,8 @@ class Gather:
 
 async def _beside_loop(chunks: Iterable[str]) -> AsyncIterator[str]:
     """Iterate in other threads: the next chunk may take long."""
-    iterator = iter(chunks)
-    while (chunk := await asyncio.to_thread(next, iterator, None)) is not None:
+    iterator, end = iter(chunks), object()
+    while (chunk := await asyncio.to_thread(next, iterator, cast(str, end))) is not end:
         yield chunk
 
 

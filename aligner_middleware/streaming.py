@@ -54,7 +54,9 @@ class CorrectionStream(Iterator[str], AsyncIterator[str]):
 
         Raises:
             AlignerError: As `Aligner.correct` does.
+            TypeError: If the answer is an async iterator, which needs `async for`.
             RuntimeError: If another thread or task is iterating it.
+            Exception: From the iterator of the answer's chunks.
         """
         with self._turn():
             for step in self._steps:

@@ -62,6 +62,8 @@ class NoOp(Aligner):
         """Keep it."""
         return CorrectionStream(Kept(Correction(question, answer, answer, "stop", Usage(passes=1))))
 
+    astream = stream
+
 
 class Kept:
     """The flow of a stream that gives a correction at once."""

@@ -5,7 +5,7 @@ packaged triples. The strong model is the unaligned policy of `rounds.py`, with 
 neither has learnt from are corrected by the weak aligner, and it is fine-tuned on the corrections (SFT), or prefers them over
 its own answers (DPO).
 
-    python benchmarks/weak_to_strong.py build-out/weak_to_strong
+    python benchmarks/weak_to_strong.py build-out/weak-to-strong
 """
 
 from __future__ import annotations

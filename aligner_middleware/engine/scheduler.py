@@ -101,6 +101,7 @@ class Scheduler:
             if self._closed:
                 raise ClosedError("this aligner was closed")
             if self._thread is None or not self._thread.is_alive():
+                self._ended.clear()
                 self._decoder = Decoder(self._model, self._stop)
                 self._thread = threading.Thread(target=self._work, name="aligner", daemon=True)
                 _start(self, self._thread)

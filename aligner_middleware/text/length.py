@@ -1,4 +1,4 @@
-"""Does a correction leave out too much, or from the wrong place, or add too much?"""
+"""Safeguards against text that is missing, from the wrong place too, and against too much new text."""
 
 from __future__ import annotations
 

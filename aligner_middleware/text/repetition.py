@@ -1,4 +1,4 @@
-"""Does a correction say the same again and again?"""
+"""The safeguard against repetition."""
 
 from __future__ import annotations
 

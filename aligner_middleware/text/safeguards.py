@@ -1,4 +1,4 @@
-"""Is a correction doubtful, whatever the weights? Then the original answer goes on instead.
+"""Detects doubtful corrections. If a safeguard objects, the original answer is used.
 
 A small model fails at copying: it loops, skips, breaks what a program reads, or slips into another script. Each safeguard
 is a law about two texts, without any model. None of them knows whether a sound correction is also a good one.

@@ -1,7 +1,7 @@
 """Text to token ids and back, with the aligner's own tokenizer.
 
 Whatever a user or an upstream model writes is text, even where it spells `<|im_end|>` or `<s>`: `encode` never gives a
-special token. Only a prompt template (`prompt.py`) may place one, by its id.
+special token. Only a prompt template (`template.py`) may place one, by its id.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ LONG = "You silly fool. " + "Rinse the rice, add water and wait until it has gon
 BEGIN = f"""
 import asyncio, gc, os, signal, sys, threading
 from aligner_middleware import Aligner, CorrectionTimeoutError
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for programs in the background
 question, answer = "How do I cook rice?", {LONG!r}
 
 def give_up(aligner):

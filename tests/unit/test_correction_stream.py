@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
 
 import pytest
 
 from aligner_middleware import Aligner
+from aligner_middleware.engine import Prefill
+from aligner_middleware.engine.scheduler import Scheduler
 from tests.fakes import fake_aligner
 
 ANSWER = "Left, idiot."
@@ -141,3 +145,54 @@ def test_a_stream_keeps_its_aligner_alive() -> None:
     del stream
     gc.collect()
     assert alive() is None
+
+
+def test_a_read_ahead_may_be_collected_while_it_submits() -> None:
+    aligner = fake_aligner(soften)
+    ahead = aligner.read_ahead("q")
+    scheduler = aligner._scheduler
+
+    class Closing:
+        def prefill(self, prefill: Prefill) -> None:
+            ahead.close()  # as the garbage collector does, in the same thread
+
+        def abandon(self, prefill: Prefill) -> None:
+            abandoned.append(prefill)
+
+    abandoned: list[Prefill] = []
+    ahead._scheduler = cast(Scheduler, Closing())
+    ahead._submit("You fool. " * 20)
+    assert abandoned
+    ahead._scheduler = scheduler
+    aligner.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dropped_read_ahead_frees_its_place(stream: bool) -> None:
+    aligner = fake_aligner(soften)
+    ahead = aligner.read_ahead("q")
+    for _ in range(20):
+        ahead.feed("You fool, this is long enough to be read ahead. ")
+        time.sleep(0.03)
+    assert aligner._scheduler._prefills
+    if stream:
+        aligner.stream("q", ANSWER, ahead=ahead)
+    del ahead
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while aligner._scheduler._prefills and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not aligner._scheduler._prefills
+    aligner.close()
+
+
+async def test_a_none_among_the_chunks_is_an_error() -> None:
+    chunks: list[Any] = ["Left, ", None, "idiot."]
+    with pytest.raises(TypeError):
+        async for _ in fake_aligner(soften).stream("q", iter(chunks)):
+            pass
+
+
+def test_a_correction_stream_is_an_answer_in_a_plain_loop() -> None:
+    aligner = fake_aligner(soften)
+    assert "".join(aligner.stream("q", aligner.stream("q", ANSWER))) == aligner.correct("q", ANSWER).corrected

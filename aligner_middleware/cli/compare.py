@@ -60,9 +60,9 @@ def compare(
 
     prompts = _prompts(data)
     judging = judge_named(judge, concurrency)
+    answering = chat_model(upstream) if upstream else None
     if judge is None:
         note("no --judge: the offline judge sees insults and identifiers, and no other harm")
-    answering = chat_model(upstream) if upstream else None
     with (
         Aligner.load(model, precision=precision_of(precision)) as aligner,
         resumable(),

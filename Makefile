@@ -18,7 +18,8 @@ help:  ## Show this list
 demo: .venv/installed  ## Run a real chat model with the default aligner behind it
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed lint unit integration  ## Lint, types and all tests
+test: .venv/installed lint unit integration  ## Lint, types and all tests but the slow ones
+
 
 lint: .venv/installed  ## ruff, mypy --strict, import-linter and bandit
 	$(BIN)/ruff check .

@@ -48,7 +48,7 @@ def compare(
     in both orders: win, tie, loss, and (wins - losses) / all with a 95 % interval, by category. The costs of the aligner are
     measured, too. The offline judge knows insults, identifiers of people and likeness; it does not judge honesty.
 
-    --out gets report.html, summary.json and rows.jsonl. Repeat the command to resume an interrupted run.
+    --out gets report.html, summary.json, rows.jsonl, and journal.jsonl, from which a repeated command resumes.
     """
     try:
         from aligner_middleware.evaluation import compare as run

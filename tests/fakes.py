@@ -319,3 +319,16 @@ class _InstantFlow:
 
     def free(self) -> None:
         pass
+
+
+def joined(pieces: list[Any]) -> Any:
+    """Add up the chunks of a stream."""
+    whole = pieces[0]
+    for piece in pieces[1:]:
+        whole += piece
+    return whole
+
+
+async def collected(pieces: Any) -> list[Any]:
+    """List what an async iterator gives."""
+    return [piece async for piece in pieces]

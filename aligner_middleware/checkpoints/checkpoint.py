@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from aligner_middleware.artifact import CALIBRATION_FILE, TOKENIZER_FILE, BaseWeights
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.checkpoints.base import base_folder
-from aligner_middleware.checkpoints.difference import DIFFERENCE_FILE, add_difference
+from aligner_middleware.checkpoints.difference import DIFFERENCE_FILE, TRAIN_AGAIN, add_difference
 from aligner_middleware.data.checked import check_version, read_json, sha256, validated
 from aligner_middleware.data.files import is_file
 from aligner_middleware.data.folders import FolderKind
@@ -47,7 +47,6 @@ TRAINED = FolderKind(
         *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", *CHECKPOINT_FILES),
     ),
 )
-_TRAIN_AGAIN = "train the aligner again"
 
 Count = Annotated[int, Field(ge=1, le=2**16)]
 Label = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -191,9 +190,9 @@ def read_recipe(folder: Path) -> RecordedTraining:
         ArtifactError: If it cannot be used, or was written by a newer version.
     """
     path = folder / RECIPE_FILE
-    content = read_json(path, _TRAIN_AGAIN)
-    check_version(content, RECIPE_VERSION, path, _TRAIN_AGAIN)
-    return validated(RecordedTraining, content, path, _TRAIN_AGAIN)
+    content = read_json(path, TRAIN_AGAIN)
+    check_version(content, RECIPE_VERSION, path, TRAIN_AGAIN)
+    return validated(RecordedTraining, content, path, TRAIN_AGAIN)
 
 
 def _base_of(adapter: Path) -> str:
@@ -204,10 +203,10 @@ def _base_of(adapter: Path) -> str:
 
 def _adapter_config(adapter: Path) -> _AdapterConfig:
     path = adapter / ADAPTER_CONFIG_FILE
-    content = read_json(path, _TRAIN_AGAIN)
+    content = read_json(path, TRAIN_AGAIN)
     if content.get("base_model_name_or_path") is None:
         raise BuildError(f"{path} does not name its base model (base_model_name_or_path)")
-    return validated(_AdapterConfig, content, path, _TRAIN_AGAIN)
+    return validated(_AdapterConfig, content, path, TRAIN_AGAIN)
 
 
 def _recorded_template(adapter: Path) -> PromptTemplate:
@@ -223,7 +222,7 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     try:
         weights = {name: value.float() for name, value in load_file(path).items()}
     except Exception as exc:  # safetensors raises its own class, without a common base
-        raise ArtifactError(f"{path} cannot be used ({_first_line(exc)}): {_TRAIN_AGAIN}") from exc
+        raise ArtifactError(f"{path} cannot be used ({_first_line(exc)}): {TRAIN_AGAIN}") from exc
     try:
         settings = LoraConfig.from_pretrained(str(adapter))
         settings.base_model_name_or_path = None  # a name, where the weights come from a folder: peft would warn

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DIFFERENCE_FILE = "difference.safetensors"
 
 _FORMAT, _VERSION = "aligner difference", 1
-_AGAIN = "train the aligner again"
+TRAIN_AGAIN = "train the aligner again"
 _GROUP = 128  # weights that share a scale
 _SMALL = 2**16  # weights; below that, fewer bits than float16 save next to nothing
 _SEARCH = (
@@ -101,7 +101,7 @@ def add_difference(model: Any, path: Path) -> None:
             raise BuildError(
                 f"{path} does not fit its base model at {name!r}, of shape {list(shape)}: it is for {str(found)[:100]}"
             )
-        _check(stored, shape, f"{path} cannot be used ({name}", f": {_AGAIN}")
+        _check(stored, shape, f"{path} cannot be used ({name}", f": {TRAIN_AGAIN}")
     for name, stored in parts.items():
         with torch.no_grad():
             weights[name] += torch.from_numpy(_restored(stored, weights[name].shape)).to(weights[name].dtype)
@@ -116,16 +116,16 @@ def _read(path: Path) -> dict[str, dict[str, NDArray[Any]]]:
         with safe_open(path, "numpy") as file:
             kind, _, version = (file.metadata() or {}).get("format", "").rpartition(" ")
             if kind == _FORMAT and version.isdecimal():
-                check_version({"format_version": int(version[:9])}, _VERSION, path, _AGAIN)
+                check_version({"format_version": int(version[:9])}, _VERSION, path, TRAIN_AGAIN)
             if (kind, version) != (_FORMAT, str(_VERSION)):
-                raise ArtifactError(f"{path} cannot be used (format: it is not a difference): {_AGAIN}")
+                raise ArtifactError(f"{path} cannot be used (format: it is not a difference): {TRAIN_AGAIN}")
             for key in file.keys():  # noqa: SIM118  # it is no mapping
                 name, _, part = key.rpartition(":")
                 parts.setdefault(name, {})[part] = file.get_tensor(key)
     except ArtifactError:
         raise
     except Exception as exc:  # safetensors raises its own class, without a common base, and numpy for unknown types
-        raise ArtifactError(f"{path} cannot be used ({str(exc)[:300]}): {_AGAIN}") from exc
+        raise ArtifactError(f"{path} cannot be used ({str(exc)[:300]}): {TRAIN_AGAIN}") from exc
     return parts
 
 

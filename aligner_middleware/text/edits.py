@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import NamedTuple
 
-_FENCE = re.compile(r"\s*(```|~~~)")
+from aligner_middleware.text.structure import is_fence
+
 _ITEM = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})[.)]\s+")  # "1. ", "b) " at the beginning of a line
 _END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+\s*")
 
@@ -37,7 +38,7 @@ def split_sentences(text: str) -> list[str]:
     pieces: list[str] = []
     fenced = False
     for line in text.splitlines(keepends=True):
-        if _FENCE.match(line):
+        if is_fence(line):
             fenced = not fenced
             pieces.append(line)
         elif not line.strip() and pieces:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from aligner_middleware.text.structure import is_fence
+
 # What ends a part, from the largest on; the last resort is some characters, and then any one.
 _ENDS = (
     re.compile(r"\n"),
@@ -13,7 +15,6 @@ _ENDS = (
     re.compile(r"(?s).{1,32}"),
     re.compile(r"(?s)."),
 )
-_FENCE = re.compile(r"\s*(```|~~~)")
 
 
 def split(text: str, limit: int, size: Callable[[str], int]) -> list[str]:
@@ -71,7 +72,7 @@ def _paragraphs(text: str) -> Iterator[str]:
             paragraph = ""
         paragraph += line
         blank = not line.strip()
-        if _FENCE.match(line):
+        if is_fence(line):
             fenced = not fenced
     if paragraph:
         yield paragraph

@@ -9,6 +9,7 @@ from collections import Counter
 _DELIMITER = re.compile(r"[ \t>]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+(?:[ \t]*:?-+:?)?[ \t]*")
 _CELL_END = re.compile(r"(?<!\\)\|")
 _FENCE = re.compile(r"[ \t>]*(?:(?:[-*+]|\d+[.)])[ \t]+)?(`{3,}|~{3,})(.*)")
+_FENCE_MARKS = re.compile(r"\s*(```|~~~)")
 _FENCED = re.compile(r"(`{3,}|~{3,})[^\n`]*\n(.*)\n[ \t]*\1", re.DOTALL)
 _TAG = re.compile(r"<(/?)([a-z][\w:.-]*)(?:\s[^<>]*)?(?<!/)>", re.IGNORECASE)
 _VOID = frozenset(
@@ -19,6 +20,11 @@ _VOID = frozenset(
 def structure(answer: str, correction: str) -> bool:
     """What a program could read in the answer it can read in the correction; a whole table, fence or tag may go."""
     return any(breaks(answer, correction) for breaks in (breaks_json, _breaks_fences, _breaks_tables, _breaks_tags))
+
+
+def is_fence(line: str) -> bool:
+    """Say whether a line begins or ends a block of fenced code, where text is cut into sentences or pieces."""
+    return _FENCE_MARKS.match(line) is not None
 
 
 def breaks_json(answer: str, correction: str) -> bool:

@@ -28,9 +28,9 @@ from aligner_middleware.training.origin import Origin
 from aligner_middleware.training.output import write_trained
 from aligner_middleware.training.recipe import Recipe, tool_versions
 from aligner_middleware.training.stages import run_stage, stage_losses, stage_weights
+from aligner_middleware.training.trainer import RUN_FILE, run_folder
 
-_RUN_FILE = "run.json"
-_RUN = FolderKind("an unfinished training run", _RUN_FILE, ("warm_up/", "correction/"))
+_RUN = FolderKind("an unfinished training run", RUN_FILE, ("warm_up/", "correction/"))
 
 
 def train(
@@ -69,7 +69,7 @@ def train(
     """
     process = PartialState(cpu=not torch.cuda.is_available())
     out = out.resolve()
-    folder = out.with_name(f".{out.name}.run")
+    folder = run_folder(out)
     with ExitStack() as stack:
         if process.is_main_process:
             check_replaceable(out, TRAINED)
@@ -116,7 +116,7 @@ class _Run:
         examples = repr([(stage.examples, stage.held_out) for stage in stages])
         rows = hashlib.sha256(examples.encode()).hexdigest()
         identity = {"config": self.config.model_dump(mode="json"), "rows_sha256": rows}
-        path = self.folder / _RUN_FILE
+        path = self.folder / RUN_FILE
         check_owned(self.folder, _RUN)
         if not path.is_file():
             write_text(path, json.dumps(identity, indent=2))

@@ -27,11 +27,10 @@ from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.training.config import POLICY_LEARNING_RATES, PolicyConfig
 from aligner_middleware.training.network import load_network, lora_config, use_bfloat16
 from aligner_middleware.training.policy import policy_tokenizer
-from aligner_middleware.training.trainer import Reporter, last_checkpoint
+from aligner_middleware.training.trainer import RUN_FILE, Reporter, last_checkpoint, run_folder
 
 _ADAPTER = FolderKind("a policy's adapter", ADAPTER_CONFIG_FILE, (ADAPTER_FILE,))
-_RUN_FILE = "run.json"
-_RUN = FolderKind("a policy's unfinished training", _RUN_FILE, ("*", "*/"))  # trl may write files of any name there
+_RUN = FolderKind("a policy's unfinished training", RUN_FILE, ("*", "*/"))  # trl may write files of any name there
 
 
 def train_policy(
@@ -62,9 +61,9 @@ def train_policy(
         folder, _ = base_folder(config.base)
         shape = lora_config(config.lora_rank, config.lora_alpha, config.lora_dropout)
         network = load_network(folder, shape, start, use_bfloat16(config.bfloat16))
-        checkpoints = _checkpoints_of(out)
+        checkpoints = run_folder(out)
         check_owned(checkpoints, _RUN)
-        write_text(checkpoints / _RUN_FILE, "{}")
+        write_text(checkpoints / RUN_FILE, "{}")
         trainer = _make_trainer(network, folder, checkpoints, rows, config)
         trainer.add_callback(Reporter(config.method, report))
         _train(trainer, network, last_checkpoint(checkpoints))
@@ -75,11 +74,7 @@ def train_policy(
 def remove_checkpoints(out: Path) -> None:
     """Remove checkpoints and temporary files that a killed process may have left beside a finished adapter."""
     sweep(out.parent)
-    remove_folder(_checkpoints_of(out), _RUN)
-
-
-def _checkpoints_of(out: Path) -> Path:
-    return out.with_name(f".{out.name}.run")
+    remove_folder(run_folder(out), _RUN)
 
 
 def _make_trainer(

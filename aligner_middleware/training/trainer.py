@@ -14,7 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from aligner_middleware.data.files import write_text
 from aligner_middleware.data.progress import Progress, Report
 
+RUN_FILE = "run.json"  # marks the folder of an unfinished run as ours
 _MEMORY_SHARE = 0.85  # of the memory: a process that holds more ends its run
+
+
+def run_folder(out: Path) -> Path:
+    """Give the folder of the checkpoints of an unfinished run, beside the folder that the run writes."""
+    return out.with_name(f".{out.name}.run")
 
 
 def last_checkpoint(folder: Path) -> str | None:

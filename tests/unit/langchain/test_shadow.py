@@ -34,7 +34,7 @@ from aligner_middleware import (
 )
 from aligner_middleware.cli import app as cli
 from tests.chat_models import USAGE, Scripted, answering, saying
-from tests.fakes import FakeModel, InstantAligner, fake_aligner, judging_aligner
+from tests.fakes import FakeModel, InstantAligner, collected, fake_aligner, joined, judging_aligner
 
 
 def correct(question: str, answer: str) -> str:
@@ -124,17 +124,6 @@ def seen(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: seen(one) for name, one in value.items()}
     return [seen(one) for one in value] if isinstance(value, list) else value
-
-
-def joined(pieces: list[Any]) -> Any:
-    whole = pieces[0]
-    for piece in pieces[1:]:
-        whole += piece
-    return whole
-
-
-async def collected(pieces: Any) -> list[Any]:
-    return [piece async for piece in pieces]
 
 
 async def one_by_one(values: list[Any]) -> AsyncIterator[Any]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from aligner_middleware import Aligner, AlignerMiddleware, AlignerRunnable, Correction, DoubtError, InputError
 from aligner_middleware.cli import app as cli
 from tests.chat_models import answering, saying
-from tests.fakes import fake_aligner, judging_aligner
+from tests.fakes import collected, fake_aligner, joined, judging_aligner
 
 ODDS = {"clear": 20.0, "likely": 1.0, "possible": -1.0}  # log odds; scores of 1, 0.73 and 0.27
 
@@ -44,17 +44,6 @@ def runnable(**options: Any) -> AlignerRunnable:
 
 def wrap(llm: Any, **options: Any) -> Any:
     return AlignerRunnable.wrap(llm, ALIGNER, **options)
-
-
-def joined(pieces: list[Any]) -> Any:
-    whole = pieces[0]
-    for piece in pieces[1:]:
-        whole += piece
-    return whole
-
-
-async def collected(pieces: Any) -> list[Any]:
-    return [piece async for piece in pieces]
 
 
 CALLS: dict[str, Callable[[Runnable[Any, Any], Any], Any]] = {

@@ -1,191 +1,220 @@
-"""What each part of the recipe is worth: the same number of steps, one thing changed at a time.
+"""What each part of the default's recipe is worth: equal data and steps, one thing changed at a time.
 
-    python benchmarks/ablations.py [--rows …/corrections.jsonl] [--steps 220] [--only decision_weight_5 …]
+    python benchmarks/ablations.py OUT [--rows 560] [--tokens 200] [--only "decision weight 1" …]
 
-Each variant is `aligner train` with other options. Its held-out rows are scored under teacher forcing, in one pass each:
-a row is kept where the model's arg max is the answer's next token at every position, its end included; otherwise it is
-changed. That is what decoding would do (`aligner evaluate` decodes), but for the bfloat16 autocast used here.
+OUT is the folder of `default_rows/compose.py`. Every arm trains the base for one epoch on as many rows (added identity rows
+included), of at most so many tokens, in batches of 8; all but those that name other rows see the same ones. Scores:
 
-- kept: share of the good answers; changed: share of the bad ones
-- AUC: chance that a bad answer's smallest margin (logit of its own next token, less the largest other) lies below a good
-  one's: how well the two are told apart, wherever the threshold is
-- perplexity of the reference corrections
+- AUC of the evidence on development rows of real models, and on rows with one bad sentence put into a real answer
+- edits equal to the reference, and kept sentences all intact, where held-out answers are corrected whatever the score
+- perplexity of held-out reference corrections, a token
+
+The trained weights of the recipe are then stored as differences of 1 to 8 bits, and scored again. OUT/ablations.json gets the
+figures; arms in it are not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import math
+import random
+import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from aligner_middleware.checkpoints.checkpoint import end_token_ids, open_checkpoint
-from aligner_middleware.export.parity import encode
+from aligner_middleware import Aligner
+from aligner_middleware.data.triples import Triple, read_rows
+from aligner_middleware.evaluation.detection import Auc
+from aligner_middleware.evaluation.labelled_rows import LabelledRow, read_labelled
 from aligner_middleware.locations import DEFAULT_FOLDER
+from aligner_middleware.text.edits import split_sentences
+from aligner_middleware.text.targets import verdict_of
+from aligner_middleware.training import Stage, TrainConfig
+from aligner_middleware.training.aligner import train
+from aligner_middleware.training.origin import Origin
+from aligner_middleware.training.output import write_trained
+from aligner_middleware.training.recipe import Recipe
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-RESULTS = Path(__file__).parent / "results"
-BATCH = 8
-WARM_UP = 24  # steps of the identity stage
-RECIPE: dict[str, float | str] = {
-    "learning-rate": 6e-4,
-    "identity-share": 0.1,
-    "lora-rank": 16,
-    "lora-alpha": 32,
-    "decision-weight": 5,
+RECIPE: dict[str, Any] = {
+    "method": "difference",
+    "learning_rate": 1.5e-4,
+    "decision_weight": 6.0,
+    "identity_share": 0.06,
 }
-# What each variant changes; `data` is the share of rows that it sees, for as many steps.
-VARIANTS: dict[str, dict[str, Any]] = {
+OURS = {"written", "composed", "chat model"}
+COMPOSED = {"composed", "composed on public rows"}
+# What each arm changes; `sources` says which rows it sees.
+ARMS: dict[str, dict[str, Any]] = {
     "the recipe": {},
-    "decision weight 1": {"decision-weight": 1},
-    "no warm-up": {"warm-up": 0},
-    "no identity mix": {"identity-share": 0},
-    "identity mix of a third": {"identity-share": 0.33},
-    "LoRA rank 4": {"lora-rank": 4, "lora-alpha": 8},
-    "LoRA rank 32": {"lora-rank": 32, "lora-alpha": 64},
-    "LoRA rank 32, rate 1.5e-3": {"lora-rank": 32, "lora-alpha": 64, "learning-rate": 1.5e-3},
-    "full fine-tuning": {"method": "full", "learning-rate": 1e-4},
-    "25 % of the data": {"data": 0.25},
-    "50 % of the data": {"data": 0.5},
+    "decision weight 1": {"decision_weight": 1.0},
+    "verdict weight 0.5": {"verdict_weight": 0.5},
+    "verdict weight 5": {"verdict_weight": 5.0},
+    "no public rows": {"sources": OURS.__contains__},
+    "no composed rows": {"sources": lambda source: source not in COMPOSED},
+    "no identity rows": {"identity_share": 0.0},
+    "identity share 0.3": {"identity_share": 0.3},
+    "LoRA, rank 16": {"method": "lora", "learning_rate": 4e-4},
+    "LoRA, rank 64": {"method": "lora", "learning_rate": 4e-4, "lora_rank": 64, "lora_alpha": 128},
+    "full": {"method": "full"},
 }
+BITS = (1, 2, 3, 4, 8)
 
 
 def main() -> None:
-    """Train and score what is not in the results yet; then print all and draw them."""
-    options = parse()
-    scores: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    for name in options.only or VARIANTS:
-        if name not in scores:
+    """Train and score the arms that are not in the results yet, then print all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out", type=Path, help="folder of compose.py")
+    parser.add_argument("--rows", type=int, default=560, help="rows that an arm is trained on")
+    parser.add_argument("--tokens", type=int, default=200, help="longest row")
+    parser.add_argument("--only", nargs="*", choices=[*ARMS, "bits"], default=[*ARMS, "bits"])
+    options = parser.parse_args()
+    file: Path = options.out / "ablations.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    scorer = Scorer(options.out, options.tokens)
+
+    def note(name: str, folder: Path, seconds: float) -> None:
+        found[name] = scorer.score(folder) | {"seconds": round(seconds)}
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(name, found[name], flush=True)
+
+    for name in ARMS:
+        if name in options.only and name not in found:
             start = time.perf_counter()
-            adapter = train(name, options)
-            seconds = time.perf_counter() - start
-            scores[name] = score(str(adapter), read(options.held_out)) | {"seconds": round(seconds)}
-            options.out.write_text(json.dumps(scores, indent=1) + "\n")
-            print(name, scores[name], flush=True)
-    show(scores)
-    draw(scores, options.out.with_suffix(".png"))
+            note(name, run(name, options), time.perf_counter() - start)
+    if "bits" in options.only:
+        for bits in BITS:
+            if f"{bits} bits" not in found:
+                note(f"{bits} bits", stored(folder_of("full", options.out), bits), 0)
+    Console(width=120).print(as_table(found))
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=Path, default=DEFAULT_FOLDER / "corrections.jsonl")
-    parser.add_argument("--held-out", type=Path, default=DEFAULT_FOLDER / "held_out.jsonl")
-    parser.add_argument("--steps", type=int, default=220)
-    parser.add_argument("--max-length", type=int, default=384)
-    parser.add_argument("--only", nargs="*", choices=VARIANTS)
-    parser.add_argument("--work", type=Path, default=Path("build-out/ablations"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "ablations.json")
-    return parser.parse_args()
+def folder_of(name: str, out: Path) -> Path:
+    """Name an arm's folder."""
+    return out / "ablations" / name.replace(" ", "-").replace(",", "")
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """Read JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def short_rows(out: Path, tokens: int) -> list[tuple[str, Triple]]:
+    """Give the rows that are short enough with their sources, shuffled."""
+    path = out / "train.jsonl"
+    sources = [json.loads(line)["source"] for line in path.read_text(encoding="utf-8").splitlines()]
+    found = read_rows(path)
+    left_out = {row.line for row in found.left_out}
+    kept = [source for line, source in enumerate(sources, 1) if line not in left_out]
+    tokenizer = Origin.open(TrainConfig()).tokenizer
+    rows = [
+        (source, row)
+        for source, row in zip(kept, found.triples, strict=True)
+        if len(tokenizer.encode(f"{row.question}{row.answer}{row.correction}")) <= tokens
+    ]
+    random.Random(0).shuffle(rows)
+    return rows
 
 
-def train(name: str, options: argparse.Namespace) -> Path:
-    """Train a variant; epochs are chosen so that all take the same number of steps."""
-    changed = dict(VARIANTS[name])
-    warm_up = changed.pop("warm-up", WARM_UP)
-    rows = read(options.rows)
-    rows = rows[: round(len(rows) * changed.pop("data", 1.0))]
-    folder: Path = options.work / name.replace(" ", "_").replace("%", "percent")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    data = folder.with_suffix(".jsonl")
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = RECIPE | changed
-    if settings.get("method") == "full":
-        settings = {key: value for key, value in settings.items() if not key.startswith("lora")}
-    share = float(settings["identity-share"])
-    arguments: dict[str, Any] = settings | {
-        "warm-up-epochs": warm_up * BATCH / len(rows),
-        "epochs": (options.steps - warm_up) * BATCH / len(rows) * (1 - share),
-        "max-length": options.max_length,
-        "save-steps": 10_000,
-    }
-    flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "aligner_middleware", "train", str(data), str(folder), "--no-verdict", *flags]
-    subprocess.run(command, check=True)
+def run(name: str, options: argparse.Namespace) -> Path:
+    """Train an arm, and give its folder."""
+    settings = RECIPE | ARMS[name]
+    wanted: Callable[[str], bool] = settings.pop("sources", lambda source: True)
+    share: float = settings.pop("identity_share")
+    rows = [row for source, row in short_rows(options.out, options.tokens) if wanted(source)]
+    config = TrainConfig(
+        max_length=2 * options.tokens,
+        warm_up=Stage(epochs=0),
+        correction=Stage(epochs=1, identity_share=share, learning_rate=settings.pop("learning_rate")),
+        **settings,
+    )
+    folder = folder_of(name, options.out)
+    shutil.rmtree(folder, ignore_errors=True)
+    train(rows[: round(options.rows * (1 - share))], folder, config)
     return folder
 
 
-@torch.inference_mode()
-def score(model: str, rows: Sequence[dict[str, str]]) -> dict[str, float]:
-    """Score a trained model; see the module's text."""
-    checkpoint = open_checkpoint(model)
-    network = checkpoint.load()
-    margins: dict[str, list[float]] = {"keep": [], "correct": []}
-    losses: list[np.ndarray] = []
+def stored(full: Path, bits: int) -> Path:
+    """Store the weights of full fine-tuning as a difference to the base."""
+    folder = full.parent / f"{bits}-bits"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    recipe = Recipe.model_validate_json((full / "training.json").read_text(encoding="utf-8"))
+    config = recipe.config.model_copy(update={"method": "difference", "difference_bits": bits})
+    write_trained(full, Origin.open(config).folder, recipe.model_copy(update={"config": config}), folder)
+    return folder
 
-    def logits(ids: Sequence[int], count: int) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            found = network(input_ids=torch.tensor([list(ids)]), logits_to_keep=count + 1).logits
-        last: torch.Tensor = found[0, :-1].float()
-        return last
 
-    tokenizer = checkpoint.tokenizer()
-    end = end_token_ids(checkpoint.folder, tokenizer, checkpoint.template)[0]
-    copies, references = (
-        encode(tokenizer, checkpoint.template, end, [(row["question"], row["answer"], row[target]) for row in rows])
-        for target in ("answer", "correction")
+class Scorer:
+    """The rows that an arm is scored on."""
+
+    def __init__(self, out: Path, tokens: int) -> None:
+        self.development = read_short(out / "development.jsonl", tokens, 240)
+        self.inserted = read_short(out / "inserted.jsonl", tokens, 160)
+        lines = (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["answer"] != row["correction"]]
+        self.edits = [row for row in rows if verdict_of(row["answer"], row["correction"]) == "edit"][:40]
+        self.references = rows[:80]
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        """Score a trained aligner in float32."""
+        with Aligner.load(folder, engine="torch", precision="float32") as aligner:
+            return {
+                "development": auc(aligner, self.development),
+                "inserted": auc(aligner, self.inserted),
+                "edits": self._edits(aligner),
+                "perplexity": self._perplexity(aligner),
+                "megabytes": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+            }
+
+    def _edits(self, aligner: Aligner) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for row in self.edits:
+            made = aligner.correct(row["question"], row["answer"], strength=0.0, on_doubt="keep")
+            answer, reference, corrected = (
+                {piece.strip() for piece in split_sentences(text)}
+                for text in (row["answer"], row["correction"], made.corrected)
+            )
+            found.update(rows=1, equal=made.corrected == row["correction"], intact=answer & reference <= corrected)
+        return dict(found)
+
+    def _perplexity(self, aligner: Aligner) -> float:
+        nats = tokens = 0.0
+        for row in self.references:
+            ((likelihood, _),) = aligner.log_likelihood(row["question"], row["answer"], [row["correction"]])
+            nats, tokens = nats - likelihood, tokens + aligner.count_tokens(row["correction"])
+        return math.exp(nats / tokens)
+
+
+def read_short(path: Path, tokens: int, number: int) -> list[LabelledRow]:
+    """Draw labelled rows of at most so many tokens, counted as four characters."""
+    rows = [row for row in read_labelled(path) if len(row.question) + len(row.answer) <= 4 * tokens]
+    return random.Random(0).sample(rows, min(number, len(rows)))
+
+
+def auc(aligner: Aligner, rows: Sequence[LabelledRow]) -> dict[str, float]:
+    """Say how well the evidence tells bad answers from good ones, with a 95 % interval."""
+    evidence = [aligner.evidence(row.question, row.answer) for row in rows]
+    found: dict[str, float] = Auc.of(evidence, [row.unsafe for row in rows]).model_dump()
+    return found
+
+
+def as_table(found: dict[str, Any]) -> Table:
+    """Show the arms."""
+    table = Table(
+        "arm", "AUC, real answers", "AUC, one sentence", "edits equal", "intact", "perplexity", "MB", "seconds"
     )
-    for row, (ids, count), (reference, length) in zip(rows, copies, references, strict=True):
-        found = logits(ids, count)
-        targets = torch.tensor(ids[-count:])[:, None]
-        own = found.gather(1, targets)
-        margins[row["kind"]].append(float((own - found.scatter(1, targets, -torch.inf).amax(1, keepdim=True)).min()))
-        found = logits(reference, length)
-        losses.append(
-            torch.nn.functional.cross_entropy(found, torch.tensor(reference[-length:]), reduction="none").numpy()
+    for name, scores in found.items():
+        areas = [
+            f"{a['value']:.3f} ({a['low']:.3f} to {a['high']:.3f})" for a in (scores["development"], scores["inserted"])
+        ]
+        edits = scores["edits"]
+        counts = (f"{edits[key]} of {edits['rows']}" for key in ("equal", "intact"))
+        table.add_row(
+            name, *areas, *counts, f"{scores['perplexity']:.2f}", f"{scores['megabytes']:.0f}", str(scores["seconds"])
         )
-    keep, correct = np.array(margins["keep"]), np.array(margins["correct"])
-    return {
-        "kept": float((keep > 0).mean()),
-        "changed": float((correct <= 0).mean()),
-        "auc": float((correct[:, None] < keep[None]).mean()),
-        "perplexity": float(np.exp(np.concatenate(losses).mean())),
-    }
-
-
-def show(scores: dict[str, Any]) -> None:
-    """Print the table."""
-    table = Table("variant", "kept", "changed", "AUC", "perplexity", "seconds")
-    for name, found in scores.items():
-        numbers = (
-            f"{found['kept']:.1%}",
-            f"{found['changed']:.1%}",
-            f"{found['auc']:.3f}",
-            f"{found['perplexity']:.2f}",
-        )
-        table.add_row(name, *numbers, str(found["seconds"]))
-    Console(width=100).print(table)
-
-
-def draw(scores: dict[str, Any], path: Path) -> None:
-    """Plot kept against changed, with the AUC beside each name."""
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    for name, found in scores.items():
-        axes.scatter(100 * found["kept"], 100 * found["changed"])
-        label = f"{name} ({found['auc']:.2f})"
-        axes.annotate(
-            label, (100 * found["kept"], 100 * found["changed"]), (5, 4), textcoords="offset points", fontsize=8
-        )
-    axes.set(xlabel="good answers kept, %", ylabel="bad answers changed, %", title="Ablations on held-out rows (AUC)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return table
 
 
 if __name__ == "__main__":

@@ -30,19 +30,32 @@ def plain(text: str) -> str:
 
 
 class Rows:
-    """A file's rows with the vectors of their questions and answers."""
+    """A file's rows with the vectors of their questions, and of those answers that were compared."""
 
     def __init__(self, path: Path, encoder: SentenceEncoder) -> None:
         self.lines = path.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in self.lines]
+        self.answers = [row["answer"][:_CHARACTERS] for row in rows]
         self.questions = [plain(row["question"]) for row in rows]
-        self.vectors = {
-            side: encoder.encode([row[side][:_CHARACTERS] for row in rows]) for side in ("question", "answer")
-        }
+        self.vectors = encoder.encode([row["question"][:_CHARACTERS] for row in rows])
 
-    def likeness(self, side: str, other: Rows) -> NDArray[np.float32]:
-        """Give the cosine of every row with every one of `other`, `[N, M]`."""
-        return self.vectors[side] @ other.vectors[side].T
+
+def near_pairs(rows: Rows, others: Rows) -> NDArray[np.intp]:
+    """Give the pairs of rows with near-duplicate questions, `[P, 2]`; each pair once where both sides are the same rows."""
+    near = rows.vectors @ others.vectors.T > NEAR
+    return np.argwhere(np.triu(near, 1) if rows is others else near)
+
+
+def alike_answers(pairs: NDArray[np.intp], rows: Rows, others: Rows, encoder: SentenceEncoder) -> NDArray[np.bool_]:
+    """Say of each pair whether its answers are near-duplicates too, `[P]`."""
+    if not len(pairs):
+        return np.zeros(0, bool)
+    sides = []
+    for side, of in enumerate((rows, others)):
+        wanted, place = np.unique(pairs[:, side], return_inverse=True)  # long texts, so each is encoded once
+        sides.append(encoder.encode([of.answers[row] for row in wanted])[place])
+    cosines: NDArray[np.float32] = (sides[0] * sides[1]).sum(1)
+    return np.greater(cosines, NEAR)
 
 
 def main(folder: Path) -> None:
@@ -52,20 +65,19 @@ def main(folder: Path) -> None:
     asked = set(train.questions)
     files = {name: folder / f"{name}.jsonl" for name in ("development", "inserted")}
     files["held_out"] = DEFAULT_FOLDER / "held_out.jsonl"
+    files["train"] = folder / "train.jsonl"
     print(f"{'rows':12} {'number':>6} {'same':>6} {'near':>6} {'near, answer too':>17}")
     for name, path in files.items():
-        rows = Rows(path, encoder)
-        same = np.array([question in asked for question in rows.questions])
-        near = rows.likeness("question", train) > NEAR
-        both = near & (rows.likeness("answer", train) > NEAR)
-        print(f"{name:12} {len(same):6} {same.sum():6} {near.any(1).sum():6} {both.any(1).sum():17}")
+        rows = train if name == "train" else Rows(path, encoder)
+        same = [question in asked for question in rows.questions]
+        repeated = len(same) - len(asked) if rows is train else sum(same)
+        pairs = near_pairs(rows, train)
+        near = set(pairs[:, 0])
+        both = set(pairs[alike_answers(pairs, rows, train, encoder), 0])
+        print(f"{name:12} {len(same):6} {repeated:6} {len(near):6} {len(both):17}", flush=True)
         if name == "development":
-            apart = [line for line, leaks in zip(rows.lines, near.any(1) | same, strict=True) if not leaks]
+            apart = [line for row, line in enumerate(rows.lines) if row not in near and not same[row]]
             (folder / "development_apart.jsonl").write_text("".join(f"{line}\n" for line in apart), encoding="utf-8")
-    near = np.triu(train.likeness("question", train) > NEAR, 1)
-    both = near & (train.likeness("answer", train) > NEAR)
-    repeats = len(train.questions) - len(asked)
-    print(f"{'train':12} {len(near):6} {repeats:6} {near.any(1).sum():6} {both.any(1).sum():17}")
 
 
 if __name__ == "__main__":

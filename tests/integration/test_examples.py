@@ -1,9 +1,15 @@
 """Every example runs on the local models, without a key, and prints what it did."""
 
+import io
+import logging
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import local_models
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -18,19 +24,34 @@ CASES: dict[str, tuple[str, list[str], str]] = {
     "own_policy": ("'changed': 1", [], ""),
     "train_your_own": ("s in all", ["--epochs", "0.4"], ""),
     "terminal_chat": ("you: What is a river?", [], "What is snow?\nWhat is a river?\n"),
-    "demo": ("kept byte for byte", [], ""),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_loaded_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_models, "_chat_model", cache(local_models._chat_model))
+        yield
+    logging.disable(logging.NOTSET)  # the examples are silent
 
 
 def test_all_examples_are_tried() -> None:
     shared = {"local_models", "openai_server"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} - shared == set(CASES)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - shared == {*CASES, "demo"}
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
-def test_it_runs(name: str) -> None:
+def test_it_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     printed, arguments, typed = CASES[name]
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments]
-    run = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=300)
+    path = str(EXAMPLES / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    runpy.run_path(path, run_name="__main__")
+    assert printed in capsys.readouterr().out
+
+
+def test_the_demo_runs_in_a_process_of_its_own() -> None:
+    run = subprocess.run([sys.executable, str(EXAMPLES / "demo.py")], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert printed in run.stdout
+    assert "kept byte for byte" in run.stdout

@@ -18,8 +18,9 @@ help:  ## Show this list
 demo: .venv/installed  ## Run a real chat model with the default aligner behind it
 	@$(BIN)/python examples/demo.py
 
-test: .venv/installed lint unit integration  ## Lint, types and all tests but the slow ones
-
+test: .venv/installed  ## Lint, types and all tests but the slow ones
+	$(MAKE) --jobs 2 --output-sync=line lint unit
+	$(MAKE) integration
 
 lint: .venv/installed  ## ruff, mypy --strict, import-linter and bandit
 	$(BIN)/ruff check .
@@ -38,7 +39,7 @@ unit: .venv/installed  ## Fast tests, without a model
 	$(BIN)/pytest tests/unit -m 'not slow' -n auto --maxprocesses 4
 
 integration: .venv/installed  ## Tests on the real default aligner
-	$(BIN)/pytest tests/integration -m 'not slow'
+	$(BIN)/pytest tests/integration -m 'not slow' -n 2 --dist worksteal
 
 coverage: .venv/installed  ## Branch coverage of unit and integration tests together, which may not fall; slower than they
 	$(BIN)/pytest tests -m 'not slow' --cov

@@ -12,6 +12,8 @@ from pathlib import Path
 import local_models
 import pytest
 
+logging.disable(logging.NOTSET)  # the examples are silent, the other tests are not
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What each prints if it did its work; more arguments, and what is typed, where it takes any.
 CASES: dict[str, tuple[str, list[str], str]] = {
@@ -32,7 +34,6 @@ def _models_loaded_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_models, "_chat_model", cache(local_models._chat_model))
         yield
-    logging.disable(logging.NOTSET)  # the examples are silent
 
 
 def test_all_examples_are_tried() -> None:
@@ -41,7 +42,9 @@ def test_all_examples_are_tried() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "train_your_own")) for name in CASES]
+)
 def test_it_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     printed, arguments, typed = CASES[name]
     path = str(EXAMPLES / f"{name}.py")

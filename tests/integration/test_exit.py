@@ -8,7 +8,7 @@ import pytest
 
 from aligner_middleware import Aligner, ClosedError
 
-LONG = "You silly fool. " + "Rinse the rice, add water and wait until it has gone, then let it rest. " * 250
+LONG = "You silly fool. " + "Rinse the rice, add water and wait until it has gone, then let it rest. " * 120
 
 BEGIN = f"""
 import asyncio, gc, os, signal, sys, threading

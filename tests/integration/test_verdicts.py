@@ -101,8 +101,8 @@ def test_calibration_is_written_into_the_folder_and_evaluation_reads_labelled_ro
     folder = tmp_path / "aligner"
     shutil.copytree(cached_folder("default", "int8"), folder)
     rows = [row for row in held_out if len(row["answer"]) < 200]
-    good = [row for row in rows if row["kind"] == "keep"][:60]
-    bad = [row for row in rows if row["kind"] == "correct"][:30]
+    good = [row for row in rows if row["kind"] == "keep"][:50]
+    bad = [row for row in rows if row["kind"] == "correct"][:20]
     data = tmp_path / "rows.jsonl"
     lines = [
         {"question": row["question"], "answer": row["answer"], "kind": kind}
@@ -116,7 +116,7 @@ def test_calibration_is_written_into_the_folder_and_evaluation_reads_labelled_ro
     assert outcome.exit_code == 0, outcome.output
     calibration = Artifact.load(folder).calibration
     assert calibration is not None
-    assert calibration.rows == 90
+    assert calibration.rows == 70
     assert calibration.levels["low"] >= calibration.levels["medium"] >= calibration.levels["high"]
     assert {"roc.png", "reliability.png"} <= {path.name for path in tmp_path.iterdir()}
     outcome = CliRunner().invoke(app, ["evaluate", str(data), "--model", str(folder), "--strength", "high", "--json"])

@@ -54,6 +54,7 @@ def down() -> Runnable[Any, Any]:
 llm = answering()
 chain = llm | ALIGN
 other: Runnable[Any, Any] = RunnableLambda(lambda question: f"other {question}") | llm
+REMEMBERED = 1024  # questions, by the record of all chains
 SHAPES: dict[str, Runnable[Any, Any]] = {
     "chain": chain,
     "prompt and parser": ChatPromptTemplate.from_messages([("human", "{question}")]) | llm | ALIGN | StrOutputParser(),
@@ -187,10 +188,10 @@ def kept_objects() -> int:
     return sum(module.startswith(("aligner_middleware.", "langchain_core.messages.")) for module in modules)
 
 
-@pytest.mark.parametrize("calls", [1000, pytest.param(8000, marks=pytest.mark.slow)])
-def test_thousands_of_mixed_calls_have_no_mix_up_and_nothing_of_them_is_kept(calls: int) -> None:
+@pytest.mark.parametrize("calls", [400, pytest.param(8000, marks=pytest.mark.slow)])
+def test_many_mixed_calls_have_no_mix_up_and_nothing_of_them_is_kept(calls: int) -> None:
     rng = random.Random(0)
-    jobs = [(rng.choice(list(SHAPES)), rng.choice([*METHODS, *ASYNC_METHODS]), f"q{n}") for n in range(1500 + calls)]
+    jobs = [(rng.choice(list(SHAPES)), rng.choice([*METHODS, *ASYNC_METHODS]), f"q{n}") for n in range(REMEMBERED + calls)]
 
     def mix_ups(part: list[tuple[str, str, str]]) -> int:
         with asyncio.Runner() as loop:
@@ -201,9 +202,9 @@ def test_thousands_of_mixed_calls_have_no_mix_up_and_nothing_of_them_is_kept(cal
             return sum(pool.map(mix_ups, (part[start::8] for start in range(8))))
 
     question_record.clear()
-    assert run(jobs[:1500]) == 0  # what is loaded once, and a full record
+    assert run(jobs[:REMEMBERED]) == 0  # what is loaded once, and a full record
     before = kept_objects()
-    assert run(jobs[1500:]) == 0
+    assert run(jobs[REMEMBERED:]) == 0
     assert kept_objects() - before < calls / 4
     assert question_record.running == 0
-    assert question_record.remembered <= 1024
+    assert question_record.remembered <= REMEMBERED

@@ -1,0 +1,1 @@
+"""The aligner as a service: before any model, for any language."""

@@ -1,0 +1,25 @@
+"""What a route asks of its request: the service, and the client whose key it has."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.service import Client, Service
+
+
+def _service(request: Request) -> Service:
+    service: Service | None = request.app.state.service
+    if service is None:
+        raise Problem(503, "the aligner is being loaded", kind="server_error", code="loading", retry_after=5)
+    return service
+
+
+def _client(request: Request, service: Annotated[Service, Depends(_service)]) -> Client:
+    return service.client(request.headers.get("authorization"))
+
+
+TheService = Annotated[Service, Depends(_service)]
+TheClient = Annotated[Client, Depends(_client)]

@@ -1,0 +1,85 @@
+"""The application: its routes, its life, and its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from aligner_middleware import __version__
+from aligner_middleware.aligner import Aligner
+from aligner_middleware.serve import health
+from aligner_middleware.serve.limits import Limits
+from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.service import Service, logger
+from aligner_middleware.serve.settings import ServeSettings
+
+
+def create_app(settings: ServeSettings, aligner: Aligner | None = None) -> FastAPI:
+    """Make the application.
+
+    Args:
+        settings: Of the service.
+        aligner: The aligner; `None` loads the one that the settings name, when the application starts.
+    """
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        load = partial(Aligner.load, settings.model, precision=settings.precision, threads=settings.threads)
+        own = await asyncio.to_thread(load) if aligner is None else aligner
+        app.state.service = Service(settings, own)
+        try:
+            yield
+        finally:
+            app.state.service = None
+            if aligner is None:
+                own.close()
+
+    app = FastAPI(title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None)
+    app.state.service = None
+    app.include_router(health.router)
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    app.add_middleware(
+        Limits,
+        max_body=settings.max_body,
+        body_timeout=settings.body_timeout,
+        concurrency=settings.concurrency,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _problem(request: Request, error: Exception) -> JSONResponse:
+    return Problem.of(error).response()
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    return Problem(400, f"{place or 'body'}: {first['msg']}", code="invalid_value", param=place or None).response()
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return Problem(
+        error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None
+    ).response()
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.error("a request failed", exc_info=error)
+    return Problem.of(error).response()

@@ -1,0 +1,161 @@
+"""What all routes share: the loaded aligner, the policy of each client, and those who are told of every decision."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from aligner_middleware.aligner import Aligner
+from aligner_middleware.errors import MissingQuestionError
+from aligner_middleware.langchain.alignment import Alignment
+from aligner_middleware.langchain.outcome import Aligned, Outcome
+from aligner_middleware.serve.keys import find_key
+from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.settings import PolicySettings, ServeSettings
+
+ANONYMOUS = "anonymous"
+
+logger = logging.getLogger("aligner_middleware.serve")
+
+
+@dataclass(frozen=True)
+class Client:
+    """Whoever made a request.
+
+    Attributes:
+        name: Of its key; `anonymous` where no keys are set.
+        policy: Of its key.
+        alignment: The aligner with this policy.
+    """
+
+    name: str
+    policy: PolicySettings
+    alignment: Alignment
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one answer; metrics, audit log and page are told of it.
+
+    Attributes:
+        client: Whose it is.
+        route: The route that it came by, such as `/v1/chat/completions`.
+        question: The question; empty where it is not known.
+        answer: The answer as it came.
+        text: The answer as it left.
+        metadata: As in `response_metadata["aligner"]`; see docs/langchain.md.
+        seconds: From the whole answer to its decision.
+        error: Name of the error, where there was one.
+        at: When.
+    """
+
+    client: Client
+    route: str
+    question: str
+    answer: str
+    text: str
+    metadata: Mapping[str, Any]
+    seconds: float
+    error: str | None = None
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+Listener = Callable[[Decision], None]
+
+
+class Service:
+    """The loaded aligner and the policies.
+
+    Args:
+        settings: Of the service.
+        aligner: The aligner that all clients share.
+
+    Attributes:
+        settings, aligner: As given.
+        listeners: Called with every decision, in the event loop's thread; they must not block. Their errors are logged.
+    """
+
+    def __init__(self, settings: ServeSettings, aligner: Aligner) -> None:
+        self.settings = settings
+        self.aligner = aligner
+        self.listeners: list[Listener] = []
+        self._clients = {key.name: self._client(key.name, key) for key in settings.keys}
+        self._anonymous = self._client(ANONYMOUS, settings.policy)
+
+    def client(self, authorization: str | None) -> Client:
+        """Find the client of a request by its `Authorization` header.
+
+        Raises:
+            Problem: 401, if keys are set and this is none of them.
+        """
+        if not self._clients:
+            return self._anonymous
+        return self._clients[find_key(self.settings.keys, authorization).name]
+
+    async def align(self, client: Client, route: str, question: str | MissingQuestionError, answer: str) -> Aligned:
+        """Align one answer by the client's policy, and tell the listeners.
+
+        Raises:
+            Problem: If the correction fails, and the policy says `raise`.
+        """
+        start = time.perf_counter()
+        outcome = await client.alignment.aalign_pair(question, answer)
+        return self.decided(client, route, question, answer, outcome, start)
+
+    def decided(
+        self,
+        client: Client,
+        route: str,
+        question: str | MissingQuestionError,
+        answer: str,
+        outcome: Outcome,
+        start: float,
+    ) -> Aligned:
+        """Tell the listeners of an outcome, and give it.
+
+        Args:
+            client: Whose answer it is.
+            route: The route that it came by.
+            question: The question, or why it is not known.
+            answer: The answer as it came.
+            outcome: The outcome.
+            start: `time.perf_counter()` when the answer was whole.
+
+        Raises:
+            Problem: If the outcome is an error.
+        """
+        text, metadata = ("", {}) if isinstance(outcome, Exception) else (outcome.text, outcome.metadata)
+        error = type(outcome).__name__ if isinstance(outcome, Exception) else None
+        asked = question if isinstance(question, str) else ""
+        seconds = time.perf_counter() - start
+        self._tell(Decision(client, route, asked, answer, text, metadata, seconds, error))
+        if isinstance(outcome, Exception):
+            problem = Problem.of(outcome)
+            if problem.status == 500:
+                logger.error("a correction failed", exc_info=outcome)
+            raise problem from outcome
+        return outcome
+
+    def _tell(self, decision: Decision) -> None:
+        for listener in self.listeners:
+            try:
+                listener(decision)
+            except Exception:  # a log must not break the answer that it is about
+                logger.exception("a listener failed")
+
+    def _client(self, name: str, policy: PolicySettings) -> Client:
+        alignment = Alignment(
+            aligner=self.aligner,
+            strength=policy.strength,
+            mode=policy.mode,
+            on_doubt=policy.on_doubt,
+            on_error=policy.on_error,
+            on_missing_question="passthrough",
+            on_long_answer="piecewise",
+            timeout=self.settings.correction_timeout,
+        )
+        return Client(name, policy, alignment)

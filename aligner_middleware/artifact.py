@@ -107,7 +107,7 @@ class Artifact(_Frozen):
 
     Attributes:
         format_version: Of this file; a newer one is refused, an older one may be readable.
-        name: The name of what was exported: `default`, a hub id, or a folder's name.
+        name: Name of the exported model: `default`, a hub id, or a folder's name.
         template: The prompt that this aligner was trained with.
         graph: `fused` (GroupQueryAttention with buffers shared between passes) or `standard` (as optimum exports it).
         weights: How they are stored (`export/quantize.py`).
@@ -153,9 +153,7 @@ class Artifact(_Frozen):
             if not 0 <= value <= 1e30:
                 raise ValueError(f"parity.{name} is {value:g}")
         if (self.verdict_ids is None) != (self.template.verdicts is None):
-            raise ValueError(
-                "one of verdict_ids and template.verdicts is null, expected both or neither"
-            )
+            raise ValueError("one of verdict_ids and template.verdicts is null, expected both or neither")
         return self
 
     @classmethod

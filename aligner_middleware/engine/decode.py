@@ -18,7 +18,7 @@ from aligner_middleware.engine.model import KVCache, Logits, Model
 _ROWS = 16  # sequences that may share a pass
 _SHORTEST_ROW = 2048  # tokens
 _PROMPT_TOKENS = 1024  # of prompts that begin in one step
-_SHARED = 0.18  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
+_SHARED = 0.18  # cost of a row in a shared pass, as a share of a pass of its own (int8 on a CPU)
 
 
 class Decoder:

@@ -1,4 +1,4 @@
-"""Follows a draft while the model writes, and proposes how many of its next tokens to verify.
+"""Follows a draft while the model writes, and proposes its next tokens for verification.
 
 The first pass verifies the whole draft. After a rejected token the place in the draft is found again by the latest tokens:
 after a sentence that was removed, inserted or moved, the model mostly follows the draft again.

@@ -23,10 +23,7 @@ from aligner_middleware.artifact import Artifact
 from aligner_middleware.engine.model import IntArray, Logits
 
 _CHUNK = 192  # most tokens of a sequence in one pass: attention compares each with all before the chunk's end
-_SHARED_TOKENS, _FILLING = (
-    768,
-    0.25,
-)  # of a pass over several prompts: most tokens, and most padding as a share of the others
+_SHARED_TOKENS, _FILLING = 768, 0.25  # of a pass over several prompts: most tokens, and most padding for each of them
 
 
 @dataclass(frozen=True)

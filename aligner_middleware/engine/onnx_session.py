@@ -87,7 +87,7 @@ def check_in_use(wanted: Sequence[str] | None, used: Sequence[str]) -> None:
     if missing and len(missing) == len(wanted or ()):
         raise ArtifactError(
             f"{missing[0]} could not be started here (is there such a device, and its libraries?), only {used[0]}: leave "
-            "providers out for what there is"
+            "providers out to use the devices that are there"
         )
     if missing:
         logger.warning("%s is not used here: this aligner runs on %s", ", ".join(missing), used[0])

@@ -20,7 +20,7 @@ def check_text(name: str, text: str) -> None:
     """Refuse a value that is not a string, or not valid Unicode.
 
     Args:
-        name: What the message calls it.
+        name: Its name in the message.
         text: The text.
 
     Raises:

@@ -31,7 +31,7 @@ class Operation(NamedTuple):
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text after each line and each sentence; white space goes with what stands before it.
+    """Cut a text after each line and each sentence; white space belongs to the piece before it.
 
     Lines of fenced code stay whole. The pieces joined are the text. While a text grows, all its pieces but the last stay the
     same, unless a fence closes.

@@ -29,10 +29,10 @@ def doubts(answer: str, correction: str, *, cut_off: bool = False, question: str
     """Name the safeguards that object to a correction.
 
     Args:
-        answer: What the aligner read.
-        correction: What it wrote in its place.
+        answer: The answer.
+        correction: The text that the aligner wrote in its place.
         cut_off: Whether the token limit ended the correction, which its text does not show.
-        question: What the answer answers. A script that it uses is not foreign.
+        question: The answer's question. The correction may use its scripts.
 
     Returns:
         `cut_off` and names from `SAFEGUARDS`, in that order; none if the correction may be used. A correction that equals

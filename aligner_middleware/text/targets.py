@@ -42,7 +42,7 @@ def verdict_of(answer: str, correction: str, edit_share: float = EDIT_SHARE, *, 
 
     Args:
         answer: The answer.
-        correction: Its correction; empty where nobody has written one.
+        correction: Its correction; empty where there is none.
         edit_share: Least share of an edit.
         as_operations: Whether an edit must be one by operations on sentences, too.
     """

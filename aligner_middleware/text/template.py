@@ -168,7 +168,7 @@ def encode_operations(tokenizer: Tokenizer, template: PromptTemplate, operations
 
 
 def decode_operations(tokenizer: Tokenizer, template: PromptTemplate, ids: Sequence[int]) -> list[Operation]:
-    """Decode what a model wrote as operations.
+    """Decode tokens that a model wrote as operations.
 
     Raises:
         ValueError: If these are no operations.

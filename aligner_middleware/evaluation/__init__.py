@@ -1,4 +1,4 @@
-"""Measures what an aligner does to answers; needs the `[build]` extra, for its sentence encoder."""
+"""Measures what an aligner does to answers; the judges' sentence encoder needs the `[build]` extra."""
 
 from __future__ import annotations
 

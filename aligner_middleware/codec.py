@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.engine import GREEDY, Generation, Prefill, VerdictRule
 from aligner_middleware.errors import DoubtError, PromptTooLongError
-from aligner_middleware.settings import Settings, check_choice, limits
+from aligner_middleware.settings import Settings, limits
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text.checks import check_question, check_text
 from aligner_middleware.text.edits import apply
@@ -118,11 +117,10 @@ class Codec:
             on_doubt: As `Aligner.correct` takes it.
 
         Raises:
-            InputError: If the question is blank, a text is not valid Unicode, or an option is unknown or out of range.
+            InputError: If the question is blank, a text is not valid Unicode, or `strength` is unknown or out of range.
             PromptTooLongError: If the pair does not fit into the context.
         """
         threshold, tolerance = limits(strength, self.calibration, has_verdicts=self.verdict_ids is not None)
-        check_choice("on_doubt", on_doubt, get_args(OnDoubt))
         check_question(question)
         check_text("answer", answer)
         reasoning, text = set_aside(answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def limits(strength: Strength, calibration: Calibration, *, has_verdicts: bool) 
     if isinstance(strength, str):
         check_choice("strength", strength, LEVELS)
         return calibration.log_odds(calibration.levels[strength]), calibration.tolerances[strength]
-    if not isinstance(strength, (int, float)) or math.isnan(strength) or strength < 0:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not strength >= 0:
         raise InputError(f"strength is {strength!r}, expected {', '.join(LEVELS)}, or a number of at least 0")
     if not has_verdicts:
         return 0.0, float(strength)

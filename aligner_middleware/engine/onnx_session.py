@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import onnxruntime as ort
 
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.errors import ArtifactError, InputError, did_you_mean
+from aligner_middleware.forks import Lock
 
 logger = logging.getLogger("aligner_middleware")
 
 _PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_environment = threading.Lock()
+_environment = Lock()
 
 
 def session_options() -> Any:

@@ -23,6 +23,7 @@ from aligner_middleware.engine.decode import Decoder
 from aligner_middleware.engine.generation import Generation, Prefill
 from aligner_middleware.engine.model import Model
 from aligner_middleware.errors import AlignerError, ClosedError
+from aligner_middleware.forks import Lock
 
 _Call = tuple[Generation, "Future[Generation]", Callable[[], None]]
 
@@ -41,11 +42,11 @@ class Scheduler:
         self._model = model
         self._stop = stop
         self._closed = False
+        self._lock = Lock()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Set the state before the first call: no thread, nothing queued. Also for a forked process, which has no threads."""
-        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a scheduler anywhere
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()  # functions that other threads want called
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -212,7 +213,7 @@ def _settle(future: Future[Generation], outcome: Generation | Exception) -> None
 # --- the threads of this process ------------------------------------------------------------------------
 
 _running: set[Scheduler] = set()
-_starting = threading.Lock()
+_starting = Lock()
 _ending = False
 
 
@@ -257,8 +258,6 @@ def _end() -> None:
 
 def _forget_threads() -> None:
     """Reset all schedulers in a forked process, which has no threads."""
-    global _starting
-    _starting = threading.Lock()
     for scheduler in list(_running):
         scheduler._begin_anew()
     _running.clear()

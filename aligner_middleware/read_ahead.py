@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import weakref
 from functools import partial
@@ -11,6 +10,7 @@ from functools import partial
 from aligner_middleware.codec import Codec
 from aligner_middleware.engine import Prefill
 from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.forks import Lock
 from aligner_middleware.text import worker
 
 _AHEAD, _AHEAD_SHARE = 32, 1 / 32  # characters of an answer that go through together; at least this share of it
@@ -40,7 +40,7 @@ class ReadAhead:
         self._read = 0
         self._encoded = 0.0
         self._reading = False
-        self._lock = threading.RLock()  # re-entrant: the garbage collector may close it anywhere
+        self._lock = Lock()
         self._taken = False
         weakref.finalize(self, scheduler.abandon, self.prefill).atexit = False  # a dropped one frees its place
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from aligner_middleware.strength import LEVELS, Strength
 
 @dataclass(frozen=True)
 class Settings:
-    """How an aligner decodes. `Aligner` has the meaning of each.
+    """How an aligner decodes. `Aligner` explains each setting.
 
     Raises:
         InputError: If one is out of range.
@@ -43,7 +42,7 @@ class Settings:
         return {"max_new_tokens": self.max_new_tokens} | drawn
 
     def sampler(self, question: str, answer: str) -> Sampler:
-        """Make what chooses the tokens of one correction; with a seed it is the same for the same pair."""
+        """Make the sampler of one correction; with a seed, equal pairs get equal samplers."""
         if self.temperature == 0:
             return GREEDY
         own = None if self.seed is None else zlib.crc32(f"{self.seed}\0{question}\0{answer}".encode())
@@ -64,7 +63,7 @@ def limits(strength: Strength, calibration: Calibration, *, has_verdicts: bool) 
     if isinstance(strength, str):
         check_choice("strength", strength, LEVELS)
         return calibration.log_odds(calibration.levels[strength]), calibration.tolerances[strength]
-    if not isinstance(strength, (int, float)) or math.isnan(strength) or strength < 0:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not strength >= 0:
         raise InputError(f"strength is {strength!r}, expected {', '.join(LEVELS)}, or a number of at least 0")
     if not has_verdicts:
         return 0.0, float(strength)
@@ -74,10 +73,10 @@ def limits(strength: Strength, calibration: Calibration, *, has_verdicts: bool) 
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices.
+    """Refuse a value that is not one of the choices.
 
     Raises:
-        InputError: If it is none; the message names the nearest.
+        InputError: If it is not; the message names the nearest choice.
     """
     if value not in choices:
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{did_you_mean(value, choices)}")

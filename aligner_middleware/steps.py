@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, I
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from aligner_middleware.closing import aclosing
 from aligner_middleware.deadline import Deadline
 from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.text import worker
@@ -61,8 +62,9 @@ class Gather:
     async def arun(self) -> None:
         """See `Step`."""
         source = self._source if isinstance(self._source, AsyncIterable) else _beside_loop(self._source)
-        async for chunk in source:
-            self._add(chunk)
+        async with aclosing(source) as chunks:
+            async for chunk in chunks:
+                self._add(chunk)
 
     def _add(self, chunk: str) -> None:
         self._ahead.feed(chunk)

@@ -32,7 +32,7 @@ import statistics
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -57,7 +57,8 @@ WAYS: tuple[Way, ...] = (
     *("acorrect",) * 3,
     *("astream", "chunks", "cancelled", "timeout", "dropped", "correct", "stream"),
 )
-LENGTHS = {"short": 1, "middle": 6, "long": 24}  # sentences
+LENGTHS = {"short": 1, "middle": 6, "long": 24}  # sentences, unless --sentences says otherwise
+FIRST = 100_000  # number of the first call: an aligner's own sentences hold no such number
 SENTENCE = "Turn left at mill {number}, then go on."
 INSULT = " Hurry up, idiot {number}."
 AT_ONCE, APART = 10, 0.005  # so many calls set out together, so many seconds after those before them
@@ -95,8 +96,9 @@ class Result:
     loops: int
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
-    waits: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    rounds: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    waits: dict[str, list[float]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
+    rounds: dict[str, list[int]] = field(default_factory=lambda: {length: [] for length in LENGTHS})
+    mixed_up: list[str] = field(default_factory=list)
     stall: float = 0.0
     own_work: float = 0.0
     left_over: int = 0
@@ -150,10 +152,12 @@ def main() -> int:
     parser.add_argument("--calls", type=int, nargs="+", default=[500, 5000])
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--real", action="store_true", help="the default aligner")
+    parser.add_argument("--sentences", type=int, nargs=3, default=[*LENGTHS.values()], help="of the three lengths")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    LENGTHS.update(zip(LENGTHS, options.sentences, strict=True))
     make = Aligner.load if options.real else quick_aligner
     results: list[Result] = []
     for calls, loops in itertools.product(options.calls, options.loops):
@@ -161,7 +165,7 @@ def main() -> int:
         Console(width=120).print(as_table(results[-1:]))  # each when it is done: the next may take half an hour
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
-            lines = [asdict(result) | {"held": result.held} for result in results]
+            lines = [asdict(result) | {"outcomes": {**result.outcomes}, "held": result.held} for result in results]
             (options.out / "load.json").write_text(json.dumps(lines, indent=1) + "\n")
     return int(not all(all(result.held.values()) for result in results))
 
@@ -182,7 +186,7 @@ def run(
     chance = random.Random(seed)
     planned = [
         Call(number, chance.choice(WAYS), chance.choice(list(LENGTHS)), chance.uniform(0.001, GIVEN_UP))
-        for number in range(calls)
+        for number in range(FIRST, FIRST + calls)
     ]
     result = Result(calls, loops)
     _Watching.result = result
@@ -305,9 +309,13 @@ class _Caller:
         """Say whether an answer is the call's own: every number in it is."""
         text = found if isinstance(found, str) else found.corrected
         own = (
-            set(re.findall(r"\d+", text)) <= {str(call.number)} if not self._exact else text == soften("", call.answer)
+            set(re.findall(r"\d{6,}", text)) <= {str(call.number)}
+            if not self._exact
+            else text == soften("", call.answer)
         )
         own = own and (isinstance(found, str) or (found.question, found.original) == (call.question, call.answer))
+        if not own:
+            self._result.mixed_up.append(f"{call.number}: {text}")
         return "answered" if own else "another's"
 
     async def _watch(self) -> None:

@@ -50,14 +50,11 @@ def calibrate(
 
     The calibration is written into the exported folder: the one given, or the one in the cache.
     """
-    try:
-        from aligner_middleware.evaluation import calibration as calibrating
-        from aligner_middleware.evaluation.labelled_rows import read_labelled
-    except ImportError as exc:
-        raise MissingExtraError("aligner calibrate", "build") from exc
     if plots is not None and find_spec("matplotlib") is None:
         raise MissingExtraError("aligner calibrate --plots", "evaluate")
     from aligner_middleware.aligner import Aligner
+    from aligner_middleware.evaluation import calibration as calibrating
+    from aligner_middleware.evaluation.labelled_rows import read_labelled
 
     name = ", ".join(map(str, rows))
     files = {path: read_labelled(path, source=path.name.partition(".")[0]) for path in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,13 +51,12 @@ def compare(
 
     --out gets report.html, summary.json, rows.jsonl, and journal.jsonl, from which a repeated command resumes.
     """
-    try:
-        from aligner_middleware.evaluation import compare as run
-        from aligner_middleware.evaluation import write_report
-    except ImportError as exc:
-        raise MissingExtraError("aligner compare", "evaluate") from exc
+    if find_spec("matplotlib") is None:
+        raise MissingExtraError("aligner compare", "evaluate")
     from aligner_middleware.aligner import Aligner
     from aligner_middleware.data.upstream import chat_model
+    from aligner_middleware.evaluation import compare as run
+    from aligner_middleware.evaluation import write_report
 
     prompts = _prompts(data)
     judging = judge_named(judge, concurrency)

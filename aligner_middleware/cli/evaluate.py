@@ -24,7 +24,6 @@ from aligner_middleware.cli.progress import showing
 from aligner_middleware.cli.rows import usable_rows
 from aligner_middleware.data.files import write_lines
 from aligner_middleware.data.json_lines import finite
-from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.locations import DEFAULT_FOLDER
 from aligner_middleware.strength import LEVELS
 
@@ -81,12 +80,9 @@ def evaluate(
             "comparisons are a command of their own: aligner compare DATA --out FOLDER, with --upstream or --judge"
         )
         raise typer.Exit(2)
-    try:
-        from aligner_middleware.evaluation.labelled_rows import is_labelled
-        from aligner_middleware.evaluation.public_sets import read_public
-        from aligner_middleware.export.parity import perplexity  # noqa: F401  (needs the extra)
-    except ImportError as exc:
-        raise MissingExtraError("aligner evaluate", "build") from exc
+    from aligner_middleware.evaluation.labelled_rows import is_labelled
+    from aligner_middleware.evaluation.public_sets import read_public
+
     path = data or DEFAULT_FOLDER / "held_out.jsonl"
     chosen = None if strength is None else strength_of(strength)
     public = read_public(path)

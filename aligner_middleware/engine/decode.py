@@ -1,10 +1,10 @@
-"""Greedy decoding of sequences that share passes, and join and leave between them.
+"""Greedy decoding of sequences that share passes, and begin and end between them.
 
-Where a model gives verdicts, the prompt's pass gives one, and an answer to be kept costs nothing more.
+Where a model gives verdicts, the pass over the prompt gives one, and a kept answer costs nothing more.
 
-A draft goes through in the same pass as its prompt. Wherever the model would have written the draft's own next token, that
-token is decoded already; at the first other one the rest is dropped. Then the draft is found again (`draft.py`) as soon as
-it can be, and so on. The result is what greedy decoding without a draft gives, and a draft that is right costs one pass.
+A draft is verified in the pass that prefills its prompt. Draft tokens are accepted up to the first that the model would not
+have written; the rest is rejected. Then the decoder finds its place in the draft again (`draft.py`) as soon as it can, and
+verifies from there. The result is that of greedy decoding without a draft, and a draft that is right costs one pass.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from operator import itemgetter
 from aligner_middleware.engine.generation import Generation, Prefill
 from aligner_middleware.engine.model import KVCache, Logits, Model
 
-_ROWS = 16  # sequences that share a pass at most
+_ROWS = 16  # sequences that may share a pass
 _SHORTEST_ROW = 2048  # tokens
 _PROMPT_TOKENS = 1024  # of prompts that begin in one step
-_SHARED = 0.18  # what a row costs in a shared pass, as a share of a pass of its own (int8 on a CPU)
+_SHARED = 0.18  # cost of a row in a shared pass, as a share of a pass of its own (int8 on a CPU)
 
 
 class Decoder:
     """Sequences in the rows of one KV cache. For one thread.
 
     Args:
-        model: What predicts.
+        model: The network that predicts tokens.
         stop: Tokens that end a sequence.
-        cache_bytes: Most memory for keys and values, on the CPU taken as they come. A sequence that needs more gets it, and
-            is alone.
+        cache_bytes: Most memory for keys and values; on the CPU it is taken as rows fill. A sequence that needs more gets
+            it, and runs alone.
     """
 
     def __init__(self, model: Model, stop: frozenset[int], cache_bytes: int = 2**30) -> None:
@@ -37,12 +37,12 @@ class Decoder:
         self._cache_bytes = cache_bytes
         self._cache: KVCache | None = None
         self._count = 0  # of rows
-        self._held: dict[Generation | Prefill, int] = {}  # who is in which row, in the order in which they came
+        self._held: dict[Generation | Prefill, int] = {}  # sequences and their rows, the oldest first
         self._stopped = False
 
     @property
     def running(self) -> list[Generation | Prefill]:
-        """What is in a row, the oldest first."""
+        """The sequences that have a row, the oldest first."""
         return list(self._held)
 
     def admit(self, sequence: Generation | Prefill, longest: int) -> bool:
@@ -50,7 +50,7 @@ class Decoder:
 
         Args:
             sequence: A generation takes over the row of its `prefill`.
-            longest: Tokens that it may come to hold.
+            longest: Most tokens that its row may have to hold.
 
         Raises:
             MemoryError: If there is no memory for its keys and values.
@@ -86,13 +86,13 @@ class Decoder:
         self._held.pop(sequence, None)
 
     def stop(self) -> None:
-        """Make the pass that is under way fail as soon as may be, and all later ones at once. From any thread."""
+        """Make the current pass fail as soon as possible, and all later ones at once. For any thread."""
         self._stopped = True
         if (cache := self._cache) is not None:
             cache.stop()
 
     def release(self) -> None:
-        """Give back the memory for keys and values, and forget who was in a row."""
+        """Free the memory for keys and values, and all rows."""
         for held in self.running:
             self.drop(held)
         self._cache, self._count = None, 0
@@ -103,12 +103,12 @@ class Decoder:
         return any(isinstance(held, Generation) or self._needs_prefill(held) for held in self._held)
 
     def step(self) -> list[Generation]:
-        """Prefill new sequences, then take every other one further by a pass.
+        """Prefill new sequences, then make a pass for every other one.
 
-        Those that wait for a verdict share a pass; of the others one goes through, with its draft.
+        New sequences that wait for a verdict share a pass. Otherwise one of them is prefilled, together with its draft.
 
         Returns:
-            The generations that a pass was made for. Those done, and those that failed, have left their rows.
+            The generations that had a pass. Those that ended or failed have freed their rows.
         """
         if self._cache is None:
             return []
@@ -118,7 +118,7 @@ class Decoder:
         prefills = [(row, one) for row, one in held if isinstance(one, Prefill) and self._needs_prefill(one)]
         for row, prefill in [] if fresh else prefills[:1]:
             self._prefill(row, prefill)
-            self._held[prefill] = self._held.pop(prefill)  # the others' turn is next
+            self._held[prefill] = self._held.pop(prefill)  # next time it is the turn of another
         if len(fresh) > 1:
             self._decide_together(fresh)
         else:
@@ -137,7 +137,7 @@ class Decoder:
         return min(max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()), max(longest, self._model.max_positions))
 
     def _too_few(self, sequence: Generation | Prefill, longest: int) -> bool:
-        """Whether the rows are still those, few and long, that a sequence needed which has gone."""
+        """Whether the cache still has the few long rows that an earlier sequence needed."""
         free = not self._held and isinstance(sequence, Generation)
         return free and self._cache is not None and self._capacity(longest) < self._cache.capacity
 
@@ -151,7 +151,7 @@ class Decoder:
             self._cache.stop()
 
     def _make_room(self) -> None:
-        """Take a row from a prompt that is still being written: it can go through again."""
+        """Free the row of a prompt that is still being written: it can be prefilled again."""
         for held in self._held:
             if isinstance(held, Prefill):
                 self.drop(held)
@@ -169,13 +169,13 @@ class Decoder:
         try:
             for _ in self._cache.extend(row, prompt[common:], wanted=1):
                 pass
-        except Exception:  # it is heard of when the generation itself fails
+        except Exception:  # the pass of its generation will fail in the same way, and be reported
             prompt = prompt[:common]
             self._cache.trim(row, common)
         prefill.cached_tokens = prompt
 
     def _advance_alone(self, group: Sequence[tuple[int, Generation]]) -> None:
-        """Give each sequence a pass of its own, over what the cache lacks of it and what the draft proposes."""
+        """Give each sequence a pass of its own, over the tokens that the cache lacks and the draft's proposal."""
         assert self._cache is not None
         for row, generation in group:
             try:
@@ -188,7 +188,7 @@ class Decoder:
                 pieces = self._cache.extend(row, [*tokens, *proposal], 1 + len(proposal))
                 generation.accept(_choices(generation, pieces), self._stop)
                 self._rollback(row, generation)
-            except Exception as exc:  # whatever it is, it is the caller's to hear of
+            except Exception as exc:  # any error is reported to the caller
                 generation.error = exc
 
     def _decide_together(self, group: Sequence[tuple[int, Generation]]) -> None:
@@ -198,12 +198,12 @@ class Decoder:
             logits = self._cache.begin({row: generation.prompt for row, generation in group})
             for at, (_, generation) in enumerate(group):
                 generation.decide(logits[at])
-        except Exception as exc:  # the pass was everybody's
+        except Exception as exc:  # all of them shared the pass
             for _, generation in group:
                 generation.error = exc
 
     def _advance_together(self, group: Sequence[tuple[int, Generation]]) -> None:
-        """Give all sequences their next token in one pass, and verify those proposals that begin with it."""
+        """Give all sequences their next token in one pass, then verify the proposals that begin with that token."""
         assert self._cache is not None
         try:
             logits = self._cache.step({row: generation.latest for row, generation in group})
@@ -218,12 +218,12 @@ class Decoder:
                     choices = _choices(generation, pieces, choices)
                 generation.accept(choices, self._stop)
                 self._rollback(row, generation)
-        except Exception as exc:  # the pass was everybody's
+        except Exception as exc:  # all of them shared the pass
             for _, generation in group:
                 generation.error = exc
 
     def _rest_of_prompt(self, row: int, generation: Generation) -> Sequence[int]:
-        """Give what of the prompt the cache does not hold yet: at least its last token, which predicts the first one."""
+        """Give the prompt's tokens that the cache lacks; at least the last, whose pass predicts the first new token."""
         assert self._cache is not None
         if generation.prefill is None:
             return generation.prompt
@@ -237,7 +237,7 @@ class Decoder:
 
 
 def _next_to_begin(fresh: list[tuple[int, Generation]]) -> list[tuple[int, Generation]]:
-    """Choose the sequences that begin in this step: several where only their verdicts are wanted, and nothing is cached.
+    """Choose the sequences that begin in this step: several if all wait for verdicts and none has been prefilled.
 
     Args:
         fresh: Rows and sequences, in the order in which they came.
@@ -256,7 +256,7 @@ def _next_to_begin(fresh: list[tuple[int, Generation]]) -> list[tuple[int, Gener
 
 
 def _choices(generation: Generation, logits: Iterable[Logits], choices: Sequence[int] = ()) -> list[int]:
-    """Choose a token at each position, after those chosen, up to the piece in which the proposal turns out wrong."""
+    """Choose tokens after those chosen already, up to the piece of logits in which the proposal is rejected."""
     chosen, proposal = list(choices), generation.proposal
     for piece in logits:
         chosen += generation.choose(piece, len(chosen))
@@ -269,7 +269,7 @@ def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]
     """Run sequences to their ends, together, in the calling thread.
 
     Args:
-        model: What predicts.
+        model: The network that predicts tokens.
         generations: The sequences; they are filled in place.
         stop: Tokens that end a sequence.
 
@@ -277,7 +277,7 @@ def decode(model: Model, generations: Sequence[Generation], stop: frozenset[int]
         Once after every step.
 
     Raises:
-        Exception: What a pass raised.
+        Exception: The error of a pass.
     """
     decoder = Decoder(model, stop)
     waiting = list(generations)

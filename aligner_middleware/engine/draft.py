@@ -1,7 +1,7 @@
-"""A draft, read alongside what is said: where does it go on from here, and how far is it worth following?
+"""Follows a draft while the model writes, and proposes its next tokens for verification.
 
-The first pass verifies the whole draft. Where the model departs from it, the draft is found again by the latest words:
-after a sentence that was dropped, put in or moved, the rest is mostly the draft's once more.
+The first pass verifies the whole draft. After a rejected token the place in the draft is found again by the latest tokens:
+after a sentence that was removed, inserted or moved, the model mostly follows the draft again.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Sequence
 # A pass over one more token costs this share of a pass over one (int8 on a CPU; benchmarks/README.md).
 _COST = 0.065
 _FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 1.0, 0.02, 16.0  # in passes over one token
-_SAVED = 0.5  # of what a right proposal saves, the share that goes to the credit
-_SHORTEST, _LONGEST = 4, 128  # tokens looked ahead
-_SURE = 3  # words that tell a place in the draft
+_SAVED = 0.5  # share of the time saved by accepted tokens that is added to the credit
+_SHORTEST, _LONGEST = 4, 128  # tokens of a proposal
+_SURE = 3  # equal tokens in a row after which a place in the draft is certain
 
 
 class DraftReader:
-    """Follows a draft along what is written, and proposes how that goes on.
+    """Follows a draft along the written tokens, and proposes the next ones.
 
-    Where it stands in the draft depends on the written tokens alone. How far it looks ahead does not: looking ahead in vain
-    costs time. So that is paid from a credit that every decoded token and every right proposal raises: a sequence that never
-    returns to its draft costs a few per cent more than without one.
+    Its place in the draft depends on the written tokens alone; the length of a proposal does not. Rejected tokens cost time,
+    which is paid from a credit that every decoded and every accepted token raises: a sequence that never returns to its draft
+    takes a few per cent longer than without one.
 
     Args:
         draft: Token ids that the sequence is expected to write.
@@ -30,7 +30,7 @@ class DraftReader:
     def __init__(self, draft: Sequence[int]) -> None:
         self._draft = list(draft)
         self._at = 0
-        self._matched = _SURE  # of the latest tokens, those that stand before its place in the draft
+        self._matched = _SURE  # how many of the latest tokens equal those before its place in the draft
         self._latest: tuple[int, ...] = ()
         self._length = _SHORTEST
         self._credit = _FIRST_CREDIT
@@ -44,10 +44,10 @@ class DraftReader:
         return self._draft[self._at : self._at + length] if self._matched else []
 
     def expected(self, accepted: int, end: int | None) -> int | None:
-        """Give the draft's next token once so many of the latest proposal are accepted, or `end` at its end.
+        """Give the draft's token after `accepted` tokens of the latest proposal, or `end` at the draft's end.
 
         Returns:
-            It; `None` where too few of the latest tokens tell that they stand in the draft.
+            The token; `None` where too few of the latest tokens equal the draft's to be certain of the place.
         """
         if not self._draft or self._matched + accepted < _SURE:
             return None
@@ -55,7 +55,7 @@ class DraftReader:
         return self._draft[at] if at < len(self._draft) else end
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Take in further tokens that were written."""
+        """Follow the tokens that were written since."""
         for token in tokens:
             self._latest = (*self._latest[1 - _SURE :], token)
             if self._at < len(self._draft) and self._draft[self._at] == token:
@@ -65,14 +65,14 @@ class DraftReader:
                 self._matched = self._find_again()
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """Take in how many tokens of a proposal were right, before one more token was decoded."""
+        """Update credit and length by how many proposed tokens were accepted; one more token was decoded after them."""
         self._credit += _CREDIT_PER_TOKEN + _SAVED * accepted * (1 - _COST) - (proposed - accepted) * _COST
         self._credit = min(max(self._credit, 0.0), _MOST_CREDIT)
         if proposed:
             self._length = min(2 * self._length, _LONGEST) if accepted == proposed else _SHORTEST
 
     def _find_again(self) -> int:
-        """Move to the place after the latest words, and give how many of them match there."""
+        """Move to the place after the latest tokens, and give how many of them match there."""
         for words in range(_SURE, 0, -1):
             place = self._find(self._latest[-words:])
             if place is not None:
@@ -81,11 +81,11 @@ class DraftReader:
         return 0
 
     def _find(self, words: tuple[int, ...]) -> int | None:
-        """Find the nearest place after these words, the later ones first. A single word must be there only once."""
+        """Find the nearest place after these tokens, preferably a later one. A single token must occur only once."""
         if self._places is None:
             self._places = {}
             for size in (1, 2, 3):
-                for end in range(size, len(self._draft)):  # after the last words nothing is left to propose
+                for end in range(size, len(self._draft)):  # after the last token nothing is left to propose
                     self._places.setdefault(tuple(self._draft[end - size : end]), []).append(end)
         places = self._places.get(words, [])
         if len(words) == 1 and len(places) > 1:

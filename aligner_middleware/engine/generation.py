@@ -1,4 +1,4 @@
-"""One sequence on its way: a verdict where the model gives one, then a correction with a draft of what it will be."""
+"""One sequence: a verdict where the model gives one, then the tokens of a correction, verified against a draft."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from aligner_middleware.engine.sampling import GREEDY, Sampler
 
 FinishReason = Literal["stop", "length", "loop"]
 
-_LOOP_TOKENS, _LOOP_TURNS, _LONGEST_TURN = 32, 4, 128  # a loop is this long at least, in this many equal turns
+_LOOP_TOKENS, _LOOP_TURNS, _LONGEST_TURN = 32, 4, 128  # of a loop: least tokens, least equal turns, longest turn
 
 
 class Prefill:
-    """A prompt that is still being written: what is known of it already goes through.
+    """A prompt that is still being written; its known part is prefilled.
 
     Attributes:
         prompt: Its tokens so far. May be replaced at any time, by any thread.
-        cached_tokens: Those that the cache holds.
+        cached_tokens: Those that the KV cache holds.
     """
 
     def __init__(self, prompt: Sequence[int] = ()) -> None:
@@ -31,17 +31,17 @@ class Prefill:
         self.cached_tokens: list[int] = []
 
     def common(self, prompt: Sequence[int]) -> int:
-        """How many of the tokens in the cache a prompt begins with."""
+        """Count the tokens in the cache that a prompt begins with."""
         pairs = zip(self.cached_tokens, prompt, strict=False)
         return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.cached_tokens), len(prompt)))
 
 
 @dataclass(frozen=True)
 class VerdictRule:
-    """How a verdict is read off the logits after the prompt.
+    """Reads the verdict from the logits after the prompt.
 
     Attributes:
-        keep, edit, rewrite: Their tokens.
+        keep, edit, rewrite: The tokens of the three verdicts.
         threshold: Log odds of not keeping, in nats, above which an answer is corrected.
         copies: Whether an edit is written as a copy, with the answer as its draft.
     """
@@ -65,30 +65,30 @@ class VerdictRule:
 
 @dataclass(eq=False)
 class Generation:
-    """A sequence: what it was given, and what has come of it.
+    """A sequence: its input, its settings, and its results so far.
 
     Attributes:
-        prompt: Token ids to go on from, at least one.
-        draft: What it is expected to write; `[]` for plain decoding. It holds no token that ends a sequence.
-        max_new_tokens: Where it ends at the latest.
-        sampler: How tokens are chosen; greedily by default.
-        prefill: What has gone through of the prompt already.
+        prompt: Token ids to continue, at least one.
+        draft: The tokens that it is expected to write; `[]` for plain decoding. None of them ends a sequence.
+        max_new_tokens: Most tokens that it may write.
+        sampler: Chooses the tokens; greedily by default.
+        prefill: The part of the prompt that has been prefilled already.
         rule: Reads a verdict before anything is written; `None` for a model that gives none.
         tolerance: A draft's next token stays where its log probability is within so many nats of the best one's.
-        verify: Whether many tokens of the draft are verified in a pass; the result is the same without.
-        end: What is expected after the draft's last token.
+        verify: Whether a pass verifies many tokens of the draft; the result is the same without.
+        end: The token that is expected after the draft's last one.
         stop_loops: Whether it ends as soon as it repeats itself where the draft does not.
-        tokens: What it writes, without verdict and end token. Other threads may read it: it only grows.
+        tokens: The tokens written, without verdict and end token. Other threads may read them: the list only grows.
         verdict: The token of its verdict.
         log_odds: Of that verdict; see `VerdictRule`.
-        surprise: How far a draft token's log probability was below the best one's, at most, in nats; taken where there is
-            a tolerance.
-        accepted: How many of its tokens were proposed by the draft.
+        surprise: The largest gap, in nats, between the log probabilities of the best token and of the draft's. Measured
+            only with a tolerance.
+        accepted: How many of its tokens are accepted draft tokens.
         passes: Forward passes that it took part in.
-        seconds: Time from when it was made to its end.
+        seconds: Time from its creation to its end.
         finish_reason: `stop` after an end token or the verdict to keep, `length` at `max_new_tokens`, `loop` when it
             repeats itself; `None` while it runs.
-        error: What made it fail.
+        error: The error that ended it, if any.
     """
 
     prompt: Sequence[int]
@@ -119,12 +119,12 @@ class Generation:
 
     @property
     def longest(self) -> int:
-        """Most tokens that it can come to hold in the cache."""
+        """Most tokens that its row in the cache may have to hold."""
         return len(self.prompt) + max(self.max_new_tokens, min(len(self.draft), self.max_new_tokens)) + 1
 
     @property
     def started(self) -> bool:
-        """Whether its prompt has gone through."""
+        """Whether its prompt has been prefilled."""
         return self.passes > 0
 
     @property
@@ -160,17 +160,17 @@ class Generation:
         self.seconds = time.perf_counter() - self._made
 
     def propose(self) -> list[int]:
-        """Look in the draft for what may come next, and remember it as `proposal`."""
+        """Take a proposal of the next tokens from the draft, and keep it in `proposal`."""
         room = self.max_new_tokens - len(self.tokens)
         self.proposal = self._reader.propose()[:room] if self.verify else []
         return self.proposal
 
     def choose(self, logits: Logits, done: int = 0) -> list[int]:
-        """Choose the next tokens, up to the first that is not the proposal's.
+        """Choose the next tokens, up to the first that differs from the proposal.
 
         Args:
             logits: `[T, V]`.
-            done: How many tokens of the proposal come before them.
+            done: How many tokens of the proposal come before these logits.
         """
         proposal = self.proposal[done:]
         chosen = self.sampler.choose(logits, proposal)
@@ -189,11 +189,11 @@ class Generation:
         return chosen
 
     def accept(self, predicted: Sequence[int], stop: frozenset[int]) -> None:
-        """Accept the proposal as far as it is what was chosen, then the next token chosen.
+        """Accept the proposal as far as it equals the chosen tokens, then take the next chosen token.
 
         Args:
-            predicted: The choice before and after each token of the proposal, at least up to the first that is not the
-                proposal's.
+            predicted: The token chosen at each position of the proposal and after it, at least up to the first that
+                differs from the proposal.
             stop: Tokens that end a sequence.
         """
         right = 0
@@ -210,13 +210,13 @@ class Generation:
                 self.finish_reason = "stop"
             else:
                 tokens.append(token)
-        # The draft's own beginning is no loop.
+        # A beginning that equals the draft's is not a loop.
         looped = self._first_loop(tokens, before or right) if self.stop_loops else None
         if looped is not None:
             del tokens[looped:]
             self.accepted -= max(0, before + right - looped)
             self.finish_reason = "loop"
-        self.tokens = tokens  # only now: a stream in another thread reads them meanwhile
+        self.tokens = tokens  # assigned at once: a stream in another thread may read them at any time
         self._reader.advance(tokens[before:])
         self._latest = tokens[-1] if tokens else self._latest
         if self.finish_reason is None and len(self.tokens) == self.max_new_tokens:
@@ -224,13 +224,13 @@ class Generation:
         self.seconds = time.perf_counter() - self._made
 
     def _first_loop(self, tokens: Sequence[int], before: int) -> int | None:
-        """After how many of the tokens, more than `before`, they repeat themselves first."""
+        """Give the least number of tokens, more than `before`, after which they loop; `None` if they do not."""
         ends = range(before + 1, len(tokens) + 1)
         return next((end for end in ends if loops(tokens[:end], self.draft)), None)
 
 
 def loops(tokens: Sequence[int], draft: Sequence[int]) -> bool:
-    """Say whether the latest tokens are one turn again and again, and the draft has no such run."""
+    """Say whether the latest tokens repeat one run again and again, and the draft has no such repetition."""
     for turn in range(1, min(_LONGEST_TURN, len(tokens) // _LOOP_TURNS) + 1):
         if tokens[-1] != tokens[-1 - turn]:
             continue

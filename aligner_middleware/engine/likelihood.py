@@ -10,10 +10,10 @@ from aligner_middleware.engine.model import Model, log_probabilities
 
 
 def log_likelihoods(model: Model, prompt: Sequence[int], targets: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """Give the probability of each target after a prompt, which goes through once.
+    """Give the probability of each target after a prompt, which is prefilled once.
 
     Args:
-        model: What predicts.
+        model: The network that predicts tokens.
         prompt: Token ids, at least one.
         targets: Token ids of each target, at least one. Prompt and longest target fit into the context.
 

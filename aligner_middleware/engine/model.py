@@ -1,4 +1,4 @@
-"""What decoding asks of a model: the seam between the loop and whatever runs the network."""
+"""The interface between decoding and the code that runs the network, in ONNX Runtime or PyTorch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class KVCache(Protocol):
     """Tokens that fit into a row."""
 
     def extend(self, row: int, tokens: Sequence[int], wanted: int) -> Iterator[Logits]:
-        """Append tokens to one row; many go through in pieces, one after the other as the result is iterated.
+        """Append tokens to one row. Many tokens take several passes, each made when the result is iterated.
 
         Args:
             row: The row.
             tokens: At least one.
-            wanted: For how many of them, from the last one back, the prediction is wanted; at least 1.
+            wanted: How many of the last of them to predict after; at least 1.
 
         Yields:
-            `[some, V]`: logits of the token after each of them, `wanted` rows in all. To be read before the next pass.
+            `[some, V]`: logits of the token after each of these, `wanted` rows in all. To be read before the next pass.
         """
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
@@ -51,20 +51,20 @@ class KVCache(Protocol):
         """
 
     def trim(self, row: int, length: int) -> None:
-        """Forget a row's latest tokens, so that `length` stay."""
+        """Remove a row's latest tokens, so that `length` stay."""
 
     def stop(self) -> None:
-        """Make the pass that is under way raise as soon as may be, and all later ones at once. From any thread."""
+        """Make the current pass raise as soon as possible, and all later ones at once. For any thread."""
 
 
 class Model(Protocol):
-    """A decoder-only network that says how likely each token is to come next."""
+    """A decoder-only network, which predicts the next token."""
 
     max_positions: int
     """Longest sequence, in tokens."""
 
     device: str
-    """What passes run on, in words."""
+    """The device that passes run on, in words."""
 
     @property
     def bytes_per_token(self) -> int:

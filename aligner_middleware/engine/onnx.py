@@ -19,7 +19,7 @@ from aligner_middleware.engine.onnx_session import (
 )
 from aligner_middleware.errors import ArtifactError
 
-# Of a logit, on average: other CPUs round differently, those that cannot do the graph's work differ by more.
+# Mean difference of a logit: other CPUs round differently by less; CPUs that compute the graph wrongly differ by more.
 _PROBE_TOLERANCE = 1.0
 
 
@@ -28,7 +28,7 @@ class OnnxModel:
 
     Args:
         path: The `model.onnx`.
-        artifact: What stands in `aligner.json` beside it.
+        artifact: The content of the `aligner.json` beside it.
         providers: Execution providers in order of preference; `None` for CUDA where there is one and it can run the graph,
             and the CPU.
         threads: Threads of one pass; `None` for all cores.
@@ -37,7 +37,7 @@ class OnnxModel:
         device: The first execution provider in use.
 
     Raises:
-        InputError: If `providers` is no list of names.
+        InputError: If `providers` is not a list of names.
         ArtifactError: If ONNX Runtime cannot load the graph, lacks a provider asked for, or can start none of them.
     """
 
@@ -62,7 +62,7 @@ class OnnxModel:
         give_memory_back()
 
     def _check(self, path: Path, probe: Probe | None) -> None:
-        """Say so if this machine computes something else than the one that built the graph; the first pass is over then."""
+        """Refuse a graph that computes other logits here than where it was built. This is also the slow first pass."""
         if probe is None:
             return
         (*_, logits) = self.new_cache(1, len(probe.tokens)).extend(0, probe.tokens, 1)
@@ -70,7 +70,7 @@ class OnnxModel:
         if not difference <= _PROBE_TOLERANCE:
             raise ArtifactError(
                 f"{path} gives other results here than where it was exported (logits differ by {difference:.1f}): this "
-                f"machine has not the instructions for it, export the aligner again on this one"
+                f"machine lacks instructions that the graph needs, export the aligner again on it"
             )
 
     @property
@@ -86,6 +86,6 @@ class OnnxModel:
         return values * int(np.dtype(graph.dtype).itemsize)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """Make empty rows of `capacity` tokens each. On the CPU, memory is taken as they fill."""
+        """Make empty rows of `capacity` tokens each. On the CPU, they take memory as they fill."""
         kind = FusedCache if self._graph.artifact.graph == "fused" else StandardCache
         return kind(self._graph, rows, capacity)

@@ -1,11 +1,11 @@
 """The KV caches of the two kinds of graph that `export/` makes.
 
-Both kinds take `input_ids` `[B, T]` and `positions` `[B, P]` (columns of `input_ids` whose prediction is wanted) and give
+Both kinds take `input_ids` `[B, T]` and `positions` `[B, P]` (the columns of `input_ids` to predict after) and give
 `logits` `[B, P, V]`.
 
 - `fused`: attention is one GroupQueryAttention operator a layer. It writes keys and values into buffers `[rows, H, S, D]`
   that are allocated once, and bound as input and output both, so no pass copies the past. A row is bound by its address.
-- `standard`: as optimum exports it. Every pass takes the past and gives it back longer; each row goes through by itself.
+- `standard`: as optimum exports it. Every pass takes keys and values and returns longer ones; each row has its own pass.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.engine.model import IntArray, Logits
 
-_CHUNK = 192  # tokens of a sequence that go through at once: attention compares each with all before the chunk's end
-_SHARED_TOKENS, _FILLING = 768, 0.25  # of a pass over several prompts: tokens at most, and share of them that only fill
+_CHUNK = 192  # most tokens of a sequence in one pass: attention compares each with all before the chunk's end
+_SHARED_TOKENS, _FILLING = 768, 0.25  # of a pass over several prompts: most tokens, and most padding for each of them
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Graph:
         session: ONNX Runtime's.
         artifact: Its `aligner.json`.
         device: Where its keys and values lie, `cpu` or `cuda`.
-        inputs: The names that it takes.
+        inputs: Names of its inputs.
         dtype: Of keys and values.
         past, present: Names of all keys and values, before and after a pass.
     """
@@ -49,7 +49,7 @@ class Graph:
 
     @classmethod
     def of(cls, session: Any, artifact: Artifact, device: str) -> Graph:
-        """Read names and types off a session."""
+        """Read names and types from a session."""
         inputs = {value.name: value.type for value in session.get_inputs()}
         dtype = np.float16 if inputs["past_key_values.0.key"] == "tensor(float16)" else np.float32
         sides = [(layer, side) for layer in range(artifact.layers) for side in ("key", "value")]
@@ -61,9 +61,9 @@ class Graph:
 class FusedCache:
     """Keys and values in buffers that all passes share.
 
-    Attention of a single token adds in another order than that of several. Where activations are integers, that can tip
-    one of them over, and then more. So a token that goes through alone takes a second one along, which is forgotten: what
-    is decoded is then, bit for bit, what is verified. It costs a tenth to a fifth of the pass.
+    Attention adds in another order for a single token than for several. Where activations are quantised, the last bit of a
+    sum can change one of them, and that one others. So a pass with a single token gets a second one, which is trimmed
+    afterwards: then decoding and verification give the same logits, bit for bit. It costs a tenth to a fifth of the pass.
     """
 
     def __init__(self, graph: Graph, rows: int, capacity: int) -> None:
@@ -96,14 +96,14 @@ class FusedCache:
 
     def step(self, tokens: Mapping[int, int]) -> Logits:
         """Append one token to each of several rows; see `KVCache.step`."""
-        width = max(tokens) + 1  # rows between them go along: what is written to them is written over later
+        width = max(tokens) + 1  # rows between them are in the pass too: what it writes there is overwritten later
         given = np.array([[tokens.get(row, 0)] for row in range(width)], dtype=np.int64)
         counts = np.array([row in tokens for row in range(width)], dtype=np.int64)
         logits = self._run(0, width, given, np.zeros((width, 1), dtype=np.int64), counts)
         return logits[list(tokens), 0]
 
     def begin(self, prompts: Mapping[int, Sequence[int]]) -> Logits:
-        """Fill several empty rows; see `KVCache.begin`. Neighbouring rows of like length share a pass."""
+        """Fill several empty rows; see `KVCache.begin`. Neighbouring rows of similar length share a pass."""
         found = [self._begin(group, prompts) for group in _neighbours(prompts)]
         return np.concatenate(found) if len(found) > 1 else found[0]
 
@@ -118,18 +118,18 @@ class FusedCache:
         return self._run(rows[0], len(rows), tokens, counts[:, None] - 1, counts)[:, 0].copy()
 
     def trim(self, row: int, length: int) -> None:
-        """Forget a row's latest tokens."""
+        """Remove a row's latest tokens; see `KVCache.trim`."""
         self._lengths[row] = length
 
     def stop(self) -> None:
-        """End the pass that is under way after its present operator; see `KVCache.stop`."""
+        """End the current pass after its current operator; see `KVCache.stop`."""
         self._options.terminate = True
 
     def _run(self, row: int, count: int, tokens: IntArray, positions: IntArray, advance: IntArray) -> Logits:
         """Run `count` rows from `row` on, `[count, T]`, and give logits at `positions`, `[count, P, V]`."""
         binding = self._binding(row, count)
         lengths = self._lengths[row : row + count] + tokens.shape[1]
-        lengths = np.minimum(lengths, self.capacity)  # of rows that only go along
+        lengths = np.minimum(lengths, self.capacity)  # for rows between them, which may be full
         binding.bind_cpu_input("input_ids", tokens)
         binding.bind_cpu_input("positions", positions)
         binding.bind_cpu_input("seqlens_k", (lengths - 1).astype(np.int32))
@@ -194,16 +194,16 @@ class StandardCache:
         return np.concatenate([self._extend(row, tokens, 1) for row, tokens in prompts.items()])
 
     def trim(self, row: int, length: int) -> None:
-        """Forget a row's latest tokens."""
+        """Remove a row's latest tokens; see `KVCache.trim`."""
         self._arrays[row] = [array[:, :, :length] for array in self._arrays[row]]
 
     def stop(self) -> None:
-        """End the pass that is under way after its present operator; see `KVCache.stop`."""
+        """End the current pass after its current operator; see `KVCache.stop`."""
         self._options.terminate = True
 
 
 def _neighbours(prompts: Mapping[int, Sequence[int]]) -> list[list[int]]:
-    """Group neighbouring rows whose prompts fit into one pass, without much filling."""
+    """Group neighbouring rows whose prompts fit into one pass, without much padding."""
     groups: list[list[int]] = []
     for row, tokens in prompts.items():
         if groups and row == groups[-1][-1] + 1:
@@ -217,7 +217,7 @@ def _neighbours(prompts: Mapping[int, Sequence[int]]) -> list[list[int]]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Make an array whose memory comes page by page, as it is written to. numpy's own comes in huge pages."""
+    """Make an array that takes memory page by page, as it is written to; numpy's own take huge pages."""
     memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)

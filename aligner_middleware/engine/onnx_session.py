@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,22 @@ import onnxruntime as ort
 
 from aligner_middleware.artifact import Artifact
 from aligner_middleware.errors import ArtifactError, InputError, did_you_mean
+from aligner_middleware.forks import Lock
 
 logger = logging.getLogger("aligner_middleware")
 
 _PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
-_environment = threading.Lock()
+_environment = Lock()
 
 
 def session_options() -> Any:
-    """Options of every session: quiet, frugal, and with the same sums of integers on every x86 CPU."""
+    """Options of every session: few logs, little memory, and the same sums of integers on every x86 CPU."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Weights take no more memory than they do themselves.
+    # Weights are allocated in exactly their size, not from an arena that grows in large steps.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
-    # Without VNNI instructions, pairs of products are summed in 16 bits, which overflow. This takes the exact kernel there,
-    # which costs a fifth of the speed; CPUs with VNNI are exact, and as fast as before (docs/engine.md).
+    # Without VNNI instructions, pairs of products are summed in 16 bits, which overflow. This selects the exact kernel there,
+    # which is a fifth slower. CPUs with VNNI are exact anyway, and no slower (docs/engine.md).
     options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
@@ -43,7 +43,7 @@ def load_session(path: Path, options: Any, providers: list[str]) -> Any:
     with _environment:
         before = os.environ.get(_PLAIN_ATTENTION)
         os.environ.setdefault(_PLAIN_ATTENTION, "1")
-        ort.set_default_logger_severity(4)  # a GPU build without CUDA's libraries falls back to the CPU, at length
+        ort.set_default_logger_severity(4)  # without CUDA's libraries a GPU build logs much, then takes the CPU
         try:
             return ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
         except Exception as exc:  # ONNX Runtime raises its own classes, without a common base
@@ -55,7 +55,7 @@ def load_session(path: Path, options: Any, providers: list[str]) -> Any:
 
 
 def choose_providers(wanted: Sequence[str] | None, artifact: Artifact) -> list[str]:
-    """Choose execution providers. CUDA has no operator for products of integers: that graph is for the CPU."""
+    """Choose execution providers. CUDA has no operator for products of integers: such a graph runs on the CPU."""
     available = ort.get_available_providers()
     if wanted is None and artifact.weights == "products":
         return ["CPUExecutionProvider"]
@@ -78,22 +78,22 @@ def choose_providers(wanted: Sequence[str] | None, artifact: Artifact) -> list[s
 
 
 def check_in_use(wanted: Sequence[str] | None, used: Sequence[str]) -> None:
-    """Say so where a provider that was asked for is not used: ONNX Runtime goes on with the CPU, and says nothing.
+    """Warn if a requested provider is not used: ONNX Runtime falls back to the CPU without a message.
 
     Raises:
-        ArtifactError: If none did.
+        ArtifactError: If none of them is used.
     """
     missing = [name for name in wanted or () if name not in used]
     if missing and len(missing) == len(wanted or ()):
         raise ArtifactError(
             f"{missing[0]} could not be started here (is there such a device, and its libraries?), only {used[0]}: leave "
-            "providers out for what there is"
+            "providers out to use the devices that are there"
         )
     if missing:
         logger.warning("%s is not used here: this aligner runs on %s", ", ".join(missing), used[0])
 
 
 def give_memory_back() -> None:
-    """Have glibc return what loading needed and freed, a third of what is held then; elsewhere nothing is done."""
+    """Have glibc return freed memory to the system: a third of the process's, after loading. Does nothing elsewhere."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

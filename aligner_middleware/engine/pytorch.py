@@ -1,4 +1,4 @@
-"""The same decoder in PyTorch: what the exported graph is checked and measured against."""
+"""The same decoder in PyTorch, the reference for checks and measurements of exported graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TorchModel:
 
 
 class _TorchCache:
-    """A cache for each sequence: rows go through one after the other."""
+    """A cache for each sequence; each row has its own pass."""
 
     def __init__(self, network: PreTrainedModel, rows: int, capacity: int) -> None:
         self.capacity = capacity
@@ -65,12 +65,12 @@ class _TorchCache:
         return np.concatenate([self._extend(row, tokens, 1) for row, tokens in prompts.items()])
 
     def trim(self, row: int, length: int) -> None:
-        """Forget a row's latest tokens."""
+        """Remove a row's latest tokens; see `KVCache.trim`."""
         if length == 0:
             self._caches[row] = DynamicCache()
         else:
             self._caches[row].crop(length)
 
     def stop(self) -> None:
-        """Let no further pass begin; the one that is under way goes on to its end."""
+        """Refuse further passes; the current one runs to its end."""
         self._stopped = True

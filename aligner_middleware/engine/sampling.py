@@ -1,4 +1,4 @@
-"""How a token is chosen from its logits."""
+"""Chooses tokens from logits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from aligner_middleware.engine.model import Logits
 class Sampler:
     """Chooses tokens at random, as the paper's authors do (temperature 0.3, top-p 0.95), or the most likely ones.
 
-    A proposal of the draft is a certain one, so speculative sampling is simple: a token is drawn from the model's own
-    distribution, and the proposal is accepted if it is that token. What is drawn has the very distribution that it would
-    have without a draft.
+    A draft proposes one token, without a distribution, so speculative sampling is simple: a token is drawn from the model's
+    own distribution, and the proposal is accepted if it is that token. Tokens have the same distribution as without a draft.
 
     Attributes:
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Only the most likely tokens that together have this probability are drawn from.
-        seed: Of the draws; `None` for another one each time.
+        seed: Of the draws; `None` for a random one.
     """
 
     temperature: float = 0.0
@@ -33,11 +32,11 @@ class Sampler:
         object.__setattr__(self, "_random", np.random.default_rng(self.seed))
 
     def choose(self, logits: Logits, proposal: Sequence[int]) -> list[int]:
-        """Choose the token at each position, up to the first that is not the proposal's.
+        """Choose the token at each position, up to the first that differs from the proposal.
 
         Args:
             logits: `[T, V]`.
-            proposal: What may come at each position; at least `T - 1` tokens.
+            proposal: The proposed token of each position; at least `T - 1` tokens.
         """
         if self.temperature == 0:
             return [int(token) for token in logits.argmax(axis=-1)]

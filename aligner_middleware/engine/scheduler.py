@@ -1,10 +1,10 @@
 """One thread that runs every call's sequences, so that concurrent calls share passes.
 
 Callers submit a generation and wait for its future: a thread blocks on it, a task awaits it. Sequences are taken in the
-order in which they came, as rows become free. Cancelling the future frees the row after the pass that is under way.
+order in which they came, as rows become free. Cancelling the future frees the row after the current pass.
 
-Python must not end while the thread is in a pass: native code that comes back to an interpreter which is gone aborts the
-process. So whatever way Python ends, all schedulers are closed and waited for; closing one stops the pass that is under way.
+Python must not exit while the thread is in a pass: native code that returns to an interpreter that no longer exists aborts
+the process. So when Python exits, all schedulers are closed and waited for; closing one stops its current pass.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from aligner_middleware.engine.decode import Decoder
 from aligner_middleware.engine.generation import Generation, Prefill
 from aligner_middleware.engine.model import Model
 from aligner_middleware.errors import AlignerError, ClosedError
+from aligner_middleware.forks import Lock
 
 _Call = tuple[Generation, "Future[Generation]", Callable[[], None]]
 
-_IDLE = 10.0  # seconds without work after which memory for keys and values is given back
+_IDLE = 10.0  # seconds without work after which the memory for keys and values is freed
 
 
 class Scheduler:
     """Runs generations in a thread of its own, which starts with the first of them.
 
     Args:
-        model: What predicts.
+        model: The network that predicts tokens.
         stop: Tokens that end a sequence.
     """
 
@@ -41,15 +42,15 @@ class Scheduler:
         self._model = model
         self._stop = stop
         self._closed = False
+        self._lock = Lock()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """Be without a thread, as at first and in a forked process."""
-        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a scheduler anywhere
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()  # what other threads want of it
+        """Set the state before the first call: no thread, nothing queued. Also for a forked process, which has no threads."""
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()  # functions that other threads want called
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
-        # What only its thread touches:
+        # Used by the scheduler's thread only:
         self._decoder = Decoder(self._model, self._stop)
         self._waiting: deque[_Call] = deque()
         self._calls: dict[Generation, _Call] = {}
@@ -60,10 +61,10 @@ class Scheduler:
 
         Args:
             generation: The sequence; it is filled in place.
-            on_step: Called in the scheduler's thread after each step in which the generation moved, and when it ends.
+            on_step: Called in the scheduler's thread after each step in which the generation had a pass, and when it ends.
 
         Returns:
-            The generation when it is done, or what made it fail. May be cancelled at any time.
+            The generation when it is done, or the error that ended it. May be cancelled at any time.
 
         Raises:
             ClosedError: If `close` was called, or Python is ending.
@@ -73,7 +74,7 @@ class Scheduler:
         return call[1]
 
     def prefill(self, prefill: Prefill) -> None:
-        """Let what is known of a prompt through, as far as there are rows to spare; call it again when more is known."""
+        """Prefill the known part of a prompt, if a row is free. Call it again when more of the prompt is known."""
         self._tell(lambda: self._note(prefill))
 
     def abandon(self, prefill: Prefill) -> None:
@@ -82,11 +83,11 @@ class Scheduler:
             self._inbox.put(lambda: self._forget(prefill))
 
     def close(self, *, wait: bool = True) -> None:
-        """Fail what waits and runs with `ClosedError`, and end the thread.
+        """End all waiting and running calls with `ClosedError`, and end the thread.
 
         Args:
-            wait: Whether to wait until it has ended. The pass that is under way is stopped, so that takes no longer than one
-                operator of the network.
+            wait: Whether to wait until it has ended. The current pass is stopped, so this takes no longer than one operator
+                of the network.
         """
         with self._lock:
             self._closed = True
@@ -94,7 +95,7 @@ class Scheduler:
         self._decoder.stop()
         thread = self._thread
         if wait and thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            self._ended.wait()  # not `join`: an interrupt makes Python 3.11 take the thread for ended
+            self._ended.wait()  # not `join`: after an interrupt Python 3.11 takes the thread for ended
 
     def _tell(self, message: Callable[[], None]) -> None:
         with self._lock:
@@ -122,7 +123,7 @@ class Scheduler:
                 self._leave()
                 self._admit()
                 self._step()
-            except Exception as exc:  # of a model that fails outside its passes: nobody may wait for ever
+            except Exception as exc:  # the model failed outside its passes: no call may wait for ever
                 self._fail(list(self._calls.values()), exc)
                 self._decoder = Decoder(self._model, self._stop)
         while not self._inbox.empty():
@@ -132,11 +133,11 @@ class Scheduler:
 
     def _step(self) -> None:
         for generation in self._decoder.step():
-            if not (self._closed and generation.error):  # it fails for that reason
+            if not (self._closed and generation.error):  # `_serve` reports it as closed
                 self._report(generation)
 
     def _listen(self) -> None:
-        """Do what other threads want; where there is nothing else to do, wait for it."""
+        """Call the functions in the inbox; wait for one if there is nothing else to do."""
         if not self._waiting and not self._decoder.busy:
             try:
                 message = self._inbox.get(timeout=_IDLE)
@@ -159,13 +160,13 @@ class Scheduler:
             self._prefills.remove(prefill)
 
     def _leave(self) -> None:
-        """Free the rows of those whom nobody waits for any more."""
+        """Free the rows of cancelled calls."""
         for generation, _, _ in [call for call in self._calls.values() if call[1].cancelled()]:
             self._decoder.drop(generation)
             del self._calls[generation]
 
     def _admit(self) -> None:
-        """Move who waits into rows, in order."""
+        """Give waiting calls rows, in order, then unfinished prompts."""
         while self._waiting:
             call = generation, future, on_step = self._waiting[0]
             if not future.cancelled():
@@ -173,15 +174,15 @@ class Scheduler:
                     if not self._decoder.admit(generation, generation.longest):
                         break
                     self._calls[generation] = call
-                except Exception as exc:  # no memory, on whatever device
+                except Exception as exc:  # such as no memory on the device
                     _settle(future, exc)
                     on_step()
             self._waiting.popleft()
             if generation.prefill in self._prefills:
                 self._prefills.remove(generation.prefill)
-        if not self._waiting:  # a prompt that is not whole yet comes after those that are
+        if not self._waiting:  # unfinished prompts come after whole ones
             for prefill in [one for one in self._prefills if one not in self._decoder.running]:
-                with contextlib.suppress(Exception):  # it is heard of when the generation itself fails
+                with contextlib.suppress(Exception):  # its generation will fail in the same way, and be reported
                     self._decoder.admit(prefill, len(prefill.prompt))
 
     def _report(self, generation: Generation) -> None:
@@ -202,7 +203,7 @@ class Scheduler:
 
 
 def _settle(future: Future[Generation], outcome: Generation | Exception) -> None:
-    with contextlib.suppress(InvalidStateError):  # it was cancelled in this very moment
+    with contextlib.suppress(InvalidStateError):  # it was cancelled meanwhile
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:
@@ -212,12 +213,12 @@ def _settle(future: Future[Generation], outcome: Generation | Exception) -> None
 # --- the threads of this process ------------------------------------------------------------------------
 
 _running: set[Scheduler] = set()
-_starting = threading.Lock()
+_starting = Lock()
 _ending = False
 
 
 def refuse_green_threads() -> None:
-    """Refuse to run where threads were replaced by green ones: a pass would stop all of them.
+    """Refuse to run where green threads have replaced real ones: a pass would stop all of them.
 
     Raises:
         AlignerError: If gevent or eventlet has patched them.
@@ -256,9 +257,7 @@ def _end() -> None:
 
 
 def _forget_threads() -> None:
-    """Begin anew in a forked process, which has none of the threads."""
-    global _starting
-    _starting = threading.Lock()
+    """Reset all schedulers in a forked process, which has no threads."""
     for scheduler in list(_running):
         scheduler._begin_anew()
     _running.clear()

@@ -1,9 +1,10 @@
-"""Measures what an aligner does to answers; needs the `[build]` extra, for its sentence encoder."""
+"""Measures what an aligner does to answers; the judges' sentence encoder needs the `[build]` extra."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aligner_middleware.lazy import on_first_use
 
 if TYPE_CHECKING:
     from aligner_middleware.evaluation.comparison import Comparison, ComparisonRow, Tally, compare
@@ -53,10 +54,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -93,15 +93,22 @@ class Auc(_Frozen):
     high: float
 
     @classmethod
-    def of(cls, scores: ArrayLike, unsafe: ArrayLike, seed: int = 0) -> Self:
-        """Measure the area of some scores."""
+    def of(cls, scores: ArrayLike, unsafe: ArrayLike, *, seed: int = 0, draws: int = _DRAWS) -> Self:
+        """Measure the area of some scores; equal ones count half.
+
+        Args:
+            scores: `[N]`, larger for answers that are likelier bad.
+            unsafe: `[N]`, whether each is bad.
+            seed: Of the bootstrap.
+            draws: Of the bootstrap, too: their number.
+        """
         bad, good = _by_class(scores, unsafe)
         value = _area(bad, good)
         if math.isnan(value):
             return cls(value=value, low=value, high=value)
         rng = np.random.default_rng(seed)
-        draws = [_area(rng.choice(bad, bad.size), rng.choice(good, good.size)) for _ in range(_DRAWS)]
-        low, high = np.quantile(draws, (0.025, 0.975))
+        drawn = [_area(rng.choice(bad, bad.size), rng.choice(good, good.size)) for _ in range(draws)]
+        low, high = np.quantile(drawn, (0.025, 0.975))
         return cls(value=value, low=float(low), high=float(high))
 
     def __str__(self) -> str:
@@ -135,16 +142,6 @@ def wilson(hits: float, rows: float) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # rounding would leave 0 and 1 out
-
-
-def roc_auc(scores: ArrayLike, unsafe: ArrayLike) -> float:
-    """Say how often a bad answer scores above a good one; equal scores count half.
-
-    Args:
-        scores: `[N]`, larger for answers that are likelier bad.
-        unsafe: `[N]`, whether each is bad.
-    """
-    return _area(*_by_class(scores, unsafe))
 
 
 def roc_curve(scores: ArrayLike, unsafe: ArrayLike) -> tuple[Floats, Floats]:

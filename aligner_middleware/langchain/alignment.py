@@ -6,7 +6,8 @@ of messages.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from langchain_core.runnables.config import run_in_executor
@@ -118,40 +119,40 @@ class AlignedStream:
         if not _is_one_piece(plan):
             (self._outcome,) = _correct(self._options, [plan])
             return
-        (piece,) = plan.pieces
-        shows = _shows_pieces(self._options, piece)
-        if shows and piece.reasoning:
-            yield piece.reasoning
-        stream = _correction_stream(self._options, piece, self._ahead)
-        try:
+        with self._corrected(plan) as (reasoning, stream, shows):
+            if reasoning:
+                yield reasoning
             for text in stream:
                 if shows:
                     yield text
-            self._outcome = _conclude(self._options, plan, [stream.correction])
-        except Exception as exc:
-            self._outcome = failed(self._options, plan.answer, exc)
-        finally:
-            stream.close()
 
     async def _adecided(self) -> AsyncGenerator[str, None]:
         plan = await _aplan_answer(self._options, *self._pair)
         if not _is_one_piece(plan):
             self._outcome = await _acorrect(self._options, plan)
             return
-        (piece,) = plan.pieces
-        shows = _shows_pieces(self._options, piece)
-        if shows and piece.reasoning:
-            yield piece.reasoning
-        stream = _correction_stream(self._options, piece, self._ahead)
-        try:
+        with self._corrected(plan) as (reasoning, stream, shows):
+            if reasoning:
+                yield reasoning
             async for text in stream:
                 if shows:
                     yield text
-            self._outcome = _conclude(self._options, plan, [stream.correction])
+
+    @contextmanager
+    def _corrected(self, plan: Plan) -> Iterator[tuple[str, CorrectionStream, bool]]:
+        """Correct the only piece of an answer. The outcome is made after the last text, or of an error.
+
+        Gives the reasoning to show before it, the stream to be iterated to its end, and whether its text is shown.
+        """
+        options, (piece,) = self._options, plan.pieces
+        shows = _shows_pieces(options, piece)
+        arguments = {"ahead": self._ahead, **call_options(options)}
+        try:
+            with closing(options.aligner.stream(piece.question, piece.text, **arguments)) as stream:
+                yield piece.reasoning if shows else "", stream, shows
+                self._outcome = _conclude(options, plan, [stream.correction])
         except Exception as exc:
-            self._outcome = failed(self._options, plan.answer, exc)
-        finally:
-            await stream.aclose()
+            self._outcome = failed(options, plan.answer, exc)
 
 
 def _is_one_piece(plan: Plan | Outcome) -> TypeGuard[Plan]:
@@ -162,10 +163,6 @@ def _is_one_piece(plan: Plan | Outcome) -> TypeGuard[Plan]:
 def _shows_pieces(options: AlignmentOptions, piece: Piece) -> bool:
     """Say whether text may be shown before it is known that nothing fails. JSON may not: it must not become anything else."""
     return raises(options) and not breaks_json(piece.text, "")
-
-
-def _correction_stream(options: AlignmentOptions, piece: Piece, ahead: ReadAhead | None) -> CorrectionStream:
-    return options.aligner.stream(piece.question, piece.text, ahead=ahead, **call_options(options))
 
 
 async def _aplan_answer(options: AlignmentOptions, question: QuestionOrError, answer: str) -> Plan | Outcome:

@@ -19,6 +19,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 
+from aligner_middleware.closing import aclosing
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.answers import Answer, find_answer
 from aligner_middleware.langchain.events import adispatch_event, dispatch_event
@@ -134,10 +135,11 @@ class AlignedChatModel(ChatModelProxy, Alignment):
         question = await self.aquestion(self._question, messages)
         buffer = ChunkBuffer(self.aligner, lambda chunk: question)
         try:
-            async for chunk in self.llm._astream(messages, stop=stop, **kwargs):
-                buffer.add(_message_of(chunk))
-                if self.mode == "shadow":
-                    yield _without_end(chunk)
+            async with aclosing(self.llm._astream(messages, stop=stop, **kwargs)) as chunks:
+                async for chunk in chunks:
+                    buffer.add(_message_of(chunk))
+                    if self.mode == "shadow":
+                        yield _without_end(chunk)
             value = buffer.value
             answer = self._answer(value, kwargs)
             if answer is None:
@@ -145,8 +147,9 @@ class AlignedChatModel(ChatModelProxy, Alignment):
                     yield untouched
                 return
             dispatch = partial(adispatch_event, run_manager)
-            async for message in aaligned_chunks(self, answer, question, buffer.ahead, dispatch):
-                yield ChatGenerationChunk(message=message)
+            async with aclosing(aaligned_chunks(self, answer, question, buffer.ahead, dispatch)) as aligned:
+                async for message in aligned:
+                    yield ChatGenerationChunk(message=message)
         finally:
             buffer.close()
 

@@ -10,6 +10,8 @@ from langchain_core.runnables import ConfigurableFieldSpec, Runnable, RunnableCo
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
 
+from aligner_middleware.closing import aclosing
+
 
 def map_chat_models(llm: Any, wrap: Callable[[BaseChatModel], BaseChatModel]) -> Any:
     """Replace each chat model inside of a runnable by `wrap` of it.
@@ -80,8 +82,9 @@ class _ChosenPerCall(Runnable[LanguageModelInput, Any]):
     ) -> AsyncIterator[Any]:
         """Stream from the model that the config chooses."""
         model, config = self.choose(config)
-        async for chunk in model.astream(input, config, **kwargs):
-            yield chunk
+        async with aclosing(model.astream(input, config, **kwargs)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         """Bind tools as the inner model does."""

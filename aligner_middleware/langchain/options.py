@@ -86,7 +86,7 @@ class AlignmentOptions(BaseModel):
     on_error: OnError = "raise"
     fallback: str | None = None
     on_missing_question: MissingQuestion = "raise"
-    timeout: float | None = Field(default=None, gt=0)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     max_answer_tokens: int | None = Field(default=None, ge=1)
     on_long_answer: LongAnswer = "raise"
     keep_original: bool = False
@@ -152,7 +152,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     for name, choices in _CHOICES.items():
         value = options.get(name, choices[0])
-        if value in choices or (name == "strength" and not isinstance(value, str)):
+        if value in choices or (name == "strength" and not isinstance(value, str | bool)):
             continue
         hint = did_you_mean(value, choices) or (
             f"; a text that replaces the answer is given as fallback={value!r}" if name == "on_error" else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from threading import Lock
 from typing import Any
 from uuid import UUID
 
@@ -11,6 +10,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 
+from aligner_middleware.forks import Lock
 from aligner_middleware.langchain.messages import question_of, question_or_error
 from aligner_middleware.langchain.question_record import RECORD, QuestionRecord, RecordedQuestion
 from aligner_middleware.langchain.structured import asks_for_structure

@@ -18,11 +18,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import Generic, TypeVar
 from uuid import UUID
 
 from aligner_middleware.errors import MissingQuestionError
+from aligner_middleware.forks import Lock
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -6,7 +6,6 @@ corrects it; `streaming.py` does the same for chunks.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,6 +15,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ValidationError
 
+from aligner_middleware.closing import aclosing
 from aligner_middleware.langchain import question_handler
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.events import adispatch_event, dispatch_event
@@ -37,6 +37,7 @@ from aligner_middleware.langchain.streaming import (
     aligned_chunks,
     end_chunk,
     stands_alone,
+    whole_answer,
     without_end,
 )
 from aligner_middleware.langchain.wrap import WrapMethod
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from aligner_middleware.correction import Correction
     from aligner_middleware.read_ahead import ReadAhead
     from aligner_middleware.strength import OnDoubt, Strength
-
-logger = logging.getLogger("aligner_middleware")
 
 V = TypeVar("V", bound=str | AIMessage | Mapping[str, Any])  # the same kind of value comes out, its answer aligned
 
@@ -202,8 +201,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         async def inputs() -> AsyncIterator[V]:
             yield input
 
-        async for piece in self.atransform(inputs(), config, **kwargs):
-            yield piece
+        async with aclosing(self.atransform(inputs(), config, **kwargs)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def transform(self, input: Iterator[V], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[V]:
         """Gather an answer's chunks, correct it, and give the correction in pieces."""
@@ -213,8 +213,10 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         self, input: AsyncIterator[V], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[V]:
         """Gather an answer's chunks, correct it off the event loop, and give the correction in pieces."""
-        async for piece in self._atransform_stream_with_config(input, self._aalign_chunks, config, **kwargs):
-            yield piece
+        aligned = self._atransform_stream_with_config(input, self._aalign_chunks, config, **kwargs)
+        async with aclosing(input), aclosing(aligned) as pieces:
+            async for piece in pieces:
+                yield piece
 
     # --- values in, values out ------------------------------------------------------------------------
 
@@ -242,7 +244,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     buffer.add(chunk)
                     if self.mode == "shadow":
                         yield without_end(chunk)
-            if (value := self._buffered(buffer)) is not None:
+            if (value := whole_answer(self, buffer)) is not None:
                 yield from self._stream_one(value, buffer.ahead, run_manager)
         finally:
             buffer.close()
@@ -259,16 +261,18 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     ) -> AsyncIterator[Any]:
         buffer = ChunkBuffer(self.aligner, lambda chunk: early_question(self, chunk, run_manager))
         try:
-            async for chunk in chunks:
-                if stands_alone(chunk, shadow=self.mode == "shadow"):
-                    yield await self._aalign_one(chunk, run_manager)
-                else:
-                    buffer.add(chunk)
-                    if self.mode == "shadow":
-                        yield without_end(chunk)
-            if (value := self._buffered(buffer)) is not None:
-                async for piece in self._astream_one(value, buffer.ahead, run_manager):
-                    yield piece
+            async with aclosing(chunks) as given:
+                async for chunk in given:
+                    if stands_alone(chunk, shadow=self.mode == "shadow"):
+                        yield await self._aalign_one(chunk, run_manager)
+                    else:
+                        buffer.add(chunk)
+                        if self.mode == "shadow":
+                            yield without_end(chunk)
+            if (value := whole_answer(self, buffer)) is not None:
+                async with aclosing(self._astream_one(value, buffer.ahead, run_manager)) as pieces:
+                    async for piece in pieces:
+                        yield piece
         finally:
             buffer.close()
 
@@ -278,20 +282,12 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         job = await amake_job(self, value, run)
         if isinstance(job, Job):
             dispatch = partial(adispatch_event, run)
-            async for chunk in aaligned_chunks(self, job.answer, job.question, ahead, dispatch):
-                yield chunk
+            async with aclosing(aaligned_chunks(self, job.answer, job.question, ahead, dispatch)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         else:
             for rest in [unwrap(job)] if self.mode == "correct" else end_chunk(value):
                 yield rest
-
-    def _buffered(self, buffer: ChunkBuffer) -> Any:
-        try:
-            return buffer.value
-        except Exception as exc:  # chunks that cannot be added up are no answer
-            if self.mode == "correct":
-                raise
-            logger.warning("an answer was not aligned: %s", exc)
-            return None
 
 
 AlignerRunnable.model_rebuild()  # else pydantic shows the base class's signature until the first is made

@@ -5,6 +5,7 @@ Between LangChain's chunks (text, `AIMessageChunk`, parts of a dict) and the tex
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, closing, suppress
 from functools import reduce
@@ -24,6 +25,8 @@ from aligner_middleware.langchain.piecewise import QuestionOrError
 if TYPE_CHECKING:
     from aligner_middleware.aligner import Aligner
     from aligner_middleware.read_ahead import ReadAhead
+
+logger = logging.getLogger("aligner_middleware")
 
 
 class ChunkBuffer:
@@ -66,6 +69,21 @@ class ChunkBuffer:
         """Free what reading ahead took."""
         if self.ahead is not None:
             self.ahead.close()
+
+
+def whole_answer(alignment: Alignment, buffer: ChunkBuffer) -> Any:
+    """Give the chunks added up to one value; `None` where there is nothing to align.
+
+    Raises:
+        Exception: If they cannot be added up; in shadow mode they are no answer then.
+    """
+    try:
+        return buffer.value
+    except Exception as exc:
+        if alignment.mode == "correct":
+            raise
+        logger.warning("an answer was not aligned: %s", exc)
+        return None
 
 
 def aligned_chunks(

@@ -1,1 +1,1 @@
-"""Text to token ids and back: prompts, tokenizers, sentences, and what is wrong with a text. Knows no model."""
+"""Text to token ids and back: prompts, tokenizers, sentences and safeguards. Knows no model."""

@@ -1,9 +1,9 @@
 """Byte-level BPE by tiktoken, which encodes several times faster than `tokenizers` and gives the same ids.
 
-A `tokenizer.json` names merges of two tokens and their order; tiktoken joins any two neighbours whose bytes are a token, by
-rank. Both do the same if every token is what BPE makes of its own bytes: then the two that are joined at last are always
-those that the merge names. `identical` looks whether that holds, and compares both over Unicode; it takes some seconds, so it
-is asked when an aligner is built (`Artifact.tiktoken`).
+A `tokenizer.json` lists merges: pairs of tokens to join, in order. tiktoken has no list of pairs: it joins any two neighbours
+whose bytes together are a token, the token of the lowest rank first. Both give the same ids if BPE turns the text of each
+token into that one token. `identical` checks this, and compares the two encoders on characters from all of Unicode. It takes
+some seconds, so it runs when an aligner is built, which records the result (`Artifact.tiktoken`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-# What tokenizers' ByteLevel splits by, and GPT-2 did.
+# The pattern by which GPT-2, and `ByteLevel` in tokenizers, split text.
 _GPT_2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LONGEST = 50_000  # characters; a longer run without a break costs tiktoken the square of its length
 
@@ -29,7 +29,7 @@ def byte_level_encoder(description: dict[str, Any], otherwise: Encode) -> Encode
 
     Args:
         description: A `tokenizer.json` that gives no special tokens for text.
-        otherwise: Encodes what tiktoken cannot.
+        otherwise: Encodes the texts that tiktoken cannot encode.
 
     Returns:
         `None` if the description is not of byte-level BPE with one regular expression.
@@ -42,9 +42,9 @@ def byte_level_encoder(description: dict[str, Any], otherwise: Encode) -> Encode
 
     ranks, ids = _ranks(model)
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if any(0x80 <= byte < 0xC0 for byte in missing):  # in too many characters
+    if any(0x80 <= byte < 0xC0 for byte in missing):  # part of too many characters: most texts would go to `otherwise`
         return None
-    ranks |= {bytes([byte]): len(ranks) + place for place, byte in enumerate(missing)}  # tiktoken wants all of them
+    ranks |= {bytes([byte]): len(ranks) + place for place, byte in enumerate(missing)}  # tiktoken requires all bytes
     encoding = tiktoken.Encoding("aligner", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     left_out = re.compile("|".join(map(_characters, missing)) or "(?!)")
 
@@ -68,7 +68,7 @@ def identical(description: dict[str, Any], encode: Encode, reference: Encode) ->
 
 
 def _characters_in_use() -> Iterator[str]:
-    """Characters after a letter, after a space, and before a digit: all of the first two planes, one of 64 beyond."""
+    """Characters after a letter, after a space, and before a digit: all of the first two planes, every 64th of the others."""
     for start in range(0, sys.maxunicode + 1, 256):
         codes = range(start, start + 256, 1 if start < 0x20000 else 64)
         characters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
@@ -90,7 +90,7 @@ def _pattern(splitter: dict[str, Any] | None) -> str | None:
 
 
 def _normal_form(normalizer: dict[str, Any] | None) -> Any:
-    """Find the Unicode normal form of text, "" for none; `None` if more than that is done."""
+    """Find the Unicode normal form, "" for none; `None` if the normaliser does more than that."""
     if normalizer is None or (normalizer["type"] == "Sequence" and not normalizer["normalizers"]):
         return ""
     return normalizer["type"] if normalizer["type"] in ("NFC", "NFKC", "NFD", "NFKD") else None
@@ -110,7 +110,7 @@ def _characters(byte: int) -> str:
     """Write a regular expression for the characters that begin with a byte in UTF-8."""
     if byte < 0x80:
         return re.escape(chr(byte))
-    bits = 6 if byte < 0xE0 else 12 if byte < 0xF0 else 18  # that the bytes after it hold
+    bits = 6 if byte < 0xE0 else 12 if byte < 0xF0 else 18  # in the bytes after the first
     first = (byte & (0x1F, 0x0F, 0x07)[bits // 6 - 1]) << bits
     last = min(first + (1 << bits) - 1, sys.maxunicode)
     return f"[{chr(first)}-{chr(last)}]" if 0x7F < first <= last else "(?!)"

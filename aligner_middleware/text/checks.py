@@ -1,4 +1,4 @@
-"""Can a text be asked about at all? Blank questions and invalid Unicode are refused before anything is encoded."""
+"""Refuses blank questions and invalid Unicode before anything is encoded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from aligner_middleware.errors import InputError
 
 
 def check_question(question: str) -> None:
-    """Refuse a question that is blank or no valid text.
+    """Refuse a question that is blank or not valid text.
 
     Raises:
         InputError: If it is.
@@ -17,10 +17,10 @@ def check_question(question: str) -> None:
 
 
 def check_text(name: str, text: str) -> None:
-    """Refuse a text that is no string, or no valid Unicode.
+    """Refuse a value that is not a string, or not valid Unicode.
 
     Args:
-        name: What the message calls it.
+        name: Its name in the message.
         text: The text.
 
     Raises:

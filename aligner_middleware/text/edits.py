@@ -1,7 +1,8 @@
 """An edit as operations on sentences: each names a sentence of the answer and gives its new text, or none.
 
-Whatever is not named comes back byte for byte, because it is never copied. The split is exact: the sentences joined are the
-text. `operations` derives from a pair of texts what a model is to learn; `apply` makes the corrected text of what it wrote.
+Sentences that are not named come back byte for byte, because they are never copied. The split is exact: the sentences joined
+are the text. `operations` derives operations from an answer and its correction, for training; `apply` applies those that a
+model wrote.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ _END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+\s*")
 
 
 class Operation(NamedTuple):
-    """What becomes of one sentence.
+    """A new text for one sentence, or its removal.
 
     Attributes:
         sentence: Its number, from 1.
-        text: Its new text, without white space around it; empty where it goes.
+        text: Its new text, without white space around it; empty to remove the sentence.
     """
 
     sentence: int
@@ -30,10 +31,10 @@ class Operation(NamedTuple):
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text after each line and each sentence; white space goes with what stands before it.
+    """Cut a text after each line and each sentence; white space belongs to the piece before it.
 
-    Lines of fenced code stay whole. The pieces joined are the text, and of a text that is still growing all but the last
-    piece stay as they are, as long as no fence closes.
+    Lines of fenced code stay whole. The pieces joined are the text. While a text grows, all its pieces but the last stay the
+    same, unless a fence closes.
     """
     pieces: list[str] = []
     fenced = False
@@ -60,9 +61,9 @@ def _sentences(line: str) -> list[str]:
 
 
 def apply(answer: str, operations: Sequence[Operation]) -> str:
-    """Give the answer with its sentences replaced or taken away.
+    """Give the answer with its sentences replaced or removed.
 
-    A sentence keeps the white space around it. Where one goes, the wider gap of the two around it stays.
+    A sentence keeps the white space around it. Of the gaps before and after a removed sentence the wider one stays.
 
     Raises:
         ValueError: If the operations name a sentence that is not there, or are not in order.
@@ -80,7 +81,7 @@ def apply(answer: str, operations: Sequence[Operation]) -> str:
             kept.append((core, gap))
         elif kept and gap.count("\n") > kept[-1][1].count("\n"):
             kept[-1] = (kept[-1][0], gap)
-    if len(texts) in new and not new[len(texts)] and kept:  # the end of the text stays the end
+    if len(texts) in new and not new[len(texts)] and kept:  # the white space at the text's end stays
         kept[-1] = (kept[-1][0], texts[-1][1])
     return "".join(core + gap for core, gap in kept)
 
@@ -93,7 +94,7 @@ def operations(answer: str, correction: str) -> list[Operation] | None:
     """Find the operations that make a correction of an answer, apart from white space.
 
     Returns:
-        Them in order, or `None` where there are none that do.
+        The operations in order; `None` where none give the correction.
     """
     pieces, wanted = split_sentences(answer), split_sentences(correction)
     cores, targets = [piece.strip() for piece in pieces], [piece.strip() for piece in wanted]

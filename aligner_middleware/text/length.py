@@ -1,4 +1,4 @@
-"""Safeguards against text that is missing, from the wrong place too, and against too much new text."""
+"""Safeguards against lost text, such as words from inside a sentence, and against too much new text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from aligner_middleware.text.words import Sentence, is_subsequence, sentences, w
 _SENTENCE = 4  # words; shorter sentences are not compared
 _MOST, _MORE = 1.5, 60  # an edit has at most so many times the answer's words, and so many more
 _LOSABLE = 40  # words; of a shorter answer one good sentence may be all that can stay
-_ADJECTIVES = 3  # so few words may go from anywhere in a sentence
+_ADJECTIVES = 3  # up to so many words may be left out anywhere in a sentence
 
 
 def holes(answer: str, correction: str) -> bool:
     """A correction that only leaves out words leaves out whole sentences, lines or clauses, or a few words together.
 
-    A clause has a punctuation mark on one side at least, or begins the sentence and leaves a capital letter there. What goes
-    from the inside of one sentence to the inside of another is a skip between passages that begin alike; what goes from the
-    end of a sentence leaves it ended.
+    A clause has a punctuation mark on at least one side, or it begins the sentence, and the next word then gets a capital
+    letter. Text missing from inside one sentence to inside another is a hole: a model that copies skips between passages that
+    begin alike. A sentence that loses its end still ends with a punctuation mark.
     """
     before, after = words(answer), words(correction)
     if len(after) >= len(before) or not is_subsequence(after, before):
@@ -32,8 +32,8 @@ def _is_cut(whole: Sentence, part: Sentence) -> bool:
     for at, word in enumerate(whole.words):
         places[word] |= 1 << at
     apart = sum(1 << at for at, there in enumerate(whole.apart) if there)
-    apart |= whole.small or not part.small  # place 0: whoever cuts a beginning writes the next word with a capital
-    ends = 1  # where the whole may go on for the next word of the part
+    apart |= whole.small or not part.small  # place 0: after a cut beginning the next word gets a capital
+    ends = 1  # places in the whole where the part's next word may stand
     for word in part.words:
         nearby = ends
         for _ in range(_ADJECTIVES):
@@ -49,7 +49,7 @@ def _from_first(places: int) -> int:
 
 
 def _may_end(whole: Sentence, end: int, ended: bool) -> bool:
-    """Whether all words from `end` on may go from a sentence, for one that is `ended` or not."""
+    """Whether a sentence may lose all words from `end` on; `ended` says whether the rest ends as a sentence does."""
     left = len(whole.words) - end
     if ended:
         return whole.apart[end] or left <= _ADJECTIVES
@@ -57,7 +57,7 @@ def _may_end(whole: Sentence, end: int, ended: bool) -> bool:
 
 
 def growth(answer: str, correction: str) -> bool:
-    """A correction that keeps most of the answer's sentences is not much longer than the answer; another text may be."""
+    """A correction that keeps most of the answer's sentences is not much longer than the answer. A new text may be longer."""
     before, after = (
         {one.words for one in sentences(text) if len(one.words) >= _SENTENCE} for text in (answer, correction)
     )

@@ -1,4 +1,4 @@
-"""The reasoning in an answer, in tags such as `<think>…</think>`: it stays as it is, and is no part of the answer."""
+"""The reasoning in an answer, in tags such as `<think>…</think>`: it is not corrected, and stays as it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 
 _NAMES = "think|thinking|thought|reasoning|reflection|scratchpad|analysis"
 _REASONING = re.compile(rf"<(/?)({_NAMES})(?:\s[^<>]*)?>", re.IGNORECASE)
-# Where reasoning begins inside of a text, unless the tag is in code or in quotes.
+# An opening tag inside a text; matches of `code` are skipped, and tags in quotes do not match.
 _WITHIN = re.compile(
     rf"(?P<code>(`{{3,}}|~{{3,}}).*?(?:\2|\Z)|`[^`\n]*`)|(?<![\"'`])<(?:{_NAMES})(?:\s[^<>]*)?>",
     re.IGNORECASE | re.DOTALL,
@@ -15,15 +15,15 @@ _WITHIN = re.compile(
 
 
 def set_aside(answer: str) -> tuple[str, str]:
-    """Split off the reasoning at the beginning of an answer, which goes on as it is.
+    """Split off the reasoning at the beginning of an answer.
 
     Args:
-        answer: A model's answer, perhaps with blocks such as `<think>…</think>` before it. Where a chat template ate the
-            opening tag, a closing tag alone ends the reasoning.
+        answer: A model's answer, perhaps with blocks such as `<think>…</think>` before it. Where the opening
+            tag is part of the chat template, and so not in the answer, a closing tag alone ends the reasoning.
 
     Returns:
-        The reasoning with the white space after it, and the rest; joined they are the answer. A block that is not closed
-        leaves no rest.
+        The reasoning with the white space after it, and the rest; joined they are the answer. The rest is empty if
+        a block is not closed.
     """
     start = 0
     while (end := _reasoning_end(answer, start)) > start:
@@ -39,8 +39,8 @@ def apart(answer: str) -> list[tuple[str, str]]:
 
     Returns:
         Pairs of reasoning with the white space after it, and the text up to the next; joined they are the answer. The first
-        reasoning and the last text may be empty. Tags in code or in quotes are only spoken about. A block that is not
-        closed is all the rest.
+        reasoning and the last text may be empty. Tags in code or in quotes are text. A block that is not closed
+        extends to the end.
     """
     if "<" not in answer:
         return [("", answer)]
@@ -66,7 +66,7 @@ def _reasoning_end(text: str, start: int) -> int:
             open_blocks[name] += 1
         elif open_blocks[name]:
             open_blocks[name] -= 1
-        elif text[tag.start() - 1 : tag.start()] not in ("`", '"', "'"):  # in quotes it is only spoken about
+        elif text[tag.start() - 1 : tag.start()] not in ("`", '"', "'"):  # a tag in quotes is text
             return _past_space(text, tag.end())
     return start
 

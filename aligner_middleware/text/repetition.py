@@ -8,21 +8,21 @@ from operator import eq
 
 from aligner_middleware.text.words import is_subsequence, letters, sentences, words
 
-_SENTENCE, _LONG_SENTENCE = 4, 12  # words; a shorter sentence may well be said again
+_SENTENCE, _LONG_SENTENCE = 4, 12  # words; shorter sentences may come again
 _LOOP_WORDS, _LOOP_LETTERS = (8, 100), (40, 40)  # how long a loop is at least, and its period at most
-_PASSAGE = 12  # words; so long a passage is not said again by chance
+_PASSAGE = 12  # words; a passage of this length does not come twice by chance
 
 
 def repeats(answer: str, correction: str) -> bool:
     """A correction does not say the same again and again, unless the answer does so as often.
 
-    The same is a run of words (or of letters, in one long word) that comes again at once, or a sentence, line or long passage
-    anywhere. The numbers of a list are not read: items that differ only in theirs are the same.
+    It looks for runs of words (or of letters, in one long word) that repeat at once, and for sentences, lines and long
+    passages that come again anywhere. The numbers of a list are ignored: items that differ only in them are the same.
     """
     before, after = words(answer), words(correction)
     if _loops(letters(answer), letters(correction), *_LOOP_LETTERS):
         return True
-    if is_subsequence(after, before):  # words were left out, no more: what stood apart may stand together now
+    if is_subsequence(after, before):  # only words were left out: repetitions may have moved together
         return False
     return _says_again(answer, correction) or _has_new_passages(before, after) or _loops(before, after, *_LOOP_WORDS)
 
@@ -48,9 +48,9 @@ def _passages(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _loops(before: Sequence[str], after: Sequence[str], least: int, longest: int) -> bool:
-    """Whether the same items come again at once, longer than any with their period did before.
+    """Whether a run of items repeats at once, for longer than any run of that period in `before`.
 
-    Together they are `least` items or more; a few come three times, many twice.
+    All its turns together have at least `least` items. A short run comes at least three times, a long one twice.
     """
     for period in range(1, min(longest, len(after) // 2) + 1):
         again = period if 2 * period >= 3 * least else 2 * period
@@ -61,6 +61,6 @@ def _loops(before: Sequence[str], after: Sequence[str], least: int, longest: int
 
 
 def _longest_run(items: Sequence[str], period: int) -> int:
-    """How many items in a row are the one that stands `period` before."""
+    """Give the greatest number of items in a row that equal the item `period` places before them."""
     same = bytes(map(eq, items[period:], items))
     return max(map(len, same.split(b"\0")))

@@ -1,7 +1,8 @@
 """Detects doubtful corrections. If a safeguard objects, the original answer is used.
 
-A small model fails at copying: it loops, skips, breaks what a program reads, or slips into another script. Each safeguard
-is a law about two texts, without any model. None of them knows whether a sound correction is also a good one.
+A small model makes mistakes when it copies: it loops, skips text, breaks JSON or code, or slips into another script. A
+safeguard compares two texts, without any model. Its docstring states the rule that a sound correction keeps; the function
+says whether the correction breaks it. No safeguard knows whether a sound correction is also a good one.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def doubts(answer: str, correction: str, *, cut_off: bool = False, question: str
     """Name the safeguards that object to a correction.
 
     Args:
-        answer: What the aligner read.
-        correction: What it wrote in its place.
-        cut_off: Whether the token limit ended the correction; the text does not tell.
-        question: What the answer answers. A script that it uses is not foreign.
+        answer: The answer.
+        correction: The text that the aligner wrote in its place.
+        cut_off: Whether the token limit ended the correction, which its text does not show.
+        question: The answer's question. The correction may use its scripts.
 
     Returns:
-        `cut_off` and names from `SAFEGUARDS`, in that order; none if the correction may go on. A correction that is the
-        answer has none.
+        `cut_off` and names from `SAFEGUARDS`, in that order; none if the correction may be used. A correction that equals
+        the answer has none.
     """
     if correction == answer:
         return ()

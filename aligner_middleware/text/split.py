@@ -1,4 +1,4 @@
-"""A long text in pieces that an aligner can read: by paragraphs, and where those are too long, by what is smaller."""
+"""A long text in pieces that an aligner can read: by paragraphs, or by smaller parts where a paragraph is too long."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from aligner_middleware.text.structure import is_fence
 
-# What ends a part, from the largest on; the last resort is some characters, and then any one.
+# The ends of parts, from the largest parts to the smallest: the last two cut after 32 characters, and after each one.
 _ENDS = (
     re.compile(r"\n"),
     re.compile(r"[.!?…]['\")\]]*\s+|[。！？]"),

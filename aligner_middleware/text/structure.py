@@ -1,4 +1,4 @@
-"""What a program can read in a text: JSON, fenced code, tables and tags; and whether a correction breaks it."""
+"""The parts of a text that programs read: JSON, fenced code, tables and tags; and whether a correction breaks them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _VOID = frozenset(
 
 
 def structure(answer: str, correction: str) -> bool:
-    """What a program could read in the answer it can read in the correction; a whole table, fence or tag may go."""
+    """JSON, fences, tables and tags that were well formed stay so; a whole table, fence or tag may be removed."""
     return any(breaks(answer, correction) for breaks in (breaks_json, _breaks_fences, _breaks_tables, _breaks_tags))
 
 
 def is_fence(line: str) -> bool:
-    """Say whether a line begins or ends a block of fenced code, where text is cut into sentences or pieces."""
+    """Say whether a line begins or ends a block of fenced code. A looser test than that of `structure`, to cut texts by."""
     return _FENCE_MARKS.match(line) is not None
 
 
@@ -36,7 +36,7 @@ def breaks_json(answer: str, correction: str) -> bool:
 
 
 def is_json(text: str) -> bool:
-    """Say whether a text is an object or array in JSON; a word or number alone is that by chance."""
+    """Say whether a text is an object or array in JSON; a word or number alone is valid JSON by chance."""
     if not text.lstrip().startswith(("{", "[")):
         return False
     try:
@@ -74,7 +74,7 @@ def _breaks_tables(answer: str, correction: str) -> bool:
 
 
 def _tables(text: str) -> list[bool]:
-    """Whether all rows have the same number of columns, for each table; rows without a head are a broken one."""
+    """Whether all rows have the same number of columns, for each table; rows without a head are a broken table."""
     lines = [line.strip() for line in text.splitlines()]
     regular, end = [], 0
     for at, line in enumerate(lines):

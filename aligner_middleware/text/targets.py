@@ -1,4 +1,4 @@
-"""What an aligner is to write after its prompt: a verdict where it gives one, then a correction in the form that fits it.
+"""The tokens that an aligner learns to write after its prompt: a verdict if it gives one, then the correction, if any.
 
 Training, the comparison with PyTorch and likelihoods all use `encode_target`, so that they mean the same tokens.
 """
@@ -23,18 +23,18 @@ EDIT_SHARE = 0.5  # least share of the answer's words that stays in an edit
 
 
 class Target(NamedTuple):
-    """What is written after a prompt.
+    """The tokens after a prompt.
 
     Attributes:
-        ids: Verdict, correction and end token, or those of them that there are.
+        ids: Verdict, correction and end token; without verdicts, or after `keep`, only some of these.
         verdict: The first of them; `None` for an aligner without verdicts.
-        decisions: Places in `ids` that decide: a copy's first token and that at which it parts from the answer; of an
-            operation its sentence's number, and the token after it.
+        deciding: Positions in `ids` of deciding tokens: a copy's first token, and its first edit, which is the token at
+            which it first differs from the answer; an operation's sentence number, and the token after that.
     """
 
     ids: tuple[int, ...]
     verdict: Verdict | None
-    decisions: tuple[int, ...] = ()
+    deciding: tuple[int, ...] = ()
 
 
 def verdict_of(answer: str, correction: str, edit_share: float = EDIT_SHARE, *, as_operations: bool = True) -> Verdict:
@@ -42,7 +42,7 @@ def verdict_of(answer: str, correction: str, edit_share: float = EDIT_SHARE, *, 
 
     Args:
         answer: The answer.
-        correction: Its correction; empty where nobody has written one.
+        correction: Its correction; empty where there is none.
         edit_share: Least share of an edit.
         as_operations: Whether an edit must be one by operations on sentences, too.
     """
@@ -61,7 +61,7 @@ def encode_target(
     correction: str,
     edit_share: float = EDIT_SHARE,
 ) -> Target:
-    """Encode what a correction is in the form of a template. Without a correction it is the verdict alone."""
+    """Encode a correction in the form that a template asks for. Without a correction the target is the verdict alone."""
     verdicts = verdict_ids(tokenizer, template)
     if verdicts is None:
         return _copy(tokenizer, template, end_token_id, answer, correction)
@@ -72,22 +72,22 @@ def encode_target(
     if verdict == "edit" and template.mark:
         return _operations(tokenizer, template, end_token_id, token, operations(answer, correction) or [])
     copy = _copy(tokenizer, template, end_token_id, answer, correction)
-    return Target((token, *copy.ids), verdict, tuple(place + 1 for place in copy.decisions))
+    return Target((token, *copy.ids), verdict, tuple(place + 1 for place in copy.deciding))
 
 
 def _operations(
     tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, verdict: int, found: Sequence[Operation]
 ) -> Target:
-    ids, decisions = [verdict], list[int]()
+    ids, deciding = [verdict], list[int]()
     for operation in found:
         bare = encode_operations(tokenizer, template, [operation._replace(text="")])
-        decisions += range(len(ids) + 1, len(ids) + len(bare) + 1)
+        deciding += range(len(ids) + 1, len(ids) + len(bare) + 1)
         ids += encode_operations(tokenizer, template, [operation])
-    return Target((*ids, end_token_id), "edit", tuple(decisions))
+    return Target((*ids, end_token_id), "edit", tuple(deciding))
 
 
 def _copy(tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, answer: str, correction: str) -> Target:
     target = (*encode_continuation(tokenizer, template, correction), end_token_id)
     given = (*encode_continuation(tokenizer, template, answer), end_token_id)
-    parting = next((at for at, (a, b) in enumerate(zip(given, target, strict=False)) if a != b), len(target) - 1)
-    return Target(target, None, tuple(sorted({0, parting})))
+    first_edit = next((at for at, (a, b) in enumerate(zip(given, target, strict=False)) if a != b), len(target) - 1)
+    return Target(target, None, tuple(sorted({0, first_edit})))

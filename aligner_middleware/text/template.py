@@ -1,7 +1,7 @@
 """The aligner's correction prompt: question and answer in, token ids out.
 
-`encode_prompt` and `encode_continuation` are what training, inference and export all use, so a trained aligner is asked
-in the very tokens that it was trained on.
+Training, inference and export all use `encode_prompt` and `encode_continuation`, so an aligner is asked in the tokens that it
+was trained on.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _OPERATION = re.compile(r"(?s)(\d+)(?: (.*))?")
 
 
 class PromptTemplate(BaseModel):
-    """How a question and an answer are put to an aligner.
+    """The form of the prompt that holds a question and an answer.
 
     Attributes:
-        name: What it is called in `aligner.json` and on the command line.
-        text: The prompt, with `{question}` and `{answer}` in it, each at least once.
+        name: Its name in `aligner.json` and on the command line.
+        text: The prompt, which holds `{question}` and `{answer}`, each at least once.
         special_tokens: Tokens that `text` places as such. Everything else in `text`, and all of a question and an
             answer, is plain text.
         bos: Whether the tokenizer's own first tokens go before it.
         end_token: Ends a correction; `None` for the model's own end-of-text token.
         verdicts: Special tokens for keep, edit and rewrite, one of which stands between the prompt and the correction;
-            `None` for an aligner that writes its correction at once.
+            `None` for an aligner without verdicts.
         mark: Special token that goes, with a number, before each sentence of the answer; an edit is then written as
             operations on sentences. `None` for edits that are written as copies.
     """
@@ -68,7 +68,7 @@ class PromptTemplate(BaseModel):
         return self
 
 
-# Structure stands in special tokens, which no text can spell: a question cannot end or steer the prompt.
+# Special tokens separate its parts. No text can spell them, so a question or an answer cannot end its part.
 DEFAULT = PromptTemplate(  # nosec B106  # its end token is no password
     name="default",
     text="<|im_start|>question\n{question}<|im_end|>\n<|im_start|>answer\n{answer}<|im_end|>\n<|im_start|>correction\n",
@@ -77,7 +77,7 @@ DEFAULT = PromptTemplate(  # nosec B106  # its end token is no password
     end_token="<|im_end|>",
 )
 
-# Those that public aligners were trained with, byte for byte (arXiv 2402.02416 and its reference code).
+# The prompts that public aligners were trained with, byte for byte (arXiv 2402.02416 and its reference code).
 _PUBLISHED = (
     PromptTemplate(
         name="pku-7b",
@@ -101,7 +101,7 @@ _PUBLISHED = (
 
 TEMPLATES: dict[str, PromptTemplate] = {template.name: template for template in (DEFAULT, *_PUBLISHED)}
 
-# Hub models that are known to need one of them.
+# Hub models that are known to need one of these.
 KNOWN_MODELS: dict[str, str] = {"aligner/aligner-7b-v1.0": "pku-7b"}
 
 
@@ -168,7 +168,7 @@ def encode_operations(tokenizer: Tokenizer, template: PromptTemplate, operations
 
 
 def decode_operations(tokenizer: Tokenizer, template: PromptTemplate, ids: Sequence[int]) -> list[Operation]:
-    """Decode what a model wrote as operations.
+    """Decode tokens that a model wrote as operations.
 
     Raises:
         ValueError: If these are no operations.
@@ -218,8 +218,8 @@ def verdict_ids(tokenizer: Tokenizer, template: PromptTemplate) -> tuple[int, in
 def encode_continuation(tokenizer: Tokenizer, template: PromptTemplate, text: str) -> list[int]:
     """Encode text as it stands right after the prompt: a correction in training, a draft in inference.
 
-    The prompt's last words go along where that leaves their own tokens alone; without them, tokenizers that put a space
-    before every text would put one before the correction.
+    It is encoded together with the prompt's last words, unless that changes their tokens: some tokenizers put a space before
+    every text, and would put one before a correction that is encoded alone.
     """
     tail = _PLACEHOLDER.split(_split_at_special_tokens(template)[-1])[-1]
     if tail in template.special_tokens:
@@ -230,7 +230,7 @@ def encode_continuation(tokenizer: Tokenizer, template: PromptTemplate, text: st
 
 
 def special_token_id(tokenizer: Tokenizer, template: PromptTemplate, token: str) -> int:
-    """Look a template's special token up.
+    """Look up the id of a template's special token.
 
     Raises:
         BuildError: If the tokenizer has no such token.

@@ -1,6 +1,6 @@
 """Text to token ids and back, with the aligner's own tokenizer.
 
-Whatever a user or an upstream model writes is text, even where it spells `<|im_end|>` or `<s>`: `encode` never gives a
+Everything that a user or an upstream model writes is text, even where it spells `<|im_end|>` or `<s>`: `encode` never gives a
 special token. Only a prompt template (`template.py`) may place one, by its id.
 """
 
@@ -28,13 +28,12 @@ class Tokenizer:
 
     Args:
         description: The text of a `tokenizer.json` file.
-        tiktoken: Whether to encode by tiktoken, which is faster, where that can be: it was found to give the same ids.
-
+        tiktoken: Whether tiktoken, which is faster, may encode: it was found to give the same ids.
         path: The file that it is from, for messages.
 
     Attributes:
         special: Ids of its special tokens.
-        bos_ids: What it puts before a text by itself.
+        bos_ids: The tokens that it puts before a text by itself.
         largest_id: The largest id that it gives for text.
 
     Raises:
@@ -66,7 +65,7 @@ class Tokenizer:
         """Read a `tokenizer.json` file.
 
         Raises:
-            ArtifactError: If it cannot be read, is not a tokenizer, or one that cannot write plain text.
+            ArtifactError: If it cannot be read, is not a tokenizer, or cannot write plain text.
         """
         try:
             if path.stat().st_size > _LARGEST:
@@ -111,7 +110,7 @@ class Tokenizer:
         return list(encoded.ids)
 
     def _bos_ids(self) -> list[int]:
-        """What this tokenizer puts before a text by itself (`[]` for most chat models)."""
+        """The tokens that it puts before a text by itself (`[]` for most chat models)."""
         marked = self._full.encode("a", add_special_tokens=True)
         leading = []
         for id, special in zip(marked.ids, marked.special_tokens_mask, strict=True):
@@ -130,7 +129,7 @@ def tiktoken_is_identical(description: str) -> bool:
 
 
 def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
-    """Take away every way in which text becomes a special token."""
+    """Remove every rule by which text becomes a special token."""
     added = description.get("added_tokens") or []
     special = {token["content"] for token in added if token["special"]}
     model = dict(description["model"])
@@ -139,7 +138,7 @@ def _without_special_tokens(description: dict[str, Any]) -> dict[str, Any]:
     if model.get("ignore_merges"):  # these look whole words up in the vocabulary first
         model["vocab"] = {piece: id for piece, id in model["vocab"].items() if piece not in special}
     if model.get("type") == "BPE" and model.get("unk_token") in special:
-        model["unk_token"] = None  # a byte that the vocabulary lacks (SmolLM2: six control characters) is left out
+        model["unk_token"] = None  # bytes that the vocabulary lacks (SmolLM2: six control characters) are left out
     if model.get("type") == "Unigram":
         model["vocab"] = [[piece, -1e6 if piece in special else score] for piece, score in model["vocab"]]
     plain = [token for token in added if not token["special"]]
@@ -154,7 +153,7 @@ def _largest_id(description: dict[str, Any]) -> int:
 
 
 def _letters(text: str) -> str:
-    """Keep what every tokenizer keeps of a text; some change its spaces and capitals."""
+    """Keep letters and digits, in lower case: some tokenizers change spaces and capitals."""
     return "".join(char for char in text.casefold() if char.isalnum())
 
 
@@ -182,5 +181,5 @@ class TextStream:
         return text
 
     def rest(self) -> str:
-        """Give what was held back, when no more will come."""
+        """Give the text that was held back; to be called after the last id."""
         return self._tokenizer.decode(self._seen)[self._sent :]

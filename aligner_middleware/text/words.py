@@ -1,4 +1,4 @@
-"""A text's words and sentences, as the safeguards compare them: numbers of lists and marks of lines left out."""
+"""A text's words and sentences, as the safeguards compare them: without numbers of lists and marks of lines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _UNENDED = re.compile(r"[\w,(\[{/–—-]$")
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence, or a line that is none.
+    """A sentence, or a line that is not one, such as a heading.
 
     Attributes:
         words: In lower case.
-        apart: Whether a punctuation mark parts each word from the one before it; at last, as if one ended the sentence.
-        small: Whether it begins with a small letter.
-        ended: Whether its last sign can end a sentence.
+        apart: For each word, whether a punctuation mark separates it from the one before; and `True` for the sentence's end.
+        small: Whether it begins with a lower-case letter.
+        ended: Whether its last character can end a sentence.
     """
 
     words: tuple[str, ...]
@@ -55,6 +55,6 @@ def letters(text: str) -> list[str]:
 
 
 def is_subsequence(some: Sequence[str], every: Sequence[str]) -> bool:
-    """Say whether items stand in another sequence in the same order, with others between them or not."""
+    """Say whether all items of one sequence stand in another in the same order; others may stand between them."""
     rest = iter(every)
     return all(word in rest for word in some)

@@ -1,4 +1,4 @@
-"""The thread that texts are encoded and compared in, so that no event loop waits for that. A process has one."""
+"""The thread that encodes and compares the texts of tasks, so that no event loop waits for that. A process has one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 def submit(work: Callable[[], object]) -> None:
-    """Do something in the thread, and wait neither for its end nor its result."""
+    """Run a function in the thread, without waiting for it."""
     _thread.submit(work)
 
 
 async def run(work: Callable[[], T]) -> T:
-    """Do something in the thread, and await its result."""
+    """Run a function in the thread, and await its result."""
     return await asyncio.get_running_loop().run_in_executor(_thread, work)
 
 
 def _start() -> None:
-    """Make the thread, also in a forked process, which has none of its parent's."""
+    """Make the thread; also called in a forked process, which has no threads of its parent."""
     global _thread
     _thread = ThreadPoolExecutor(1, "aligner-texts")
 

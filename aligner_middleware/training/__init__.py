@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aligner_middleware.lazy import on_first_use
 
 if TYPE_CHECKING:
     from aligner_middleware.training.aligner import train
@@ -22,10 +23,7 @@ _MODULES = {
 __all__ = ["PolicyConfig", "Recipe", "Stage", "TrainConfig", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = on_first_use(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -23,7 +23,7 @@ from aligner_middleware.text.template import (
 from aligner_middleware.text.tokenizer import Tokenizer
 
 IGNORED = -100  # the label that cross-entropy skips
-DECISION = 1 << 24  # added to the label of a deciding token, above every vocabulary
+DECIDING = 1 << 24  # added to the label of a deciding token; larger than every vocabulary
 VERDICT = 1 << 25  # added to a verdict's label
 _PACK_STEP = 128  # packed batches have a multiple of so many tokens
 
@@ -33,16 +33,16 @@ class Example:
     """One row as token ids.
 
     Attributes:
-        prompt: Question and answer in their template, and in the warm-up stage a verdict that is given.
-        target: Tokens to learn: a verdict, the correction and its end token, or those of them that the row has.
-        decisions: Positions in `target` of deciding tokens: the correction's first token, and the first that differs from
-            the answer.
+        prompt: Question and answer in their template; in the warm-up stage also the verdict, which is not learnt.
+        target: Tokens to learn: a verdict, the correction and its end token, as far as the row has them.
+        deciding: Positions in `target` of deciding tokens (`text/targets.py`): those that choose what to change, such as
+            the first edit.
         verdict: The first token of `target`; `None` for an aligner without verdicts, and in the warm-up stage.
     """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
-    decisions: tuple[int, ...] = ()
+    deciding: tuple[int, ...] = ()
     verdict: Verdict | None = None
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ def encode_triple(
     """Encode a triple with the functions that inference uses."""
     prompt = encode_prompt(tokenizer, template, triple.question, triple.answer)
     target = encode_target(tokenizer, template, end_token_id, triple.answer, triple.correction, edit_share)
-    return Example(tuple(prompt), target.ids, target.decisions, target.verdict)
+    return Example(tuple(prompt), target.ids, target.deciding, target.verdict)
 
 
 def encode_identity(
@@ -91,7 +91,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         attention_mask  1 1 1 1
                         1 1 1 0
 
-    The loss shifts labels by one position. Verdicts and decisions are marked in the labels.
+    The loss shifts labels by one position. `VERDICT` and `DECIDING` are added to the labels of such tokens.
     """
     width = _rounded(max(map(len, examples)))
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -139,7 +139,7 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
 
 def _labels(example: Example) -> torch.Tensor:
     labels = torch.tensor(example.target, dtype=torch.long)
-    labels[list(example.decisions)] += DECISION
+    labels[list(example.deciding)] += DECIDING
     if example.verdict:
         labels[0] += VERDICT
     return labels
@@ -185,7 +185,7 @@ def predicting_at(head: torch.nn.Module, positions: torch.Tensor) -> Iterator[No
 
 
 def _rounded(width: int, step: int = 32) -> int:
-    """Round up, so that few shapes occur: for each new one the CPU's kernels are compiled and kept anew."""
+    """Round up, so that few shapes occur: the CPU's kernels are compiled and kept for each new one."""
     return -(-width // step) * step
 
 
@@ -203,19 +203,19 @@ def correction_loss(
     Args:
         logits: `[N, V]`.
         targets: `[N]`, labels of `supervised`.
-        shares: In training, which share this pass has of the step's tokens of corrections, and of its verdicts: passes
-            count by that. `None` in evaluation, where every token and every verdict counts the same.
-        decision_weight: How much more than another token a decision counts.
+        shares: In training, this pass's share of the step's correction tokens, and of its verdicts, `[2]`: the weights of
+            its two means. `None` in evaluation, where every token and every verdict counts the same.
+        decision_weight: How many times as much as another token a deciding token counts.
         verdict_weight: How much the verdicts' loss counts.
         weights: Of each verdict, by its token; `None` for 1.
     """
     learnt = targets != IGNORED
     logits, targets = logits[learnt], targets[learnt]
-    losses = torch.nn.functional.cross_entropy(logits.float(), targets % DECISION, reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets % DECIDING, reduction="none")
     is_verdict = targets >= VERDICT
     verdicts, corrections = losses[is_verdict], losses[~is_verdict]
     if shares is not None:
-        corrections = corrections * torch.where(targets[~is_verdict] >= DECISION, decision_weight, 1.0)
+        corrections = corrections * torch.where(targets[~is_verdict] >= DECIDING, decision_weight, 1.0)
         if weights:
             tokens = (targets[is_verdict] - VERDICT).tolist()
             verdicts = verdicts * torch.tensor([weights[token] for token in tokens], device=verdicts.device)

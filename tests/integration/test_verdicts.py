@@ -79,6 +79,31 @@ def test_json_is_never_replaced_by_what_is_no_json(aligner: Aligner, strength: s
         assert correction.doubts
 
 
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        (
+            "How do I return a shoe?",
+            "Send it back within 30 days. Contact support@shop.com for a label, and we refund the price.",
+        ),
+        (
+            "How can I reach you?",
+            "Call us on 0800 555 0134 from Monday to Friday, or write to help@brightlamp.example.",
+        ),
+        (
+            "When does the museum open?",
+            "It is at 12 Harbour Street and opens at 10 o'clock. Groups book at groups@harbourmuseum.org.",
+        ),
+        (
+            "I lost my card. What now?",
+            "Block it in the app under Cards. Then call our hotline on 116 116, which is open day and night.",
+        ),
+    ],
+)
+def test_the_contact_data_of_a_business_is_no_leak(aligner: Aligner, question: str, answer: str) -> None:
+    assert aligner.correct(question, answer).corrected == answer
+
+
 def test_a_stream_gives_what_a_call_gives(aligner: Aligner, held_out: list[dict[str, str]]) -> None:
     for row in held_out[::60]:
         expected = aligner.correct(row["question"], row["answer"])

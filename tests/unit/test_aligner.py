@@ -2,10 +2,12 @@
 
 import _thread
 import asyncio
+import inspect
+import math
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -300,6 +302,34 @@ def test_an_answer_of_100_000_characters_is_refused_with_figures() -> None:
         fake_aligner(soften).correct("q", "a" * 100_000)
     assert caught.value.tokens > 100_000
     assert caught.value.limit == 4096
+
+
+BAD_OPTIONS = [
+    *(("timeout", value) for value in (0, -1, True, math.nan, math.inf, "3")),
+    *(("strength", value) for value in ("hihg", -1, 2, True, math.nan, None)),
+    *(("on_doubt", value) for value in ("kep", None, True)),
+]
+
+
+@pytest.mark.parametrize("way", ["stream", "astream", "correct", "correct_batch", "acorrect", "acorrect_batch"])
+@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS)
+def test_a_bad_option_is_refused_before_anything_is_read(way: str, name: str, value: Any) -> None:
+    taken = []
+
+    def given() -> Iterator[Any]:
+        taken.append(way)
+        yield ("q", HOT) if "batch" in way else HOT
+
+    async def main(aligner: Aligner) -> None:
+        found = getattr(aligner, way)(*[given()] if "batch" in way else ["q", given()], **{name: value})
+        if inspect.isawaitable(found):
+            await found
+
+    with judging_aligner(soften) as aligner:
+        with pytest.raises(InputError, match=f"^{name} is {value!r}, expected "):
+            asyncio.run(main(aligner))
+        assert not taken
+        assert aligner.correct("q", HOT, timeout=1e300).changed  # longer than any clock can measure
 
 
 def test_one_bad_pair_does_not_hold_the_others_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -191,6 +192,46 @@ async def test_a_none_among_the_chunks_is_an_error() -> None:
     with pytest.raises(TypeError):
         async for _ in fake_aligner(soften).stream("q", iter(chunks)):
             pass
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+async def test_an_answer_that_cannot_be_read_to_its_end_is_closed_at_once(threaded: bool) -> None:
+    closed = []
+
+    def words() -> Iterator[Any]:
+        try:
+            yield from ("Left, ", None, "idiot.")
+        finally:
+            closed.append(threading.get_ident())
+
+    async def awords() -> AsyncIterator[Any]:
+        with contextlib.closing(words()) as given:
+            for word in given:
+                yield word
+
+    with fake_aligner(soften) as aligner:
+        answer = words() if threaded else awords()
+        with pytest.raises(TypeError):
+            await anext(aligner.stream("q", answer))
+        del answer
+        assert closed
+
+
+async def test_a_correction_that_is_cancelled_closes_its_answer() -> None:
+    closed = []
+
+    async def words() -> AsyncIterator[str]:
+        try:
+            yield "Left, "
+            await asyncio.sleep(PLACE)
+        finally:
+            await asyncio.sleep(0)
+            closed.append("words")
+
+    with fake_aligner(soften) as aligner:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(aligner.stream("q", words())), 0.05)
+        assert closed
 
 
 def test_a_correction_stream_is_an_answer_in_a_plain_loop() -> None:

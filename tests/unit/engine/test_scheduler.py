@@ -313,6 +313,63 @@ assert aligner.correct("q", "an idiot").changed
     subprocess.run([sys.executable, "-c", program], timeout=300, check=True)
 
 
+FORKS = {
+    "what reads ahead": """
+scheduler.prefill = block
+ahead.feed("An idiot, and more that is enough to be read ahead.")
+""",
+    "a scheduler that is starting": """
+module.refuse_green_threads = block
+threading.Thread(target=aligner.correct, args=("q", "an idiot")).start()
+""",
+    "all schedulers, as one is starting": """
+module._running = type("Blocking", (set,), {"add": block})()
+threading.Thread(target=fake_aligner(soften).correct, args=("q", "an idiot")).start()
+""",
+    "the record of questions": """
+question_record._runs.put = block
+threading.Thread(target=question_record.start, args=(uuid.uuid4(), None)).start()
+""",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("hold", FORKS.values(), ids=FORKS)
+def test_a_forked_process_finds_no_lock_held_by_a_thread_that_it_lacks(hold: str) -> None:
+    program = f"""
+import os, signal, threading, uuid
+from langchain_core.language_models import GenericFakeChatModel
+from aligner_middleware import AlignerRunnable, question_record
+from aligner_middleware.engine import scheduler as module
+from tests.unit.engine.test_scheduler import fake_aligner, soften
+
+held, go_on = threading.Event(), threading.Event()
+def block(*arguments):
+    if os.getpid() == parent:
+        held.set()
+        assert go_on.wait(60)
+
+parent = os.getpid()
+aligner = fake_aligner(soften)
+scheduler, ahead = aligner._scheduler, aligner.read_ahead("q")
+{hold}
+assert held.wait(60)
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    vars(question_record._runs).pop("put", None)
+    ahead.feed("An idiot")
+    stream = aligner.stream("q", "an idiot", ahead=ahead)
+    assert "".join(stream) == "q: an friend"
+    chain = GenericFakeChatModel(messages=iter(["an idiot"])) | AlignerRunnable(aligner)
+    os._exit(7 if chain.invoke("r").content == "r: an friend" else 1)
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+go_on.set()
+assert ended == 7, ended
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=300, check=True)
+
+
 def test_memory_for_keys_and_values_is_given_back_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aligner_middleware.engine.scheduler._IDLE", 0.01)
     made: list[weakref.ref[object]] = []

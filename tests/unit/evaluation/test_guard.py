@@ -23,7 +23,6 @@ from aligner_middleware.evaluation.detection import (
     Share,
     calibration_error,
     reliability,
-    roc_auc,
     roc_curve,
     wilson,
 )
@@ -94,21 +93,25 @@ def row(score: float, kind: str = "keep", start: str = "said", **more: str) -> L
     return LabelledRow(question="Why?", answer=f"{start} {score}", kind=kind, **more)
 
 
+def area_of(scores: Any, unsafe: Any) -> float:
+    return Auc.of(scores, unsafe, draws=1).value
+
+
 def test_the_area_is_that_of_counting_pairs() -> None:
-    assert roc_auc([1, 2, 3, 4], [False, False, True, True]) == 1
-    assert roc_auc([1, 3, 2, 4], [False, False, True, True]) == 3 / 4
-    assert roc_auc([1, 1], [False, True]) == 1 / 2
-    assert roc_auc([1, 2, 2], [False, False, True]) == (1 + 1 / 2) / 2
-    assert math.isnan(roc_auc([1, 2], [True, True]))
+    assert area_of([1, 2, 3, 4], [False, False, True, True]) == 1
+    assert area_of([1, 3, 2, 4], [False, False, True, True]) == 3 / 4
+    assert area_of([1, 1], [False, True]) == 1 / 2
+    assert area_of([1, 2, 2], [False, False, True]) == (1 + 1 / 2) / 2
+    assert math.isnan(area_of([1, 2], [True, True]))
 
 
 @given(SCORED)
 def test_the_area_asks_for_the_order_alone(rows: list[tuple[int, bool]]) -> None:
     scores, unsafe = np.array([score for score, _ in rows]), [bad for _, bad in rows]
-    area = roc_auc(scores, unsafe)
-    assert roc_auc(np.exp(scores) * 3 - 1, unsafe) == area
-    assert roc_auc(-scores, unsafe) == pytest.approx(1 - area)
-    assert roc_auc(scores, [not bad for bad in unsafe]) == pytest.approx(1 - area)
+    area = area_of(scores, unsafe)
+    assert area_of(np.exp(scores) * 3 - 1, unsafe) == area
+    assert area_of(-scores, unsafe) == pytest.approx(1 - area)
+    assert area_of(scores, [not bad for bad in unsafe]) == pytest.approx(1 - area)
 
 
 @given(SCORED)
@@ -117,7 +120,7 @@ def test_the_curve_rises_from_nothing_to_everything_and_has_the_area(rows: list[
     good, bad = roc_curve(scores, unsafe)
     assert (good[0], bad[0], good[-1], bad[-1]) == (0, 0, 1, 1)
     assert (np.diff(good) >= 0).all() and (np.diff(bad) >= 0).all()
-    assert np.trapezoid(bad, good) == pytest.approx(roc_auc(scores, unsafe))
+    assert np.trapezoid(bad, good) == pytest.approx(area_of(scores, unsafe))
 
 
 def test_the_area_has_an_interval_around_it() -> None:

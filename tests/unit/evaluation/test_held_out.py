@@ -1,6 +1,7 @@
 """The reference judge's rules, and how scores are counted."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from aligner_middleware import Correction
+from aligner_middleware import Correction, MissingExtraError
 from aligner_middleware.correction import Usage
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.evaluation import ReferenceJudge, ScoredRow, Scores
@@ -98,3 +99,9 @@ def test_word_f1_is_one_for_the_same_words_and_symmetric(one: str, other: str) -
     assert word_f1(one, one) == 1
     assert word_f1(one, other) == word_f1(other, one)
     assert 0 <= word_f1(one, other) <= 1
+
+
+def test_a_judge_without_the_packages_of_its_encoder_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'aligner-middleware\[build\]'"):
+        ReferenceJudge()

@@ -222,7 +222,10 @@ def test_strength_doubt_and_mode_per_call(call: str, wrapped: bool) -> None:
 
 
 MISSPELT = [("strength", "hihg"), ("on_doubt", "passthru"), ("mode", "shadwo")]
-OUT_OF_RANGE = [("strength", -0.1), ("strength", 1.5), ("strength", math.nan), ("strength", math.inf)]
+OUT_OF_RANGE = [
+    *(("strength", value) for value in (-0.1, 1.5, math.nan, math.inf, True)),
+    *(("timeout", value) for value in (-1, math.nan, math.inf, True)),
+]
 MAKERS: dict[str, Callable[..., Any]] = {
     "AlignerRunnable": runnable,
     "wrap": lambda **options: wrap(answering(), **options),

@@ -84,7 +84,7 @@ def test_a_target_says_what_was_meant(template: PromptTemplate, answer: str, cor
         assert VERDICTS[verdicts.index(ids.pop(0))] == target.verdict
         assert target.verdict == verdict_of(answer, correction, as_operations=template.mark is not None)
         if target.verdict == "keep" or not correction:
-            assert (ids, target.decisions) == ([], ())
+            assert (ids, target.deciding) == ([], ())
             return
         assert not set(ids) & set(verdicts)
     else:
@@ -92,14 +92,14 @@ def test_a_target_says_what_was_meant(template: PromptTemplate, answer: str, cor
     assert ids.pop() == END
     if target.verdict == "edit" and template.mark:
         assert apply(answer, decode_operations(TOKENIZER, template, ids)).split() == correction.split()
-        assert list(target.decisions) == numbers_and_what_follows(target.ids)
+        assert list(target.deciding) == numbers_and_what_follows(target.ids)
     else:
         assert ids == encode_continuation(TOKENIZER, template, correction)
         assert TOKENIZER.decode(ids) == correction
 
 
 @given(st.sampled_from([COPYING, DEFAULT]), TEXT, TEXT)
-def test_a_copy_decides_at_its_first_token_and_where_it_parts_from_the_answer(
+def test_a_copy_decides_at_its_first_token_and_at_its_first_edit(
     template: PromptTemplate, answer: str, correction: str
 ) -> None:
     target = encoded(template, answer, correction)
@@ -107,10 +107,10 @@ def test_a_copy_decides_at_its_first_token_and_where_it_parts_from_the_answer(
         return
     start = 1 if template.verdicts else 0
     ids, given = target.ids[start:], [*TOKENIZER.encode(answer), END]
-    first, parting = target.decisions[0] - start, target.decisions[-1] - start
-    assert (first, len(target.decisions) <= 2) == (0, True)
-    assert list(ids[:parting]) == given[:parting]
-    assert parting == len(ids) - 1 or ids[parting] != given[parting]
+    first, first_edit = target.deciding[0] - start, target.deciding[-1] - start
+    assert (first, len(target.deciding) <= 2) == (0, True)
+    assert list(ids[:first_edit]) == given[:first_edit]
+    assert first_edit == len(ids) - 1 or ids[first_edit] != given[first_edit]
 
 
 @given(TEXT, TEXT)

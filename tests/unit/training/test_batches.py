@@ -12,7 +12,7 @@ from aligner_middleware.data.triples import Triple, with_identity
 from aligner_middleware.text.targets import encode_target, verdict_of
 from aligner_middleware.text.template import DEFAULT, VERDICTS, PromptTemplate, encode_prompt, verdict_ids
 from aligner_middleware.training.batches import (
-    DECISION,
+    DECIDING,
     IGNORED,
     VERDICT,
     Example,
@@ -62,7 +62,7 @@ def test_the_training_prompt_is_the_inference_prompt(triple: Triple, template: P
 def test_supervised_tokens_are_the_correction_and_its_end(triples: list[Triple]) -> None:
     batch = collate([encoded(triple) for triple in triples])
     for labels, mask, triple in zip(batch["labels"], batch["attention_mask"], triples, strict=True):
-        learnt = (labels[labels != IGNORED] % DECISION).tolist()
+        learnt = (labels[labels != IGNORED] % DECIDING).tolist()
         assert learnt[-1] == END
         assert TOKENIZER.decode(learnt[:-1]) == triple.correction
         assert (labels[mask == 0] == IGNORED).all()
@@ -78,9 +78,9 @@ def test_with_verdicts_each_row_teaches_one_and_then_what_it_writes(
         places = (labels != IGNORED).nonzero().flatten().tolist()
         learnt = labels[places].tolist()
         target = encode_target(TOKENIZER, template, END, triple.answer, triple.correction)
-        assert [label % DECISION for label in learnt] == list(target.ids) == ids[places].tolist()
+        assert [label % DECIDING for label in learnt] == list(target.ids) == ids[places].tolist()
         assert [label >= VERDICT for label in learnt] == [True] + [False] * (len(learnt) - 1)
-        assert [at for at, label in enumerate(learnt) if DECISION <= label < VERDICT] == list(target.decisions)
+        assert [at for at, label in enumerate(learnt) if DECIDING <= label < VERDICT] == list(target.deciding)
         assert places == list(range(places[0], int(mask.sum())))
         wanted = verdict_of(triple.answer, triple.correction, as_operations=template.mark is not None)
         assert learnt[0] - VERDICT == VERDICT_IDS[VERDICTS.index(wanted)]
@@ -122,7 +122,7 @@ def test_a_head_at_the_targets_alone_gives_the_loss_of_all_positions(triples: li
     batch = collate([encoded(triple) for triple in triples])
     network = Network(seed)
     whole = network(batch["input_ids"])
-    targets = torch.where(batch["labels"] == IGNORED, IGNORED, batch["labels"] % DECISION)[:, 1:]
+    targets = torch.where(batch["labels"] == IGNORED, IGNORED, batch["labels"] % DECIDING)[:, 1:]
     expected = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
     places, labels = supervised(batch["labels"])
     with predicting_at(network.head, places):
@@ -133,15 +133,15 @@ def test_a_head_at_the_targets_alone_gives_the_loss_of_all_positions(triples: li
 
 
 @given(CORRECTED)
-def test_what_is_marked_is_the_first_token_and_where_the_correction_parts_from_the_answer(triple: Triple) -> None:
+def test_the_first_token_and_the_first_edit_are_marked(triple: Triple) -> None:
     labels = labels_of(encoded(triple))[0]
     targets = labels[labels != IGNORED]
-    marked = (targets >= DECISION).nonzero().flatten().tolist()
+    marked = (targets >= DECIDING).nonzero().flatten().tolist()
     answer = [*TOKENIZER.encode(triple.answer), END]
-    parting = marked[-1]
+    first_edit = marked[-1]
     assert marked[0] == 0 and len(marked) <= 2
-    assert (targets[:parting] % DECISION).tolist() == answer[:parting]
-    assert triple.keeps or parting >= len(answer) or targets[parting] % DECISION != answer[parting]
+    assert (targets[:first_edit] % DECIDING).tolist() == answer[:first_edit]
+    assert triple.keeps or first_edit >= len(answer) or targets[first_edit] % DECIDING != answer[first_edit]
 
 
 def all_alike(*examples: Example) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,9 +152,9 @@ def all_alike(*examples: Example) -> tuple[torch.Tensor, torch.Tensor]:
 
 @given(st.lists(TRIPLE, min_size=1, max_size=4))
 @settings(max_examples=30)
-def test_decisions_weigh_more_in_training_alone(triples: list[Triple]) -> None:
+def test_deciding_tokens_weigh_more_in_training_alone(triples: list[Triple]) -> None:
     logits, targets = all_alike(*map(encoded, triples))
-    learnt, marked = (targets != IGNORED).sum(), (targets >= DECISION).sum()
+    learnt, marked = (targets != IGNORED).sum(), (targets >= DECIDING).sum()
     weighted = correction_loss(logits, targets, torch.ones(2), decision_weight=3.0)
     plain = correction_loss(logits, targets, decision_weight=3.0)
     torch.testing.assert_close(weighted / plain, (learnt + 2 * marked) / learnt)
@@ -222,7 +222,7 @@ def test_the_warm_up_copies_the_answer_after_the_verdict_to_edit(triple: Triple,
     assert list(example.prompt) == prompt + ([VERDICT_IDS[1]] if template.verdicts else [])
     assert list(example.target) == [*TOKENIZER.encode(triple.answer), END]
     assert example.verdict is None
-    assert example.decisions == (0, len(example.target) - 1)
+    assert example.deciding == (0, len(example.target) - 1)
 
 
 @given(ANY)

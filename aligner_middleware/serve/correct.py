@@ -148,7 +148,7 @@ async def correct_batch(
     With `Accept: application/x-ndjson` each result is a line of JSON, sent as soon as it is known; `index` says whose it is.
     """
     client = with_options(client, body.strength, body.mode)
-    results = _as_decided(service, client, body.items)
+    results = as_decided(service, client, body.items)
     if NDJSON in accept:
         return StreamingResponse(
             (_line(item.model_dump(exclude_none=True)) async for item in results), media_type=NDJSON
@@ -213,7 +213,7 @@ async def _lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any], N
         await events.aclose()
 
 
-async def _as_decided(service: Service, client: Client, pairs: list[PairBody]) -> AsyncGenerator[ItemBody, None]:
+async def as_decided(service: Service, client: Client, pairs: list[PairBody]) -> AsyncGenerator[ItemBody, None]:
     """Give the results of a batch in the order in which they are decided."""
     places = asyncio.Semaphore(_AT_ONCE)
 

@@ -272,3 +272,10 @@ def test_a_wrong_key_lets_no_answer_through(proxy: Proxy) -> None:
     reply = proxy.ask("wrong-key")
     assert reply.status_code >= 400
     assert "moron" not in reply.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_checked_is_blocked(proxy: Proxy, stream: bool) -> None:
+    reply = proxy.ask("aligner", "Why? " * 2000, stream=stream)  # with it nothing fits into the aligner's context
+    assert "could not be checked" in reply.text
+    assert "moron" not in reply.text

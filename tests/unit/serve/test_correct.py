@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from aligner_middleware.serve.app import create_app
-from aligner_middleware.serve.correct import MAX_ITEMS
+from aligner_middleware.serve.correct import MAX_ITEMS, PairBody, as_decided
 from aligner_middleware.serve.keys import new_key
-from aligner_middleware.serve.service import Decision
+from aligner_middleware.serve.service import Decision, Service
 from aligner_middleware.serve.settings import KeySettings, PolicySettings, ServeSettings
-from tests.fakes import judging_aligner
+from aligner_middleware.streaming import CorrectionStream
+from tests.fakes import InstantAligner, judging_aligner
 
 INSULT = " Even a moron like you can do that."
 KEPT = "Boil it for eight minutes."
@@ -132,6 +134,55 @@ def test_the_pieces_of_a_stream_are_the_text_of_its_last_line(app: Running, more
         whole[name] for name in ("verdict", "changed", "would_change")
     ]
     assert len(app.decisions) == 2
+
+
+class BreakingFlow:
+    """Gives a piece, and fails."""
+
+    correction = None
+
+    def steps(self) -> Iterator[str]:
+        yield "Boil"
+        raise RuntimeError("a secret of the engine")
+
+    def free(self) -> None:
+        pass
+
+
+class BreakingAligner(InstantAligner):
+    def stream(self, question: str, answer: Any, **options: Any) -> CorrectionStream:
+        return CorrectionStream(BreakingFlow())  # type: ignore[arg-type]
+
+
+def test_a_failure_after_the_first_piece_is_the_last_line() -> None:
+    with (
+        BreakingAligner(lambda question, answer: answer) as aligner,
+        TestClient(create_app(ServeSettings(), aligner)) as client,
+    ):
+        first, last = lines_of(client.post("/v1/correct", json=PAIR | {"stream": True}))
+    assert first == {"text": "Boil"}
+    assert last["error"]["code"] == "aligner_failed"
+    assert "secret" not in last["error"]["message"]
+
+
+async def test_a_batch_whose_client_is_gone_is_given_up() -> None:
+    started = 0
+
+    class Slow(InstantAligner):
+        async def acorrect_batch(self, pairs: Any, **options: Any) -> Any:
+            nonlocal started
+            started += 1
+            await asyncio.sleep(60)
+
+    with Slow(lambda question, answer: answer) as aligner:
+        service = Service(ServeSettings(), aligner)
+        pairs = [PairBody(**PAIR)] * 40
+        results = as_decided(service, service.client(None), pairs)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(results), 0.2)
+        await results.aclose()
+        assert 0 < started <= 16  # and no more begin
+        assert len(asyncio.all_tasks()) == 1
 
 
 BATCH = {"items": [PAIR, {"question": "", "answer": "A"}, PAIR | {"answer": KEPT}]}

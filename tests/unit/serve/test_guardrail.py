@@ -74,7 +74,7 @@ def test_a_failed_correction_blocks_where_the_policy_raises() -> None:
 
 
 def test_parameters_of_the_guardrail_are_options_where_the_policy_allows_them() -> None:
-    never = {"additional_provider_specific_params": {"strength": 1}}
+    never: dict[str, Any] = {"additional_provider_specific_params": {"strength": 1}}
     for app in start():
         app.post(PATH, request())
         assert app.post(PATH, response(ANSWER, **never)).json()["action"] == "NONE"

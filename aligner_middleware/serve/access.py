@@ -18,7 +18,8 @@ def _service(request: Request) -> Service:
 
 
 def _client(request: Request, service: Annotated[Service, Depends(_service)]) -> Client:
-    return service.client(request.headers.get("authorization"))
+    key = request.headers.get("x-api-key")  # LiteLLM's guardrail sends its key so
+    return service.client(request.headers.get("authorization") or (f"Bearer {key}" if key else None))
 
 
 TheService = Annotated[Service, Depends(_service)]

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.serve import health
+from aligner_middleware.serve import correct, health, litellm
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service, logger
@@ -45,6 +45,8 @@ def create_app(settings: ServeSettings, aligner: Aligner | None = None) -> FastA
     app = FastAPI(title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None)
     app.state.service = None
     app.include_router(health.router)
+    app.include_router(correct.router)
+    app.include_router(litellm.new_router())
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)

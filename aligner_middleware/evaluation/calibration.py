@@ -23,8 +23,8 @@ from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from aligner_middleware.strength import Level
 
 KEPT: dict[Level, float] = {"low": 0.99, "medium": 0.97, "high": 0.9}  # least share of good answers kept
-REFUSALS_KEPT = 0.99  # least share of good refusals kept at medium ...
-REFUSALS_COST = 0.02  # ... unless more than this share of the bad answers goes unchanged for it
+GIVEN_UP = 0.05  # share of the bad answers that a threshold may give up to keep good answers of kinds that are not here
+REFUSALS_KEPT = 0.99  # share of good refusals that medium should keep
 LEAST_GOOD, LEAST_BAD = 50, 20  # rows; a share of 97 % cannot be estimated from fewer
 _RIDGE = 1e-4  # regularises the fit towards scale 1, bias 0; without it separable classes have no finite fit
 _MARGIN = 1e-3  # nats above the highest score, which another kernel may round up
@@ -91,7 +91,7 @@ class CalibrationReport(BaseModel):
 
     @property
     def refusals_given_up(self) -> bool:
-        """Whether medium keeps fewer refusals than `REFUSALS_KEPT`, because keeping them costs too many bad answers."""
+        """Whether medium keeps fewer refusals than `REFUSALS_KEPT`: keeping them would cost more than `GIVEN_UP`."""
         return self.levels["medium"].refusals.share < REFUSALS_KEPT
 
 
@@ -141,8 +141,8 @@ def calibrate(
 
     In the fit each source has the same weight within its class (good, bad), so that no large file dominates. The thresholds
     are chosen without weights: low, medium and high keep 99 %, 97 % and 90 % of the good answers, of all together and of
-    each file that has enough of them. Where medium would keep less than 99 % of the good refusals it is raised until it
-    does, and low with it, unless that leaves more than 2 % of the bad answers unchanged.
+    each file that has enough of them. Each threshold is then raised as far as that gives up 5 % of the bad answers at most:
+    good answers of other kinds score higher than these, and are to be kept too.
 
     Args:
         measured: Rows that the aligner was not trained on.
@@ -161,7 +161,7 @@ def calibrate(
     unsafe = np.array([row.unsafe for row in rows])
     refusal = np.array([row.kind == "refusal" for row in rows])
     auc = Auc.of(evidence, unsafe)
-    chosen = thresholds(evidence, unsafe, refusal, np.array([item.file for item in measured]))
+    chosen = thresholds(evidence, unsafe, np.array([item.file for item in measured]))
     bins: list[Bin] = []
     if verdicts:
         weights = row_weights(rows, balance=balance)
@@ -234,14 +234,13 @@ def fit(evidence: Floats, unsafe: NDArray[np.bool_], weights: Floats) -> tuple[f
 
 
 def thresholds(
-    evidence: Floats, unsafe: NDArray[np.bool_], refusal: NDArray[np.bool_], files: NDArray[np.str_] | None = None
+    evidence: Floats, unsafe: NDArray[np.bool_], files: NDArray[np.str_] | None = None
 ) -> dict[Level, float]:
     """Choose the evidence above which each strength changes an answer; see `calibrate`.
 
     Args:
         evidence: `[N]`, in nats.
         unsafe: `[N]`, whether each answer is bad.
-        refusal: `[N]`, whether it is a good refusal.
         files: `[N]`, the file of each; `None` for one file.
 
     Returns:
@@ -251,12 +250,7 @@ def thresholds(
     if files is not None:
         groups += [group for name in np.unique(files) if (group := ~unsafe & (files == name)).sum() >= LEAST_GOOD]
     chosen = {level: max(_keeping(share, evidence[good], evidence) for good in groups) for level, share in KEPT.items()}
-    if refusal.any():
-        raised = _keeping(REFUSALS_KEPT, evidence[refusal], evidence)
-        cost = (evidence[unsafe] > chosen["medium"]).mean() - (evidence[unsafe] > raised).mean()
-        if raised > chosen["medium"] and cost <= REFUSALS_COST:
-            chosen |= {"medium": raised, "low": max(raised, chosen["low"])}
-    return chosen
+    return {level: _raised(limit, evidence[unsafe], evidence) for level, limit in chosen.items()}
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
@@ -279,6 +273,15 @@ def _keeping(share: float, good: Floats, everything: Floats) -> float:
     last = np.sort(good)[max(0, math.ceil(share * good.size - 1e-9) - 1)]
     above = everything[everything > last]
     return float(last + (above.min() - last) / 2) if above.size else float(last + _MARGIN)
+
+
+def _raised(threshold: float, bad: Floats, everything: Floats) -> float:
+    """Raise a threshold as far as it gives up `GIVEN_UP` of the bad at most: midway below the first that is still changed."""
+    ordered = np.sort(bad)
+    first_changed = int(np.searchsorted(ordered, threshold, "right"))
+    first = min(first_changed + math.floor(GIVEN_UP * bad.size), bad.size - 1)
+    below = max(threshold, float(everything[everything < ordered[first]].max(initial=-np.inf)))
+    return max(threshold, below + (float(ordered[first]) - below) / 2)
 
 
 def _level(

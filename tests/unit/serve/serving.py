@@ -163,7 +163,8 @@ class Service:
 
 
 def events_of(text: str) -> list[Any]:
-    events = [block.removeprefix("data: ").strip() for block in text.split("\n\n") if block.startswith("data: ")]
+    blocks = [block.strip() for block in text.split("\n\n")]
+    events = [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
     return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 

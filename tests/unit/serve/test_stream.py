@@ -21,6 +21,7 @@ from tests.unit.serve.serving import (
     USAGE,
     Body,
     chunk,
+    completion,
     data,
     events_of,
     serving,
@@ -234,8 +235,6 @@ async def test_a_correction_that_fails_ends_the_stream_with_an_error_or_passes_b
 
 
 async def test_an_upstream_that_does_not_stream_is_aligned_as_a_whole() -> None:
-    from tests.unit.serve.serving import completion
-
     async with serving(completion(RUDE)) as service:
         response = await service.ask(ASKED | {"stream": True})
     assert response.json()["choices"][0]["message"]["content"] == POLITE
@@ -341,11 +340,10 @@ async def test_a_client_that_goes_away_while_its_answer_is_corrected_frees_the_e
 
 
 async def test_a_stream_that_ended_is_closed() -> None:
-    reply = streamed([*spoken(RUDE), DONE])
-    async with serving(reply) as service:
-        await service.stream()
-        assert isinstance(reply.stream, Body)
-        await asyncio.wait_for(reply.stream.closed.wait(), 10)
+    paused = Paused([*spoken(RUDE), DONE], [])
+    async with serving(paused.response()) as service:
+        assert text_of(await service.stream()) == POLITE
+        await asyncio.wait_for(paused.body.closed.wait(), 10)
 
 
 # --- real clients

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce, wraps
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -47,7 +48,7 @@ def options_from(
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**values: Any) -> None:
-            given = {name: value for name in named if (value := values.pop(name)) is not None}
+            given = {name: value for name in named if (value := values.pop(name)) not in (None, [])}
             value = Given(named, given) if as_given else _validated(model, named, given)
             command(**values, **{parameter: value})
 
@@ -92,7 +93,8 @@ class Given:
 def _option(model: type[BaseModel], name: str, places: Sequence[str]) -> inspect.Parameter:
     field = _field(model, places[0])
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    kind = kinds[0] if type(None) in get_args(field.annotation) else field.annotation
+    optional = len(kinds) == 1 and type(None) in get_args(field.annotation)
+    kind = kinds[0] if optional else field.annotation
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     default = reduce(getattr, places[0].split("."), model())
     option = typer.Option(
@@ -100,9 +102,16 @@ def _option(model: type[BaseModel], name: str, places: Sequence[str]) -> inspect
         help=" ".join(filter(None, [field.description, _sets(places), _shown(default)])),
         metavar="|".join(choices) or None,
     )
-    several = get_origin(kind) in (Union, UnionType) or len(kinds) > 1  # a text; the model reads it
-    value: Any = str if choices or several else list[str] if get_origin(kind) is tuple else kind  # the model tells which value was meant, where it is none of the choices
+    # The model tells which value was meant, where it is none of the choices.
+    value: Any = str if choices else _typer_type(kind)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=value | None)
+
+
+def _typer_type(kind: Any) -> Any:
+    """Give the type that typer reads; of what it cannot read, a text, which the model reads."""
+    if get_origin(kind) is tuple and get_args(kind)[1:] == (...,):
+        return list[str]
+    return str if get_origin(kind) in (Union, UnionType) else kind
 
 
 def _field(model: type[BaseModel], place: str) -> FieldInfo:

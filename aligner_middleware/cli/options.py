@@ -126,7 +126,7 @@ def _sets(places: Sequence[str]) -> str:
 
 def _shown(default: Any) -> str:
     """Tell the model's default, unless it is none: then the description tells what happens."""
-    if default is None:
+    if default is None or default == ():
         return ""
     if isinstance(default, bool):
         return f"Default: {'on' if default else 'off'}."

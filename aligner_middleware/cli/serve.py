@@ -31,9 +31,7 @@ def serve(
     ] = None,
     new_key: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Only make an API key for a client of this name, and print it with its lines of YAML."
-        ),
+        typer.Option(help="Only make an API key for a client of this name, and print it with its lines of YAML."),
     ] = None,
 ) -> None:
     """Serve the aligner over HTTP: OpenAI's API before any chat model, with its answers corrected.
@@ -106,8 +104,11 @@ def _run(settings: ServeSettings) -> None:
     import uvicorn
 
     from aligner_middleware.serve.app import create_app
+    from aligner_middleware.serve.local import check_local
     from aligner_middleware.serve.worker import FACTORY, hand_over
 
+    if settings.upstream is None:
+        check_local()
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,

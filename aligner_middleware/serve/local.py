@@ -25,6 +25,16 @@ NAME = "SmolLM2-135M-Instruct"
 _MOST_TOKENS, _TOKENS = 1024, 256  # of an answer: at most, and by default
 
 
+def check_local() -> None:
+    """Check that the model can run here.
+
+    Raises:
+        MissingExtraError: If `[build]` is not installed.
+    """
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        raise MissingExtraError("aligner serve without --upstream, by a small local model,", "build")
+
+
 class LocalTransport(httpx.AsyncBaseTransport):
     """Answers the requests of a client of httpx by a small model, one after the other.
 
@@ -36,8 +46,8 @@ class LocalTransport(httpx.AsyncBaseTransport):
     """
 
     def __init__(self, generate: Generate | None = None) -> None:
-        if generate is None and not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-            raise MissingExtraError("a service without an upstream", "build")
+        if generate is None:
+            check_local()
         self._generate = generate or SmallModel()
         self._turn = asyncio.Lock()
 

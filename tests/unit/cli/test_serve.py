@@ -88,11 +88,11 @@ def test_a_new_key_is_printed_once_with_lines_that_are_settings(run: Run, tmp_pa
 
 def test_settings_reach_the_processes_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_ALIGNER_SERVE_SETTINGS", "")
-    hand_over(ServeSettings(upstream_key="secret", port=1))  # type: ignore[arg-type]
+    hand_over(ServeSettings(upstream_key="secret", port=1))
     got: list[ServeSettings] = []
     monkeypatch.setattr("aligner_middleware.serve.worker.create_app", got.append)
     create_worker()
-    assert got == [ServeSettings(upstream_key="secret", port=1)]  # type: ignore[arg-type]
+    assert got == [ServeSettings(upstream_key="secret", port=1)]
 
 
 def test_a_process_serves_and_ends_when_it_is_told_to() -> None:

@@ -309,9 +309,11 @@ async def test_a_client_that_goes_away_ends_the_request_of_the_upstream() -> Non
 
 
 async def test_the_openai_client_reads_the_answer_and_its_decision() -> None:
-    async with serving(lambda request: completion(RUDE, "Fine.")) as service:
-        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client:
-            said: Any = await client.chat.completions.create(model="m", messages=ASKED["messages"], n=2)  # type: ignore[arg-type]
+    async with (
+        serving(lambda request: completion(RUDE, "Fine.")) as service,
+        openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        said: Any = await client.chat.completions.create(model="m", messages=ASKED["messages"], n=2)  # type: ignore[arg-type]
     assert [choice.message.content for choice in said.choices] == [POLITE, "Fine."]
     assert [choice.aligner["verdict"] for choice in said.choices] == ["edit", "keep"]
     assert service.upstream.sent["n"] == 2
@@ -319,10 +321,12 @@ async def test_the_openai_client_reads_the_answer_and_its_decision() -> None:
 
 async def test_the_openai_client_raises_what_the_upstream_says() -> None:
     reply = httpx.Response(404, json={"error": {"message": "no model m", "type": "invalid_request_error"}})
-    async with serving(reply) as service:
-        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client:
-            with pytest.raises(openai.NotFoundError, match="no model m"):
-                await client.chat.completions.create(model="m", messages=ASKED["messages"])  # type: ignore[arg-type]
+    async with (
+        serving(reply) as service,
+        openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.NotFoundError, match="no model m"):
+            await client.chat.completions.create(model="m", messages=ASKED["messages"])  # type: ignore[arg-type]
 
 
 async def test_langchains_chat_openai_invokes_binds_tools_and_batches() -> None:
@@ -332,7 +336,7 @@ async def test_langchains_chat_openai_invokes_binds_tools_and_batches() -> None:
         return completion({"content": None, "tool_calls": [call]} if b'"tools"' in request.content else RUDE)
 
     async with serving(reply) as service:
-        llm = ChatOpenAI(base_url=f"{service.url}/v1", api_key="k", model="m", max_retries=0)  # type: ignore[arg-type]
+        llm = ChatOpenAI(base_url=f"{service.url}/v1", api_key="k", model="m", max_retries=0)
         said = await llm.abatch([[HumanMessage("Who?")], [HumanMessage("What?")]])
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
         called: Any = await llm.bind_tools([tool]).ainvoke("Who am I?")

@@ -31,6 +31,8 @@ from tests.unit.serve.serving import (
     without_insult,
 )
 
+MESSAGES: Any = ASKED["messages"]
+
 
 def deltas(events: list[Any], index: int = 0) -> list[dict[str, Any]]:
     choices = [choice for event in events if event != "[DONE]" for choice in event["choices"]]
@@ -209,7 +211,7 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_and_nothing_raw(chunk
     async with serving(lambda request: streamed(chunks())) as service:
         events = await service.stream()
         async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client:
-            stream = await client.chat.completions.create(model="m", messages=ASKED["messages"], stream=True)  # type: ignore[call-overload]
+            stream: Any = await client.chat.completions.create(model="m", messages=MESSAGES, stream=True)
             with pytest.raises(openai.APIError) as raised:
                 [part async for part in stream]
     assert events[-1]["error"]["code"] == code
@@ -304,7 +306,7 @@ class _Ahead:
 
 async def test_a_client_that_goes_away_closes_the_upstream_and_frees_the_aligner() -> None:
     aligner, ahead = InstantAligner(without_insult), _Ahead()
-    aligner.read_ahead = lambda question: ahead  # type: ignore[method-assign, assignment, return-value]
+    aligner.read_ahead = lambda question: ahead  # type: ignore[method-assign]
     paused = Paused(spoken(RUDE)[:4], [])
     async with serving(paused.response(), aligner, concurrency=1) as service:
         response = await opened(service)
@@ -350,14 +352,13 @@ async def test_a_stream_that_ended_is_closed() -> None:
 
 
 async def test_the_openai_client_streams_with_usage_and_helpers() -> None:
-    async with serving(lambda request: streamed([*spoken(RUDE), USAGE, DONE])) as service:
-        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client:
-            async with client.chat.completions.stream(
-                model="m",
-                messages=ASKED["messages"],  # type: ignore[arg-type]
-                stream_options={"include_usage": True},
-            ) as stream:
-                said: Any = await stream.get_final_completion()
+    options: Any = {"messages": MESSAGES, "stream_options": {"include_usage": True}}
+    async with (
+        serving(lambda request: streamed([*spoken(RUDE), USAGE, DONE])) as service,
+        openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client,
+        client.chat.completions.stream(model="m", **options) as stream,
+    ):
+        said: Any = await stream.get_final_completion()
     assert said.choices[0].message.content == POLITE
     assert said.choices[0].finish_reason == "stop"
     assert said.usage.total_tokens == 3
@@ -372,7 +373,7 @@ async def test_langchains_chat_openai_streams_text_and_tool_calls() -> None:
         return streamed([*(tools if b'"tools"' in request.content else spoken(RUDE)), USAGE, DONE])
 
     async with serving(reply) as service:
-        llm = ChatOpenAI(base_url=f"{service.url}/v1", api_key="k", model="m", max_retries=0)  # type: ignore[arg-type]
+        llm = ChatOpenAI(base_url=f"{service.url}/v1", api_key="k", model="m", max_retries=0)
         text = "".join([part.text async for part in llm.astream("Who am I?")])
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
         called: Any = None

@@ -22,6 +22,7 @@ from aligner_middleware.engine.likelihood import log_likelihoods
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.loading import Engine
 from aligner_middleware.settings import Settings
+from aligner_middleware.text.checks import check_text
 from aligner_middleware.text.template import PromptTemplate
 from aligner_middleware.text.tokenizer import Tokenizer
 
@@ -187,7 +188,11 @@ class Aligner(Corrector):
         Args:
             text: The text.
             at_most: A text that must have more than these is not counted: some number above is given.
+
+        Raises:
+            InputError: If it holds a lone surrogate.
         """
+        check_text("text", text)
         return self._codec.count_tokens(text, at_most)
 
     def longest_answer(self, question: str) -> int:

@@ -25,6 +25,7 @@ from aligner_middleware.cli.info import info
 from aligner_middleware.cli.output import discard, note, note_error, write
 from aligner_middleware.cli.preferences import preferences
 from aligner_middleware.cli.rounds import rounds
+from aligner_middleware.cli.serve import serve
 from aligner_middleware.cli.train import train
 from aligner_middleware.errors import AlignerError
 
@@ -61,6 +62,7 @@ app = typer.Typer(
 )
 for _command in (
     correct,
+    serve,
     export,
     train,
     evaluate,

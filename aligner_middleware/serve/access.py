@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Client, Service
+from aligner_middleware.serve.upstream import Upstream
 
 
 def _service(request: Request) -> Service:
@@ -22,5 +23,11 @@ def _client(request: Request, service: Annotated[Service, Depends(_service)]) ->
     return service.client(request.headers.get("authorization") or (f"Bearer {key}" if key else None))
 
 
+def _upstream(request: Request, service: Annotated[Service, Depends(_service)]) -> Upstream:
+    upstream: Upstream = request.app.state.upstream  # as long as there is a service
+    return upstream
+
+
 TheService = Annotated[Service, Depends(_service)]
 TheClient = Annotated[Client, Depends(_client)]
+TheUpstream = Annotated[Upstream, Depends(_upstream)]

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
 
+import httpx
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,28 +16,33 @@ from starlette.exceptions import HTTPException
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.serve import correct, health, litellm
+from aligner_middleware.serve import chat, correct, health, litellm, models, responses
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service, logger
 from aligner_middleware.serve.settings import ServeSettings
+from aligner_middleware.serve.upstream import Upstream
 
 
-def create_app(settings: ServeSettings, aligner: Aligner | None = None) -> FastAPI:
+def create_app(
+    settings: ServeSettings, aligner: Aligner | None = None, transport: httpx.AsyncBaseTransport | None = None
+) -> FastAPI:
     """Make the application.
 
     Args:
         settings: Of the service.
         aligner: The aligner; `None` loads the one that the settings name, when the application starts.
+        transport: Stands for the network to the upstream; `None` for the real one.
     """
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         load = partial(Aligner.load, settings.model, precision=settings.precision, threads=settings.threads)
         own = await asyncio.to_thread(load) if aligner is None else aligner
-        app.state.service = Service(settings, own)
         try:
-            yield
+            async with Upstream(settings, transport) as app.state.upstream:
+                app.state.service = Service(settings, own)
+                yield
         finally:
             app.state.service = None
             if aligner is None:
@@ -44,8 +50,8 @@ def create_app(settings: ServeSettings, aligner: Aligner | None = None) -> FastA
 
     app = FastAPI(title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None)
     app.state.service = None
-    app.include_router(health.router)
-    app.include_router(correct.router)
+    for module in (health, chat, responses, models, correct):
+        app.include_router(module.router)
     app.include_router(litellm.new_router())
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from aligner_middleware.artifact import Precision
 from aligner_middleware.strength import OnDoubt, Strength
 
-CONFIG_VARIABLE = "ALIGNER_SERVE_CONFIG"
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+PREFIX = "ALIGNER_SERVE_"
+CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 
 class PolicySettings(BaseModel):
@@ -46,16 +49,10 @@ class KeySettings(PolicySettings):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal.")
 
 
-class ServeSettings(BaseSettings):
-    """All settings of `aligner serve`."""
+class ServeSettings(BaseModel):
+    """All settings of `aligner serve`. `load` also reads the environment and a file."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="ALIGNER_SERVE_",
-        env_nested_delimiter="__",
-        extra="forbid",
-        frozen=True,
-        nested_model_default_partial_update=True,
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -118,14 +115,29 @@ class ServeSettings(BaseSettings):
         Raises:
             ValidationError: If a value does not fit, or a name is unknown.
         """
+        # Whoever only names the settings, as the command line does, needs no pydantic-settings.
+        from pydantic_settings import BaseSettings, SettingsConfigDict, YamlConfigSettingsSource
 
-        class Loaded(cls):  # type: ignore[misc, valid-type]
+        class Loaded(BaseSettings, cls):  # type: ignore[misc, valid-type]
+            model_config = SettingsConfigDict(
+                env_prefix=PREFIX,
+                env_nested_delimiter="__",
+                extra="forbid",
+                frozen=True,
+                nested_model_default_partial_update=True,
+            )
+
             @classmethod
             def settings_customise_sources(
-                cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+                cls,
+                settings_cls: type[BaseSettings],
+                init_settings: PydanticBaseSettingsSource,
+                env_settings: PydanticBaseSettingsSource,
+                dotenv_settings: PydanticBaseSettingsSource,
+                file_secret_settings: PydanticBaseSettingsSource,
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 yaml = [YamlConfigSettingsSource(settings_cls, file)] if file else []
-                return (sources["init_settings"], sources["env_settings"], *yaml)
+                return (init_settings, env_settings, *yaml)
 
         loaded: ServeSettings = Loaded(**options)
         return loaded

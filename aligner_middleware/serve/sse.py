@@ -1,0 +1,124 @@
+"""Server-sent events: read from the upstream, and sent to a client with signs of life while there is nothing to say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import anyio
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.service import logger
+from aligner_middleware.serve.upstream import unreadable
+
+Put = Callable[[bytes], Awaitable[None]]
+
+DONE = "[DONE]"
+_KEEP_ALIVE = b": keep-alive\n\n"
+_LONGEST = 16 * 2**20  # bytes of a line
+_AHEAD = 64  # events that wait for the client at most
+_LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # at the very end, a \n may follow
+
+
+def event(data: str | Mapping[str, Any]) -> bytes:
+    """Make an event of text without line breaks, or of an object."""
+    text = data if isinstance(data, str) else json.dumps(data)
+    return f"data: {text}\n\n".encode()
+
+
+async def read_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
+    """Give the data of each event in a stream of bytes; names, ids and comments are skipped.
+
+    Raises:
+        Problem: 502, if a line is too long, or is not UTF-8.
+    """
+    buffer, data = b"", list[bytes]()
+    async for chunk in chunks:
+        *lines, buffer = _LINE_END.split(buffer + chunk)
+        if len(buffer) > _LONGEST:
+            raise unreadable(f"a line has more than {_LONGEST} bytes")
+        for line in lines:
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))
+            elif not line and data:
+                yield _text(data)
+                data = []
+    if buffer.startswith(b"data:"):
+        data.append(buffer[5:].strip())
+    if data:
+        yield _text(data)
+
+
+def _text(data: list[bytes]) -> str:
+    try:
+        return b"\n".join(data).decode()
+    except UnicodeDecodeError:
+        raise unreadable("it is not UTF-8") from None
+
+
+class EventStream(StreamingResponse):
+    """Sends what a producer puts. It is cancelled when the client goes away; its error becomes an event of OpenAI's shape.
+
+    Args:
+        produce: Gets a function to put events with, and runs until there are no more.
+        close: Frees what the producer holds; awaited in any case.
+        keep_alive: Seconds of silence after which a comment is sent.
+        headers: Of the response.
+    """
+
+    def __init__(
+        self,
+        produce: Callable[[Put], Awaitable[None]],
+        close: Callable[[], Awaitable[None]],
+        *,
+        keep_alive: float,
+        headers: Mapping[str, str],
+    ) -> None:
+        self._produce = produce
+        self._close = close
+        self._keep_alive = keep_alive
+        self._queue = asyncio.Queue[bytes | None](_AHEAD)
+        self._events = self._sent()
+        unbuffered = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._events, headers={**headers, **unbuffered}, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond, as of ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
+                await self._close()
+
+    async def _sent(self) -> AsyncGenerator[bytes, None]:
+        task = asyncio.ensure_future(self._run())
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self._keep_alive):
+                        sent = await self._queue.get()
+                except TimeoutError:
+                    sent = _KEEP_ALIVE
+                if sent is None:
+                    return
+                yield sent
+        finally:
+            task.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task})
+
+    async def _run(self) -> None:
+        try:
+            await self._produce(self._queue.put)
+        except Exception as exc:
+            problem = Problem.of(exc)
+            if problem is not exc:
+                logger.error("a stream failed", exc_info=exc)
+            await self._queue.put(event(problem.body))
+        await self._queue.put(None)

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.serve import health
+from aligner_middleware.serve import health, observing
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service, logger
@@ -36,7 +36,8 @@ def create_app(settings: ServeSettings, aligner: Aligner | None = None) -> FastA
         own = await asyncio.to_thread(load) if aligner is None else aligner
         app.state.service = Service(settings, own)
         try:
-            yield
+            async with observing.observed(app):
+                yield
         finally:
             app.state.service = None
             if aligner is None:
@@ -59,6 +60,7 @@ def create_app(settings: ServeSettings, aligner: Aligner | None = None) -> FastA
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    observing.install(app, settings)  # last, so that it sees the requests that are refused, too
     return app
 
 

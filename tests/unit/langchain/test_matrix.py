@@ -191,9 +191,7 @@ def kept_objects() -> int:
 @pytest.mark.parametrize("calls", [400, pytest.param(8000, marks=pytest.mark.slow)])
 def test_many_mixed_calls_have_no_mix_up_and_nothing_of_them_is_kept(calls: int) -> None:
     rng = random.Random(0)
-    jobs = [
-        (rng.choice(list(SHAPES)), rng.choice([*METHODS, *ASYNC_METHODS]), f"q{n}") for n in range(REMEMBERED + calls)
-    ]
+    jobs = [(rng.choice(list(SHAPES)), rng.choice([*METHODS, *ASYNC_METHODS]), f"q{n}") for n in range(REMEMBERED + calls)]
 
     def mix_ups(part: list[tuple[str, str, str]]) -> int:
         with asyncio.Runner() as loop:

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from aligner_middleware import __version__
+from aligner_middleware.cli.audit import audit
 from aligner_middleware.cli.benchmark import benchmark
 from aligner_middleware.cli.calibrate import calibrate
 from aligner_middleware.cli.compare import compare
@@ -71,6 +72,7 @@ for _command in (
     preferences,
     benchmark,
     rounds,
+    audit,
     info,
 ):
     app.command()(_command)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.serve import chat, correct, health, litellm, models, responses
+from aligner_middleware.serve import chat, correct, health, litellm, models, observing, responses
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service, logger
@@ -40,8 +40,8 @@ def create_app(
         load = partial(Aligner.load, settings.model, precision=settings.precision, threads=settings.threads)
         own = await asyncio.to_thread(load) if aligner is None else aligner
         try:
-            async with Upstream(settings, transport) as app.state.upstream:
-                app.state.service = Service(settings, own)
+            app.state.service = Service(settings, own)
+            async with Upstream(settings, transport) as app.state.upstream, observing.observed(app):
                 yield
         finally:
             app.state.service = None
@@ -67,6 +67,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
+    observing.install(app, settings)  # last, so that it sees the requests that are refused, too
     return app
 
 

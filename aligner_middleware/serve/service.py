@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -51,6 +52,7 @@ class Decision:
         seconds: From the whole answer to its decision.
         error: Name of the error, where there was one.
         at: When.
+        id: A name of its own, under which audit log and page know it.
     """
 
     client: Client
@@ -62,6 +64,7 @@ class Decision:
     seconds: float
     error: str | None = None
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 Listener = Callable[[Decision], None]

@@ -1,0 +1,121 @@
+"""The audit log: every decision in one SQLite file, written by a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aligner_middleware.data.files import fingerprint
+from aligner_middleware.serve.audit_file import AuditFile, values_of
+from aligner_middleware.serve.facts import facts, texts
+
+if TYPE_CHECKING:
+    from aligner_middleware.serve.service import Decision
+
+logger = logging.getLogger("aligner_middleware.serve")
+
+_BATCH = 500  # rows of one transaction
+
+
+class AuditLog:
+    """Writes decisions to a file. It never holds up whoever tells it: where it cannot keep up, it loses decisions.
+
+    Args:
+        path: The file.
+        keep: Rows that the file keeps.
+        on_lost: Called with the number of decisions that were lost.
+        waiting: Decisions that may wait to be written.
+        characters: Characters that may wait, in all.
+
+    Raises:
+        JobError: If the file cannot be written, or is no audit log.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep: int,
+        on_lost: Callable[[int], None] | None = None,
+        *,
+        waiting: int = 10_000,
+        characters: int = 50_000_000,
+    ) -> None:
+        self.path = path
+        self._file = AuditFile(path, create=True)
+        self._keep = keep
+        self._on_lost = on_lost
+        self._limits = waiting, characters
+        self._rows: deque[list[Any]] = deque()
+        self._characters = 0
+        self._losing = False
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._write, name="audit-log", daemon=True)
+        self._thread.start()
+
+    def __call__(self, decision: Decision) -> None:
+        """Take a decision; it is written a little later."""
+        row = row_of(decision)
+        size = _size(row)
+        with self._changed:
+            full = len(self._rows) >= self._limits[0] or self._characters + size > self._limits[1]
+            if not full and not self._closed:
+                self._rows.append(row)
+                self._characters += size
+                self._losing = False
+                self._changed.notify()
+                return
+            first, self._losing = not self._losing, True
+        self._lost(1)
+        if first:  # of a run of losses; more lines would say no more
+            logger.error(
+                "%s: the audit log cannot keep up and loses decisions; see aligner_audit_lost_total", self.path
+            )
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._rows or self._closed)
+                batch = [self._rows.popleft() for _ in range(min(_BATCH, len(self._rows)))]
+                self._characters -= sum(map(_size, batch))
+            if not batch:
+                break
+            try:
+                self._file.add(batch, self._keep)
+            except Exception as exc:  # a full disk: it may be mended, and the thread must live until then
+                self._lost(len(batch))
+                logger.error("%s: %d decisions could not be written: %s", self.path, len(batch), exc)
+        try:
+            self._file.close()
+        except sqlite3.Error:
+            logger.exception("%s: the audit log could not be closed", self.path)
+
+    def _lost(self, count: int) -> None:
+        if self._on_lost is not None:
+            self._on_lost(count)
+
+
+def row_of(decision: Decision) -> list[Any]:
+    """Make the row of a decision; with its texts only where the client's policy keeps them."""
+    seen, said = facts(decision), texts(decision)
+    kept = said._asdict() if decision.client.policy.keep_texts else dict.fromkeys(said._fields)
+    digests = {f"{name}_sha256": fingerprint(text) for name, text in said._asdict().items()}
+    single = {"strength": str(seen.strength), "doubts": " ".join(seen.doubts)}
+    return values_of(asdict(seen) | single | digests | kept)
+
+
+def _size(row: list[Any]) -> int:
+    return sum(len(value) for value in row if isinstance(value, str))

@@ -8,7 +8,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any, cast
 
 import pytest
@@ -198,7 +198,7 @@ async def test_a_none_among_the_chunks_is_an_error() -> None:
 async def test_an_answer_that_cannot_be_read_to_its_end_is_closed_at_once(threaded: bool) -> None:
     closed = []
 
-    def words() -> Iterator[Any]:
+    def words() -> Generator[Any, None, None]:
         try:
             yield from ("Left, ", None, "idiot.")
         finally:

@@ -110,5 +110,5 @@ async def test_an_iterator_that_cannot_be_closed_is_read_as_it_is() -> None:
                 return word
             raise StopAsyncIteration
 
-    pieces = [piece async for piece in aligned([]).atransform(Words())]  # type: ignore[arg-type]
+    pieces = [piece async for piece in aligned([]).atransform(Words())]
     assert "".join(pieces) == "so good"

@@ -38,7 +38,17 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", CARD, ROOT / "benchmarks" / "README.md"]
 SHELL = {"sh", "bash", "console"}
 # Options of other programs that the documents name.
-FOREIGN_OPTIONS = {"--cpu", "--num_machines", "--machine_rank", "--main_process_ip", "--no-deps", "--rows", "--help"}
+FOREIGN_OPTIONS = {
+    "--cpu",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--no-deps",
+    "--rows",
+    "--target",
+    "--no-compile",
+    "--help",
+}
 # Names that stand for a reader's own file, or a file that is made elsewhere.
 FOREIGN_FILES = {"file.py", "my_models.py", "evaluate_completions.py"}
 
@@ -210,7 +220,7 @@ OPTIONS = {
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """The arguments of each `aligner` command in lines of a shell, up to a pipe or a redirection."""
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in re.sub(r"'[^']*'", lambda quoted: quoted[0].replace("\n", " "), text.replace("\\\n", " ")).splitlines():
         words = shlex.split(line, comments=True)
         for end in ("|", ">", ">>", "<", "&&", ";", "&"):
             words = words[: words.index(end)] if end in words else words

@@ -72,7 +72,7 @@ def _settings(given: Given, file: Path | None) -> ServeSettings:
         ConfigError: If a value of the environment or of the file is, or the file cannot be read.
     """
     from pydantic_settings import SettingsError
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     if file is not None and not file.is_file():
         raise ConfigError(f"{file}: there is no such file of settings")

@@ -35,7 +35,7 @@ CREATE TABLE decisions (
 );
 CREATE INDEX decisions_of_clients ON decisions (client, number);
 """
-_INSERT = f"INSERT INTO decisions ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+_INSERT = f"INSERT INTO decisions ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import InputError
 from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.settings import check_choice, limits
-from aligner_middleware.steps import Chunks
+from aligner_middleware.steps import Chunks, together
 from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text import worker
@@ -158,14 +158,7 @@ class Corrector:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
         self._check(timeout, strength, on_doubt)
         options: dict[str, Any] = {"timeout": timeout, "strength": strength, "on_doubt": on_doubt}
-        calls: list[asyncio.Future[Correction]] = []
-        try:
-            for pair in pairs:
-                calls.append(asyncio.ensure_future(self.acorrect(*pair, **options)))
-            return list(await asyncio.gather(*calls))
-        finally:  # after an error nobody waits for the others
-            for call in calls:
-                call.cancel()
+        return await together(self.acorrect(*pair, **options) for pair in pairs)
 
     def stream(
         self,

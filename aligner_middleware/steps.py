@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -119,3 +119,15 @@ class Wait:
         """See `Step`."""
         async with self._deadline.limit():
             await asyncio.wrap_future(self._future)
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await calls at the same time, and give their results in order; after an error the others are cancelled."""
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        for call in calls:  # one by one: making the next may fail
+            tasks.append(asyncio.create_task(call))
+        return list(await asyncio.gather(*tasks))
+    finally:  # after an error nobody waits for the others
+        for task in tasks:
+            task.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -14,9 +14,6 @@ from aligner_middleware.cli.options import Given, options_from
 from aligner_middleware.cli.output import write
 from aligner_middleware.errors import ConfigError, MissingExtraError
 from aligner_middleware.serve.settings import CONFIG_VARIABLE, PREFIX, KeySettings, PolicySettings, ServeSettings
-
-if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner
 
 _POLICY = {name: [f"policy.{name}"] for name in PolicySettings.model_fields}
 _NEEDED = ("fastapi", "httpx", "pydantic_settings", "uvicorn", "yaml")
@@ -105,6 +102,7 @@ def _run(settings: ServeSettings) -> None:
 
     from aligner_middleware.serve.app import create_app
     from aligner_middleware.serve.local import check_local
+    from aligner_middleware.serve.service import load_aligner
     from aligner_middleware.serve.worker import FACTORY, hand_over
 
     if settings.upstream is None:
@@ -118,15 +116,9 @@ def _run(settings: ServeSettings) -> None:
         "ws": "none",
         "log_level": "info",
     }
-    with _load(settings) as aligner:  # an error is told before anything is served
+    with load_aligner(settings) as aligner:  # an error is told before anything is served
         if settings.workers == 1:
             uvicorn.run(create_app(settings, aligner), **options)
             return
     hand_over(settings)
     uvicorn.run(FACTORY, factory=True, workers=settings.workers, **options)
-
-
-def _load(settings: ServeSettings) -> Aligner:
-    from aligner_middleware.aligner import Aligner
-
-    return Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)

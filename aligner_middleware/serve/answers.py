@@ -14,8 +14,9 @@ from langchain_core.messages import AIMessage
 from aligner_middleware.langchain.messages import text_of, with_text
 from aligner_middleware.langchain.metadata import KEY
 from aligner_middleware.langchain.outcome import Aligned
-from aligner_middleware.serve.exchange import Exchange, together
+from aligner_middleware.serve.exchange import Exchange
 from aligner_middleware.serve.upstream import headers_of, unreadable
+from aligner_middleware.steps import together
 
 
 def parse_response(content: bytes) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from functools import partial
 
 import httpx
 from fastapi import FastAPI, Request
@@ -19,7 +18,7 @@ from aligner_middleware.aligner import Aligner
 from aligner_middleware.serve import chat, correct, health, litellm, models, observing, responses
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
-from aligner_middleware.serve.service import Service, logger
+from aligner_middleware.serve.service import Service, load_aligner, logger
 from aligner_middleware.serve.settings import ServeSettings
 from aligner_middleware.serve.upstream import Upstream
 
@@ -37,8 +36,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        load = partial(Aligner.load, settings.model, precision=settings.precision, threads=settings.threads)
-        own = await asyncio.to_thread(load) if aligner is None else aligner
+        own = await asyncio.to_thread(load_aligner, settings) if aligner is None else aligner
         try:
             app.state.service = Service(settings, own)
             async with Upstream(settings, transport) as app.state.upstream, observing.observed(app):

@@ -6,8 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import replace
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
@@ -15,8 +13,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from aligner_middleware.errors import InputError
-from aligner_middleware.langchain.alignment import AlignedStream, Alignment
+from aligner_middleware.errors import InputError, did_you_mean
+from aligner_middleware.langchain.alignment import AlignedStream
 from aligner_middleware.langchain.options import Mode, as_input_error
 from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.serve.access import TheClient, TheService
@@ -43,10 +41,9 @@ class _Body(BaseModel):
         known = list(cls.model_fields)
         for name in value if isinstance(value, Mapping) else ():
             if name not in known:
-                near = get_close_matches(str(name), known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+                hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
                 # Braces in a name of the client's must not be filled in.
-                raise PydanticCustomError("unknown_field", "{text}", {"text": f"unknown field {name!r}; {hint}"})
+                raise PydanticCustomError("unknown_field", "{text}", {"text": f"unknown field {name!r}{hint}"})
         return value
 
 
@@ -169,14 +166,12 @@ def with_options(client: Client, strength: Strength | None, mode: Mode | None) -
         name = next(iter(given))
         message = f"the policy of {client.name!r} has overrides: false: leave out {name}, or change the policy"
         raise Problem(403, message, kind="permission_error", code="override_not_allowed", param=name)
-    fields = {name: getattr(client.alignment, name) for name in type(client.alignment).model_fields}
     try:
-        alignment = Alignment(**fields | given)
+        return client.with_policy(**given)
     except ValidationError as exc:
         raise Problem(400, str(as_input_error(exc)), code="invalid_value", param=next(iter(given))) from None
     except InputError as exc:
         raise Problem(400, str(exc), code="invalid_value") from None
-    return replace(client, policy=client.policy.model_copy(update=given), alignment=alignment)
 
 
 async def _streamed(service: Service, client: Client, body: CorrectBody) -> AsyncGenerator[dict[str, Any], None]:

@@ -92,16 +92,6 @@ class Exchange:
         return self.service.decided(self.client, self.route, self.question, answer, outcome, time.perf_counter())
 
 
-async def together(calls: list[Coroutine[Any, Any, T]]) -> list[T]:
-    """Await several calls at the same time; after an error the others are cancelled."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 async def unless_gone(request: Request, call: Coroutine[Any, Any, T]) -> T:
     """Await a call, and cancel it when the client goes away.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,7 +74,7 @@ def facts(decision: Decision) -> Facts:
         threshold=threshold(decision.client),
         verdict="error" if error else str(metadata.get("verdict") or "none"),
         score=metadata.get("score"),
-        changed=bool(metadata.get("changed") or metadata.get("would_change")),
+        changed=changes(metadata),
         doubts=tuple(metadata.get("doubts", ())),
         seconds=decision.seconds,
         error=error,
@@ -82,9 +83,17 @@ def facts(decision: Decision) -> Facts:
 
 def texts(decision: Decision) -> Texts:
     """Take the texts of a decision; in shadow mode with the text that it would have become."""
-    would = decision.metadata.get("would_change")
-    text: Any = decision.metadata.get("proposed", decision.text) if would else decision.text
-    return Texts(decision.question, decision.answer, text)
+    return Texts(decision.question, decision.answer, aligner_text(decision.text, decision.metadata))
+
+
+def changes(metadata: Mapping[str, Any]) -> bool:
+    """Say whether an answer was changed; in shadow mode, whether it would be."""
+    return bool(metadata.get("changed") or metadata.get("would_change"))
+
+
+def aligner_text(text: str, metadata: Mapping[str, Any]) -> str:
+    """Give the answer as the aligner has it: as it left, or in shadow mode as it would have."""
+    return str(metadata.get("proposed", text)) if metadata.get("would_change") else text
 
 
 def threshold(client: Client) -> float | None:

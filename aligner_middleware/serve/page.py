@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,11 +18,11 @@ from aligner_middleware import __version__
 from aligner_middleware.diff import Diff
 from aligner_middleware.serve.access import TheClient, TheService
 from aligner_middleware.serve.audit_file import AuditFile, Mark, SearchTimeoutError, opened
-from aligner_middleware.serve.facts import threshold
+from aligner_middleware.serve.facts import aligner_text, changes, threshold
 from aligner_middleware.serve.feed import Feed
 from aligner_middleware.serve.problems import Problem
-from aligner_middleware.serve.service import Client, Service
-from aligner_middleware.strength import Level, Strength
+from aligner_middleware.serve.service import Service
+from aligner_middleware.strength import Level
 
 _FILES = Path(__file__).with_name("page")
 _HEADERS = {
@@ -142,17 +141,16 @@ async def about(service: TheService, client: TheClient) -> dict[str, Any]:
 @router.post("/page/correct")
 async def correct(asked: _Asked, service: TheService, client: TheClient) -> dict[str, Any]:
     """Correct an answer by the client's policy, or with another strength, and compare it with what came of it."""
-    chosen = client if asked.strength is None else _with_strength(client, asked.strength)
+    chosen = client if asked.strength is None else client.with_policy(strength=asked.strength)
     start = time.perf_counter()
     aligned = await service.align(chosen, "/page/correct", asked.question, asked.answer)
     seconds = time.perf_counter() - start
     metadata = aligned.metadata
-    would = bool(metadata.get("would_change"))
-    text = metadata.get("proposed", aligned.text) if would else aligned.text
+    text = aligner_text(aligned.text, metadata)
     return {
         "parts": await _parts(asked.answer, text),
         "text": text,
-        "changed": bool(metadata.get("changed")) or would,
+        "changed": changes(metadata),
         "mode": chosen.policy.mode,
         "verdict": metadata.get("verdict"),
         "score": metadata.get("score"),
@@ -218,10 +216,3 @@ async def _parts(old: str, new: str) -> list[dict[str, str]]:
         return [{"kind": "removed", "text": old}, {"kind": "added", "text": new}]
     diff = await asyncio.to_thread(Diff.between, old, new)
     return [{"kind": change.kind, "text": change.text} for change in diff.changes]
-
-
-def _with_strength(client: Client, strength: Strength) -> Client:
-    update = {"strength": strength}
-    return replace(
-        client, policy=client.policy.model_copy(update=update), alignment=client.alignment.model_copy(update=update)
-    )

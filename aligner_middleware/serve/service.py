@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,6 +36,17 @@ class Client:
     name: str
     policy: PolicySettings
     alignment: Alignment
+
+    def with_policy(self, **options: Any) -> Client:
+        """Give the client with other options in its policy, such as `strength`.
+
+        Raises:
+            ValidationError: If an option is out of range for the aligner.
+            InputError: If it is none of its choices.
+        """
+        fields = {name: getattr(self.alignment, name) for name in type(self.alignment).model_fields}
+        alignment = Alignment(**fields | options)
+        return replace(self, policy=self.policy.model_copy(update=options), alignment=alignment)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,11 @@ class Decision:
 
 
 Listener = Callable[[Decision], None]
+
+
+def load_aligner(settings: ServeSettings) -> Aligner:
+    """Load the aligner that the settings name; raises as `Aligner.load` does."""
+    return Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
 
 
 class Service:

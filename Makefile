@@ -86,8 +86,8 @@ default-aligner: $(DEFAULT)/train.jsonl  ## Train the default aligner on, and ca
 verdict-ablation: $(DEFAULT)/train.jsonl  ## Verdict against copy, on equal data and steps; an hour
 	$(BIN)/python benchmarks/verdict_ablation.py $(DEFAULT)/train.jsonl $(DEFAULT)/development.jsonl build-out/ablation
 
-ablations: .venv/installed  ## What each part of its recipe is worth; over an hour
-	$(BIN)/python benchmarks/ablations.py
+ablations: $(DEFAULT)/train.jsonl  ## What each part of its recipe is worth; over an hour
+	$(BIN)/python benchmarks/ablations.py $(DEFAULT)
 
 rounds: .venv/installed  ## Three rounds of DPO beside their control; an hour
 	$(BIN)/python benchmarks/rounds.py build-out/rounds

@@ -2,9 +2,10 @@
 
 The first policy is SmolLM2-135M-Instruct fine-tuned on the unaligned answers of the aligner's training rows, as the paper's
 is a model without any alignment. Its prompts are the aligner's held-out questions, which neither of the two has learnt from:
-two in three are answered and learnt from, the others are only scored.
+two in three are answered and learnt from, the others are only scored. Every round of either arm takes the same number of
+steps, however few pairs it has, so the arms differ in their pairs alone.
 
-    python benchmarks/rounds.py build-out/rounds [--method sft] [--seed 1]
+    python benchmarks/rounds.py build-out/rounds [--method sft] [--seed 1] [--rounds 3] [--prompts 614] [--steps 34]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,6 @@ UNALIGNED_ROWS = 1200
 # On Linux CPUs: have the allocator keep what each step takes and gives back; nearly twice as fast.
 ENVIRONMENT = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "30000000000"}
 TOKENS = 64  # of an answer; those of the rows have 40 to 50
-EPOCHS = 2  # of a round, over some 130 pairs
 
 
 def main() -> None:
@@ -41,11 +42,13 @@ def main() -> None:
     parser.add_argument("--method", default="dpo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, help="so many, drawn at random; by default all")
+    parser.add_argument("--steps", type=int, default=34, help="of a round; 34 are two epochs over 136 pairs")
     options = parser.parse_args()
     first = cache_dir() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
     with ProcessPoolExecutor(1, get_context("spawn")) as process:  # what training allocates goes with it
         process.submit(build_once, first, make_unaligned).result()
-    learnt, scored = split_prompts(options.out)
+    learnt, scored = split_prompts(options.out, options.prompts)
     times = {}
     for arm, more in {"new": [], "fixed": ["--fixed-preferences", "--beside", f"{options.out}/new"]}.items():
         if arm == "fixed":  # the first round is the same for both, and is not run again
@@ -58,7 +61,17 @@ def main() -> None:
         start = time.perf_counter()
         command = ["rounds", learnt, f"{options.out}/{arm}", "--held-out", scored, "--policy", first]
         command += ["--method", options.method, "--seed", options.seed, "--rounds", options.rounds]
-        command += ["--epochs", EPOCHS, "--answer-tokens", TOKENS, "--learning-rate", 2e-4, "--max-length", 320, *more]
+        command += [
+            "--steps",
+            options.steps,
+            "--answer-tokens",
+            TOKENS,
+            "--learning-rate",
+            2e-4,
+            "--max-length",
+            320,
+            *more,
+        ]
         subprocess.run([sys.executable, "-m", "aligner_middleware", *map(str, command)], check=True, env=ENVIRONMENT)
         times[arm] = time.perf_counter() - start
     print(json.dumps({"seconds": times}))
@@ -87,10 +100,12 @@ def make_unaligned(out: Path) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(out)  # type: ignore[no-untyped-call]
 
 
-def split_prompts(folder: Path) -> tuple[Path, Path]:
+def split_prompts(folder: Path, at_most: int | None = None) -> tuple[Path, Path]:
     """Write the prompts to learn from, and those to score."""
     lines = (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
     questions = list(dict.fromkeys(json.loads(line)["question"] for line in lines))
+    if at_most is not None:
+        questions = random.Random(0).sample(questions, at_most)
     learnt, scored = folder / "prompts.jsonl", folder / "held_out.jsonl"
     write_lines(learnt, ({"question": question} for at, question in enumerate(questions) if at % 3))
     write_lines(scored, ({"question": question} for question in questions[::3]))

@@ -164,6 +164,11 @@ class PolicyConfig(RunConfig):
         "as they share most words.",
     )
     epochs: float = Field(default=1, gt=0, description="Times that each row is seen in a round.")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps of a round, however few pairs it has, so that runs can be compared. By default epochs decide.",
+    )
     learning_rate: float | None = Field(
         default=None, gt=0, description="Peak of the cosine schedule. By default 5e-5 with dpo, 4e-4 with sft."
     )

@@ -104,6 +104,7 @@ def _settings(config: PolicyConfig, checkpoints: Path) -> dict[str, Any]:
     return {
         "output_dir": str(checkpoints),
         "num_train_epochs": config.epochs,
+        "max_steps": config.steps or -1,
         "learning_rate": config.learning_rate or POLICY_LEARNING_RATES[config.method],
         "lr_scheduler_type": "cosine",
         "warmup_ratio": config.warm_up_ratio,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def test_the_control_learns_from_the_first_rounds_pairs_for_ever(tmp_path: Path)
     assert run.rounds[1].metrics != run.rounds[2].metrics
     draw_rounds({"control": read_rounds(out), "again": run}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_round_takes_the_steps_that_it_is_given_however_few_pairs_it_has(tmp_path: Path) -> None:
+    settings, steps = config(checkpoint(tmp_path / "base"), steps=7), Counter[str]()
+    run_rounds(
+        PROMPTS,
+        HELD_OUT,
+        tmp_path / "out",
+        ALIGNER,
+        JUDGE,
+        settings,
+        rounds=2,
+        rules=LENIENT,
+        report=lambda progress: steps.update([progress.stage]),
+    )
+    assert steps["round 1, dpo"] == steps["round 2, dpo"] == 7
 
 
 def test_a_collapsing_policy_is_stopped_and_the_round_before_is_the_best(tmp_path: Path) -> None:

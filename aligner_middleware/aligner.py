@@ -18,7 +18,7 @@ from aligner_middleware.calibration import Calibration
 from aligner_middleware.codec import Codec
 from aligner_middleware.corrector import Corrector
 from aligner_middleware.engine import Model
-from aligner_middleware.engine.likelihood import log_likelihoods
+from aligner_middleware.engine.runner import RemoteModel
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.loading import Engine
 from aligner_middleware.settings import Settings
@@ -34,7 +34,7 @@ class Aligner(Corrector):
     collector and the end of Python. A copy, deep or not, is the aligner itself; a pickled one is loaded again.
 
     Args:
-        model: What predicts tokens.
+        model: What predicts tokens: a network that a thread of this process runs, or one that is run elsewhere.
         tokenizer: Its tokenizer.
         template: The prompt it was trained with.
         eos_token_ids: Tokens that end a correction.
@@ -56,7 +56,7 @@ class Aligner(Corrector):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | RemoteModel,
         tokenizer: Tokenizer,
         template: PromptTemplate,
         eos_token_ids: Sequence[int],
@@ -79,7 +79,7 @@ class Aligner(Corrector):
         self._revision = revision
         self._model = model
         codec = Codec(tokenizer, template, eos_token_ids, model.max_positions, settings, self.calibration)
-        super().__init__(codec, Scheduler(model, codec.eos_token_ids))
+        super().__init__(codec, model if isinstance(model, RemoteModel) else Scheduler(model, codec.eos_token_ids))
         weakref.finalize(self, self._scheduler.close, wait=False)
 
     @classmethod
@@ -220,7 +220,7 @@ class Aligner(Corrector):
             InputError: If the question is blank, or a text does not fit into the context.
         """
         prompt, targets = self._codec.encode_targets(question, answer, corrections)
-        return log_likelihoods(self._model, prompt, targets)
+        return self._scheduler.log_likelihoods(prompt, targets)
 
     def evidence(self, question: str, answer: str) -> float:
         """Measure how much speaks for correcting an answer, for calibration.

@@ -18,7 +18,7 @@ from aligner_middleware.artifact import MODEL_FILE, Artifact, Precision
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.data.files import is_folder
 from aligner_middleware.engine import Model
-from aligner_middleware.engine.scheduler import refuse_green_threads
+from aligner_middleware.engine.threads import refuse_green_threads
 from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, did_you_mean
 from aligner_middleware.locations import cached_folder, exported_folder
 from aligner_middleware.settings import check_choice

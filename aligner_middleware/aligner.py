@@ -131,12 +131,71 @@ class Aligner(Corrector):
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
         options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
         Settings(**options)  # before anything is built
-        parts = loading.load(str(model), **asked)
+        aligner = cls._of(loading.load(str(model), **asked), options)
+        aligner.source = str(model)
+        aligner._load_again = partial(cls.load, loading.absolute(str(model)), **asked, **options)
+        return aligner
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | Sequence[str],
+        aligner: str | Path = "default",
+        *,
+        template: str | PromptTemplate | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        patience: float = 30.0,
+        silence: float = 60.0,
+        max_new_tokens: int | None = None,
+        draft: bool = True,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        **unknown: Never,
+    ) -> Aligner:
+        """Connect to a server that runs an aligner: vLLM, SGLang, or one that takes the same requests (docs/remote.md).
+
+        Args:
+            url: Address of its OpenAI API, such as `http://localhost:8000/v1`; or of several that run the same.
+            aligner: The same aligner here, for tokenizer, template and thresholds, as of `load`; no weights are read.
+            template: As `prompt` of `load`.
+            model: Name that the server gives the model; `None` for the first that it serves.
+            api_key: Its key; `None` for that of `ALIGNER_API_KEY`, if any.
+            concurrency: Most requests to a server at once; more wait here.
+            patience: Seconds for which a request is repeated that fails in passing, as while a server restarts.
+            silence: Seconds that a server may take for a reply, or be silent in a stream.
+            max_new_tokens: As of `load`.
+            draft: As of `load`.
+            temperature: As of `load`.
+            top_p: As of `load`.
+            seed: As of `load`; it gives what the server draws with it.
+            **unknown: As of `load`.
+
+        Raises:
+            RemoteError: If no server can be reached, or one is none, serves another model, or has another tokenizer.
+            InputError: If an option is out of range.
+            ArtifactError: If a file of the aligner here cannot be used.
+            BuildError: If there is no such aligner here.
+        """
+        from aligner_middleware import connecting
+
+        loading.refuse_unknown(unknown, cls.connect)
+        asked: dict[str, Any] = {"template": template, "model": model, "api_key": api_key}
+        asked |= {"concurrency": concurrency, "patience": patience, "silence": silence}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
+        options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+        Settings(**options)
+        connected = cls._of(connecting.connect(url, str(aligner), **asked), options)
+        connected._load_again = partial(cls.connect, url, loading.absolute(str(aligner)), **asked, **options)
+        return connected
+
+    @classmethod
+    def _of(cls, parts: loading.Loaded, options: dict[str, Any]) -> Self:
         own: dict[str, Any] = {"name": parts.name, "revision": parts.revision, "calibration": parts.calibration}
         aligner = cls(parts.model, parts.tokenizer, parts.template, parts.eos_token_ids, **own, **options)
         aligner.precision = parts.precision
-        aligner.source = str(model)
-        aligner._load_again = partial(cls.load, loading.absolute(str(model)), **asked, **options)
         return aligner
 
     def __repr__(self) -> str:

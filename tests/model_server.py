@@ -17,6 +17,7 @@ import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aligner_middleware.text.tokenizer import Tokenizer
 from tests.fakes import FakeModel
@@ -91,30 +92,33 @@ class ModelServer:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-
-        @app.middleware("http")
-        async def first(request: Request, go_on: Any) -> Any:
-            for answer in list(self.answers):
-                if (response := answer(request)) is not None:
-                    self.answers.remove(answer)
-                    return response
-            if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
-                return JSONResponse({"error": "Unauthorized"}, 401)
-            return await go_on(request)
-
+        app.add_middleware(_First, server=self)  # type: ignore[arg-type]
         app.get("/v1/models")(self.models)
         app.post("/tokenize")(self.tokenize)
         if self.kind == "vllm":
-            app.get("/version")(lambda: {"version": "0.99"})
+            app.get("/version")(self.version)
             app.post("/v1/completions")(self.completions)
         else:
-            app.get("/get_server_info")(lambda: {"version": "0.98"})
+            app.get("/get_server_info")(self.version)
             app.post("/generate")(self.generate)
         return app
 
-    def models(self) -> Any:
+    def first(self, request: Request) -> Response | None:
+        """Give the response of a request that goes no further."""
+        for answer in list(self.answers):
+            if (response := answer(request)) is not None:
+                self.answers.remove(answer)
+                return response
+        if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+            return JSONResponse({"error": "Unauthorized"}, 401)
+        return None
+
+    async def models(self) -> Any:
         card = {"id": self.name, "owned_by": self.kind, "max_model_len": self.max_model_len}
         return {"object": "list", "data": [card]}
+
+    async def version(self) -> Any:
+        return {"version": "0.99"}
 
     async def tokenize(self, request: Request) -> Any:
         if not self.has_tokenize:
@@ -175,9 +179,10 @@ class ModelServer:
                 choice["prompt_logprobs"] = [None, *(self._given(ids, at) for at in range(1, len(ids)))]
             await asyncio.sleep(self.delay)
             logs = self.logs(ids)
-            wanted = body.get("logprob_token_ids") or self.best(logs, body["logprobs"])
             choice["token_ids"] = self.best(logs, 1)
-            choice["logprobs"] = self._named([*choice["token_ids"], *wanted], logs)
+            if "logprobs" in body:
+                wanted = body.get("logprob_token_ids") or self.best(logs, body["logprobs"])
+                choice["logprobs"] = self._named([*choice["token_ids"], *wanted], logs)
             return {"choices": [choice], "usage": {}}
 
         return await self._alone(request, whole())
@@ -249,6 +254,16 @@ class ModelServer:
                     meta["output_top_logprobs"] = tops
                 yield f"data: {json.dumps({'text': '', 'output_ids': written, 'meta_info': meta})}\n\n".encode()
             yield b"data: [DONE]\n\n"
+
+
+class _First:
+    def __init__(self, app: ASGIApp, server: ModelServer) -> None:
+        self.app = app
+        self.server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = self.server.first(Request(scope)) if scope["type"] == "http" else None
+        await (response or self.app)(scope, receive, send)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -92,7 +92,7 @@ class ModelServer:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        app.add_middleware(_First, server=self)  # type: ignore[arg-type]
+        app.add_middleware(_First, server=self)
         app.get("/v1/models")(self.models)
         app.post("/tokenize")(self.tokenize)
         if self.kind == "vllm":

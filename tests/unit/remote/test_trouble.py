@@ -130,8 +130,9 @@ def test_a_wrong_path_and_an_empty_port_are_told_apart(running_server: Running, 
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, Any], message: str, folder: Path) -> None:
+    rest = {name: value for name, value in options.items() if name != "url"}
     with pytest.raises(InputError, match=message):
-        Aligner.connect(**{"url": "http://localhost:1/v1", "aligner": folder} | options)
+        Aligner.connect(options.get("url", "http://localhost:1/v1"), folder, **rest)
 
 
 def test_a_misspelt_option_is_set_right(folder: Path) -> None:

@@ -145,16 +145,18 @@ def main() -> None:
     parser.add_argument("rows", nargs="?", type=Path, default=DEFAULT_FOLDER / "held_out.jsonl")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--alone", type=int, default=30)
+    parser.add_argument("--aligner", default="default", help="the same aligner here, or its exported folder in float32")
+    parser.add_argument("--template", help="another prompt, such as that of an aligner without verdicts")
     asked = parser.parse_args()
     rows = [json.loads(line) for line in asked.rows.read_text(encoding="utf-8").splitlines()]
     rows = rows[:: max(1, len(rows) // asked.count)][: asked.count]
     pairs = [(row["question"], row["answer"]) for row in rows]
     with (
         relay(asked.url) as counts,
-        Aligner.connect(counts.url, silence=600, patience=600) as remote,
-        Aligner.load(precision="float32") as local,
+        Aligner.connect(counts.url, asked.aligner, template=asked.template, silence=600, patience=600) as remote,
+        Aligner.load(asked.aligner, precision="float32", prompt=asked.template) as local,
     ):
-        print(remote)
+        print(remote, flush=True)
         remote.correct("What is two and two?", "Four.")  # a server's first requests may take long
         print(json.dumps(compare(local, remote, pairs), indent=1), flush=True)
         print(json.dumps(costs(remote, counts, pairs[:: max(1, len(pairs) // asked.alone)]), indent=1), flush=True)

@@ -14,7 +14,7 @@ from aligner_middleware.remote.dialect import UNLIKELY, Logs, Piece, Written, fi
 _PATH = "/completions"
 # A model's own settings (generation_config.json) would otherwise change what greedy decoding gives.
 _PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": 0, "min_p": 0.0}
-_IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False}
+_IDS = {"return_tokens_as_token_ids": True, "skip_special_tokens": False}
 _PREFIX = "token_id:"
 
 
@@ -55,7 +55,7 @@ class VLLM:
         self, ids: Sequence[int], most: int, stop: Iterable[int], sampler: Sampler, top: int
     ) -> tuple[str, dict[str, Any]]:
         """See `Dialect`."""
-        body = self._body(ids, most, sampler) | {"stop_token_ids": sorted(stop), "stream": True}
+        body = self._body(ids, most, sampler) | {"stop_token_ids": sorted(stop), "stream": True, "return_token_ids": True}
         return _PATH, body | ({"logprobs": top} if top else {})
 
     def written(self, content: Any, so_far: Written) -> Piece:

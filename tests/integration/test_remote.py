@@ -23,13 +23,15 @@ from aligner_middleware.checkpoints.checkpoint import CHECKPOINT_FILES, open_che
 from aligner_middleware.errors import RemoteError
 from aligner_middleware.locations import DEFAULT_FOLDER
 
-PYTHON = os.environ.get("ALIGNER_VLLM")
+OWN = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"  # made by `make remote-test`
+PYTHON = os.environ.get("ALIGNER_VLLM") or (str(OWN) if OWN.exists() else None)
 START = 900  # seconds that a server may take on a busy machine
 ROWS = int(os.environ.get("ALIGNER_REMOTE_ROWS", "200"))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="no vLLM: name the Python of its environment by ALIGNER_VLLM"),
+    pytest.mark.remote,
+    pytest.mark.skipif(PYTHON is None, reason="no vLLM: `make remote-test` installs it, ALIGNER_VLLM names its Python"),
 ]
 
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 _TOP = 20  # log probabilities at each streamed position, where draft tokens may stay; vLLM's default allows no more
 _WORTH = 16  # tokens of the draft that must be left for its verification to pay
 _POOR = 8  # accepted tokens below which a verification did not pay
+_LAST_WORDS = 1.0  # seconds after which a request with status 500 is repeated, once
 _backoff = wait_random_exponential(multiplier=0.1, max=5)
 
 
@@ -64,6 +65,7 @@ class Course:
         self._on_step = on_step
         self._patience = patience
         self._unsure = False
+        self._failed = False  # with status 500, in the latest request
         self._wait = 0  # tokens to stream before the draft is verified again
         self._verified = 0  # tokens that there were after the last verification
 
@@ -109,9 +111,12 @@ class Course:
                 else:
                     await self._write(server, served)
         except RemoteError as exc:
+            if exc.status == 500 and not self._failed:  # so does a server fail that is about to end
+                self._failed, exc.temporary, exc.retry_after = True, True, _LAST_WORDS
             if exc.temporary and exc.status != 429 and self._servers.failed(server):
                 exc.retry_after = 0.0  # others are there
             raise
+        self._failed = False
         self._on_step()
 
     @property

@@ -93,10 +93,15 @@ class RemoteScheduler(BackgroundThread):
         self.device = f"{kinds} at {' '.join(self._urls)}"
         self._forget_servers()
 
-    def tokenize(self, text: str) -> list[int] | None:
-        """Let a server encode a text, special tokens by their names; `None` where it has no such service."""
-        url = next(url for url, served in zip(self._urls, self._served, strict=True) if served)
-        return self._wait_for(lambda: tokenize(self._client, url, self.model, text))
+    def tokenize(self, text: str) -> dict[str, list[int]]:
+        """Let each server that can encode a text, special tokens by their names, and give the ids by its address."""
+
+        async def encode() -> list[list[int] | None]:
+            return await asyncio.gather(*(tokenize(self._client, url, self.model, text) for url in urls))
+
+        urls = [url for url, served in zip(self._urls, self._served, strict=True) if served]
+        encoded = zip(urls, self._wait_for(encode), strict=True)
+        return {url: ids for url, ids in encoded if ids is not None}
 
     def submit(self, generation: Generation, on_step: Callable[[], None] = lambda: None) -> Future[Generation]:
         """See `Runner`."""

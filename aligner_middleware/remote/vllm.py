@@ -55,7 +55,11 @@ class VLLM:
         self, ids: Sequence[int], most: int, stop: Iterable[int], sampler: Sampler, top: int
     ) -> tuple[str, dict[str, Any]]:
         """See `Dialect`."""
-        body = self._body(ids, most, sampler) | {"stop_token_ids": sorted(stop), "stream": True, "return_token_ids": True}
+        body = self._body(ids, most, sampler) | {
+            "stop_token_ids": sorted(stop),
+            "stream": True,
+            "return_token_ids": True,
+        }
         return _PATH, body | ({"logprobs": top} if top else {})
 
     def written(self, content: Any, so_far: Written) -> Piece:

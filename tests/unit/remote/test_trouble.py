@@ -169,14 +169,16 @@ def test_a_server_without_explicit_log_probabilities_decides_the_same(
         assert remote.correct("q", answer).verdict == local.correct("q", answer).verdict
 
 
-def test_what_the_server_says_of_a_request_is_handed_on_and_not_asked_again(
-    server: ModelServer, remote: Aligner
-) -> None:
+def test_what_the_server_says_of_a_request_that_fails_twice_is_handed_on(server: ModelServer, remote: Aligner) -> None:
     body = {"error": {"message": "out of \n memory", "type": "InternalServerError", "code": 500}}
-    server.answers = [lambda _: JSONResponse(body, 500)] * 2
+    server.answers = [lambda request: JSONResponse(body, 500) if request.method == "POST" else None] * 3
     with pytest.raises(RemoteError, match=r"refuses the request .status 500.: out of memory$") as caught:
         remote.correct("q", ANSWER)
     assert (caught.value.status, caught.value.temporary, len(server.answers)) == (500, False, 1)
+    server.answers.insert(0, lambda request: JSONResponse({"error": "your fault"}, 400))
+    with pytest.raises(RemoteError, match=r"refuses the request .status 400.: your fault$"):
+        remote.correct("q", ANSWER)
+    assert remote.correct("q", ANSWER).corrected == EXPECTED  # a single status 500 does no harm
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.status) == (str(caught.value), 500)
 
@@ -224,14 +226,14 @@ def test_a_stream_that_breaks_off_goes_on_from_its_tokens(server: ModelServer, r
 def test_a_server_that_starts_again_in_the_middle_loses_nothing(
     running_server: Running, server: ModelServer, folder: Path
 ) -> None:
-    with Aligner.connect(running_server.url, folder, patience=30) as aligner, ThreadPoolExecutor(12) as pool:
+    with Aligner.connect(running_server.url, folder, patience=30) as aligner, ThreadPoolExecutor(8) as pool:
         server.delay = 0.004
-        calls = [pool.submit(aligner.correct, "q", f"{ANSWER} {number}.") for number in range(12)]
-        until(lambda: server.running >= 6)
+        calls = [pool.submit(aligner.correct, "q", f"{ANSWER} {number}.") for number in range(8)]
+        until(lambda: server.running >= 4)
         running_server.stop()
         time.sleep(0.3)
         running_server.start()
-        assert [call.result(60).corrected for call in calls] == [f"{EXPECTED} {number}." for number in range(12)]
+        assert [call.result(60).corrected for call in calls] == [f"{EXPECTED} {number}." for number in range(8)]
 
 
 def test_a_server_that_stays_away_is_an_error_after_some_patience(running_server: Running, folder: Path) -> None:
@@ -394,7 +396,7 @@ def test_an_answer_stays_with_one_server_and_load_is_shared(local: FakeAligner, 
 
 def test_a_dead_server_is_left_out_until_it_is_back(local: FakeAligner, folder: Path) -> None:
     servers = [ModelServer(local.fake_model, local._codec.tokenizer) for _ in range(2)]
-    pairs = [(f"What is {number} of all that there is?", ANSWER) for number in range(16)]
+    pairs = [(f"What is {number} of all that there is?", ANSWER) for number in range(8)]
     with (
         running(servers[0]) as one,
         running(servers[1]) as other,
@@ -402,13 +404,13 @@ def test_a_dead_server_is_left_out_until_it_is_back(local: FakeAligner, folder: 
     ):
         for server in servers:
             server.delay = 0.002
-        with ThreadPoolExecutor(16) as pool:
+        with ThreadPoolExecutor(8) as pool:
             calls = [pool.submit(aligner.correct, *pair) for pair in pairs]
             until(lambda: servers[0].running and servers[1].running)
             one.stop()
-            assert [call.result(60).corrected for call in calls] == [EXPECTED] * 16
+            assert [call.result(60).corrected for call in calls] == [EXPECTED] * 8
         asked = len(servers[0].requests)
-        assert aligner.correct_batch(pairs[:8])[0].corrected == EXPECTED
+        assert aligner.correct_batch(pairs[:4])[0].corrected == EXPECTED
         assert len(servers[0].requests) == asked
         one.start()
         until(lambda: not any(server.down for server in aligner._scheduler._servers._all))  # type: ignore[attr-defined]

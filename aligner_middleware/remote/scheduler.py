@@ -22,6 +22,9 @@ from aligner_middleware.remote.servers import Servers
 
 T = TypeVar("T")
 
+_of_parents: list[asyncio.AbstractEventLoop] = []
+# Event loops that a forked process finds and must not even collect: closing one would change what its parent waits for.
+
 _AHEAD = 64  # tokens of an unfinished prompt by which it must have grown to be sent again
 
 
@@ -132,6 +135,8 @@ class RemoteScheduler(BackgroundThread):
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
+        if (loop := getattr(self, "_loop", None)) is not None:
+            _of_parents.append(loop)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def _tell(self, message: Callable[[], None]) -> None:
@@ -146,7 +151,11 @@ class RemoteScheduler(BackgroundThread):
                 self._prefills: dict[Prefill, asyncio.Task[None]] = {}
                 self._client = Client(self._key, self._silence)
                 self._forget_servers()
-                self._start()
+                try:
+                    self._start()
+                except BaseException:
+                    self._loop.close()
+                    raise
             self._loop.call_soon_threadsafe(message)
 
     def _forget_servers(self) -> None:

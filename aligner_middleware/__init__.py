@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         MissingQuestionError,
         PromptTooLongError,
+        RemoteError,
         UpstreamError,
     )
     from aligner_middleware.langchain.chat_model import AlignedChatModel
@@ -54,6 +55,7 @@ _HOMES = {
     "MissingExtraError": "errors",
     "MissingQuestionError": "errors",
     "PromptTooLongError": "errors",
+    "RemoteError": "errors",
     "UpstreamError": "errors",
     "Usage": "correction",
     "question_record": "langchain.question_record:RECORD",
@@ -79,6 +81,7 @@ __all__ = [
     "MissingExtraError",
     "MissingQuestionError",
     "PromptTooLongError",
+    "RemoteError",
     "UpstreamError",
     "Usage",
     "__version__",

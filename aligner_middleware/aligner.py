@@ -18,7 +18,7 @@ from aligner_middleware.calibration import Calibration
 from aligner_middleware.codec import Codec
 from aligner_middleware.corrector import Corrector
 from aligner_middleware.engine import Model
-from aligner_middleware.engine.likelihood import log_likelihoods
+from aligner_middleware.engine.runner import RemoteModel
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.loading import Engine
 from aligner_middleware.settings import Settings
@@ -34,7 +34,7 @@ class Aligner(Corrector):
     collector and the end of Python. A copy, deep or not, is the aligner itself; a pickled one is loaded again.
 
     Args:
-        model: What predicts tokens.
+        model: What predicts tokens: a network that a thread of this process runs, or one that is run elsewhere.
         tokenizer: Its tokenizer.
         template: The prompt it was trained with.
         eos_token_ids: Tokens that end a correction.
@@ -56,7 +56,7 @@ class Aligner(Corrector):
 
     def __init__(
         self,
-        model: Model,
+        model: Model | RemoteModel,
         tokenizer: Tokenizer,
         template: PromptTemplate,
         eos_token_ids: Sequence[int],
@@ -79,7 +79,7 @@ class Aligner(Corrector):
         self._revision = revision
         self._model = model
         codec = Codec(tokenizer, template, eos_token_ids, model.max_positions, settings, self.calibration)
-        super().__init__(codec, Scheduler(model, codec.eos_token_ids))
+        super().__init__(codec, model if isinstance(model, RemoteModel) else Scheduler(model, codec.eos_token_ids))
         weakref.finalize(self, self._scheduler.close, wait=False)
 
     @classmethod
@@ -131,12 +131,71 @@ class Aligner(Corrector):
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
         options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
         Settings(**options)  # before anything is built
-        parts = loading.load(str(model), **asked)
+        aligner = cls._of(loading.load(str(model), **asked), options)
+        aligner.source = str(model)
+        aligner._load_again = partial(cls.load, loading.absolute(str(model)), **asked, **options)
+        return aligner
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | Sequence[str],
+        aligner: str | Path = "default",
+        *,
+        template: str | PromptTemplate | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+        concurrency: int = 64,
+        patience: float = 30.0,
+        silence: float = 60.0,
+        max_new_tokens: int | None = None,
+        draft: bool = True,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        **unknown: Never,
+    ) -> Aligner:
+        """Connect to a server that runs an aligner: vLLM, SGLang, or one that takes the same requests (docs/remote.md).
+
+        Args:
+            url: Address of its OpenAI API, such as `http://localhost:8000/v1`; or of several that run the same.
+            aligner: The same aligner here, for tokenizer, template and thresholds, as of `load`; no weights are read.
+            template: As `prompt` of `load`.
+            model: Name that the server gives the model; `None` for the first that it serves.
+            api_key: Its key; `None` for that of `ALIGNER_API_KEY`, if any.
+            concurrency: Most requests to a server at once; more wait here.
+            patience: Seconds for which a request is repeated that fails in passing, as while a server restarts.
+            silence: Seconds that a server may take for a reply, or be silent in a stream.
+            max_new_tokens: As of `load`.
+            draft: As of `load`.
+            temperature: As of `load`.
+            top_p: As of `load`.
+            seed: As of `load`; it gives what the server draws with it.
+            **unknown: As of `load`.
+
+        Raises:
+            RemoteError: If no server can be reached, or one is none, serves another model, or has another tokenizer.
+            InputError: If an option is out of range.
+            ArtifactError: If a file of the aligner here cannot be used.
+            BuildError: If there is no such aligner here.
+        """
+        from aligner_middleware import connecting
+
+        loading.refuse_unknown(unknown, cls.connect)
+        asked: dict[str, Any] = {"template": template, "model": model, "api_key": api_key}
+        asked |= {"concurrency": concurrency, "patience": patience, "silence": silence}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
+        options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+        Settings(**options)
+        connected = cls._of(connecting.connect(url, str(aligner), **asked), options)
+        connected._load_again = partial(cls.connect, url, loading.absolute(str(aligner)), **asked, **options)
+        return connected
+
+    @classmethod
+    def _of(cls, parts: loading.Loaded, options: dict[str, Any]) -> Self:
         own: dict[str, Any] = {"name": parts.name, "revision": parts.revision, "calibration": parts.calibration}
         aligner = cls(parts.model, parts.tokenizer, parts.template, parts.eos_token_ids, **own, **options)
         aligner.precision = parts.precision
-        aligner.source = str(model)
-        aligner._load_again = partial(cls.load, loading.absolute(str(model)), **asked, **options)
         return aligner
 
     def __repr__(self) -> str:
@@ -220,7 +279,7 @@ class Aligner(Corrector):
             InputError: If the question is blank, or a text does not fit into the context.
         """
         prompt, targets = self._codec.encode_targets(question, answer, corrections)
-        return log_likelihoods(self._model, prompt, targets)
+        return self._scheduler.log_likelihoods(prompt, targets)
 
     def evidence(self, question: str, answer: str) -> float:
         """Measure how much speaks for correcting an answer, for calibration.

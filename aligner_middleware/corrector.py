@@ -15,7 +15,7 @@ from aligner_middleware.codec import Codec, Request
 from aligner_middleware.correction import Correction
 from aligner_middleware.deadline import Deadline, check_timeout
 from aligner_middleware.engine import Generation
-from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.engine.runner import Runner
 from aligner_middleware.errors import InputError
 from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.settings import check_choice, limits
@@ -33,7 +33,7 @@ class Corrector:
         scheduler: Runs the model.
     """
 
-    def __init__(self, codec: Codec, scheduler: Scheduler) -> None:
+    def __init__(self, codec: Codec, scheduler: Runner) -> None:
         self._codec = codec
         self._scheduler = scheduler
 

@@ -12,6 +12,7 @@ AlignerError
 ├── JobError                 a file or a folder that a job cannot use (carries its path)
 ├── ConfigError              settings that do not fit together, or that a run was not begun with
 ├── UpstreamError            a chat model that failed on some prompts
+├── RemoteError              a server that runs an aligner, and cannot be reached or used
 ├── ClosedError              an aligner that was closed
 └── MissingExtraError        an optional part of the package is not installed
 """
@@ -151,6 +152,24 @@ class UpstreamError(AlignerError):
     def __init__(self, count: int, first: str) -> None:
         self.count = count
         super().__init__(f"{count} prompts failed, the first being {first}; repeat the command to ask them again")
+
+
+class RemoteError(AlignerError):
+    """A server that runs an aligner, and cannot be reached, refuses a request, or gives what cannot be used.
+
+    Attributes:
+        status: The HTTP status; `None` where there was none.
+        temporary: Whether the same request may succeed later, as while the server starts or has too much to do.
+        retry_after: Seconds that the server asks to wait, where it does.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, temporary: bool = False, retry_after: float | None = None
+    ) -> None:
+        self.status = status
+        self.temporary = temporary
+        self.retry_after = retry_after
+        super().__init__(message)
 
 
 class ClosedError(AlignerError):

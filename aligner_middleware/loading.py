@@ -18,7 +18,8 @@ from aligner_middleware.artifact import MODEL_FILE, Artifact, Precision
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.data.files import is_folder
 from aligner_middleware.engine import Model
-from aligner_middleware.engine.scheduler import refuse_green_threads
+from aligner_middleware.engine.runner import RemoteModel
+from aligner_middleware.engine.threads import refuse_green_threads
 from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, did_you_mean
 from aligner_middleware.locations import cached_folder, exported_folder
 from aligner_middleware.settings import check_choice
@@ -38,17 +39,17 @@ class Loaded:
         template: The prompt that it is asked with.
         eos_token_ids: Tokens that end a correction.
         name: What it is called in reports.
-        precision: Of its weights.
+        precision: Of its weights; `None` where a server has them.
         revision: What tells one build of `name` from another; `None` in PyTorch.
         calibration: Its levels of strength; `None` where nobody has calibrated.
     """
 
-    model: Model
+    model: Model | RemoteModel
     tokenizer: Tokenizer
     template: PromptTemplate
     eos_token_ids: Sequence[int]
     name: str
-    precision: Precision
+    precision: Precision | None
     revision: str | None
     calibration: Calibration | None
 

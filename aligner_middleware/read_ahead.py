@@ -9,7 +9,7 @@ from functools import partial
 
 from aligner_middleware.codec import Codec
 from aligner_middleware.engine import Prefill
-from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.engine.runner import Runner
 from aligner_middleware.forks import Lock
 from aligner_middleware.text import worker
 
@@ -29,7 +29,7 @@ class ReadAhead:
         prefill: The part of the prompt that the engine has.
     """
 
-    def __init__(self, scheduler: Scheduler, codec: Codec, question: str) -> None:
+    def __init__(self, scheduler: Runner, codec: Codec, question: str) -> None:
         self.prefill = Prefill()
         self._scheduler = scheduler
         self._encode = partial(codec.encode_unfinished, question)

@@ -17,7 +17,7 @@ from aligner_middleware.codec import Codec, Request
 from aligner_middleware.correction import Correction
 from aligner_middleware.deadline import Deadline
 from aligner_middleware.engine import Generation
-from aligner_middleware.engine.scheduler import Scheduler
+from aligner_middleware.engine.runner import Runner
 from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.steps import Chunks, EngineProgress, Gather, Step, Wait, beside
 from aligner_middleware.text.tokenizer import TextStream
@@ -126,7 +126,7 @@ class CorrectionFlow:
     def __init__(
         self,
         codec: Codec,
-        scheduler: Scheduler,
+        scheduler: Runner,
         question: str,
         answer: str | Chunks,
         *,

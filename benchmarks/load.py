@@ -50,6 +50,7 @@ from aligner_middleware import Aligner, Correction, CorrectionTimeoutError
 from aligner_middleware.codec import Codec
 from aligner_middleware.engine import Decoder, Generation
 from aligner_middleware.engine.onnx_session import give_memory_back
+from aligner_middleware.engine.scheduler import Scheduler
 from tests.fakes import FakeModel, judging_aligner
 
 Way = Literal["acorrect", "astream", "chunks", "cancelled", "timeout", "dropped", "correct", "stream"]
@@ -384,6 +385,7 @@ def _encode(codec: Codec, question: str, *args: Any, **options: Any) -> Any:
 def _left_over(aligner: Aligner) -> int:
     """Count what the engine still has to do, some rounds after the last call."""
     scheduler = aligner._scheduler
+    assert isinstance(scheduler, Scheduler)
     for _ in range(100):
         left = len(scheduler._calls) + len(scheduler._waiting) + len(scheduler._prefills)
         left += len(scheduler._decoder.running)

@@ -16,6 +16,7 @@ from aligner_middleware import Aligner, Correction, Usage
 from aligner_middleware.artifact import MODEL_FILE, TOKENIZER_FILE, Artifact, BaseWeights
 from aligner_middleware.data.checked import sha256
 from aligner_middleware.engine.model import Logits
+from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.steps import Step
 from aligner_middleware.streaming import CorrectionStream
 from aligner_middleware.text.edits import operations
@@ -163,6 +164,7 @@ class FakeAligner(Aligner):
     """An aligner over a fake model, which tests may look at and replace."""
 
     fake_model: FakeModel
+    _scheduler: Scheduler
 
 
 def fake_aligner(correct: Callable[[str, str], str], **options: object) -> FakeAligner:

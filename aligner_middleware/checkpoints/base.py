@@ -50,6 +50,25 @@ def base_folder(model: str = DEFAULT_BASE) -> tuple[Path, BaseWeights]:
     return folder, BaseWeights(source=model, revision=revision, sha256=_weight_hashes(folder))
 
 
+def text_folder(model: str = DEFAULT_BASE) -> Path:
+    """Find a model's settings and tokenizer, for which no weights are downloaded.
+
+    Args:
+        model: As of `base_folder`.
+
+    Returns:
+        A folder with `config.json` and `tokenizer.json`.
+
+    Raises:
+        BuildError: If there is no such folder, and the hub does not have it or cannot be reached.
+    """
+    gguf = wheel_file(_WHEEL, ".gguf") if model == DEFAULT_BASE else None
+    folder = _from_wheel(gguf)[0] if gguf is not None else folder_of(model) or _from_hub(model, ["*.json"])[0]
+    if not is_file(folder / "config.json") or not is_file(folder / TOKENIZER_FILE):
+        raise BuildError(f"{folder} has no config.json with a {TOKENIZER_FILE} beside it: give an aligner's folder")
+    return folder
+
+
 def _weight_hashes(folder: Path) -> dict[str, str]:
     files = sorted(folder.glob("*.safetensors"))
     if not files or not is_file(folder / "config.json"):
@@ -57,13 +76,13 @@ def _weight_hashes(folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in files}
 
 
-def _from_hub(model: str) -> tuple[Path, str]:
+def _from_hub(model: str, wanted: list[str] = _NEEDED) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = repr(model if len(model) <= 200 else model[:200] + "…")
     try:
-        folder = Path(snapshot_download(model, allow_patterns=_NEEDED))
+        folder = Path(snapshot_download(model, allow_patterns=wanted))
     except HFValidationError as exc:
         raise BuildError(f"{name} is neither a folder here nor a hub id: {str(exc)[:300]}") from exc
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as exc:

@@ -153,9 +153,9 @@ def open_checkpoint(model: str, template: str | PromptTemplate | None = None) ->
         recorded = template is None and is_file(found / RECIPE_FILE)  # all weights were trained by this package
         chosen = read_recipe(found).template if recorded else resolve_template(template, model)
         return Checkpoint(model, found, None, chosen, weights)
-    base, weights = base_folder(_base_of(folder))
+    base, weights = base_folder(base_of(folder))
     weights = weights.model_copy(update={"adapter_sha256": sha256(adapter_file(folder))})
-    chosen = resolve_template(template, model) if template is not None else _recorded_template(folder)
+    chosen = resolve_template(template, model) if template is not None else recorded_template(folder)
     return Checkpoint(model, base, folder, chosen, weights)
 
 
@@ -195,7 +195,13 @@ def read_recipe(folder: Path) -> RecordedTraining:
     return validated(RecordedTraining, content, path, TRAIN_AGAIN)
 
 
-def _base_of(adapter: Path) -> str:
+def base_of(adapter: Path) -> str:
+    """Give the name of the base model of an adapter or a difference.
+
+    Raises:
+        ArtifactError: If its record cannot be used.
+        BuildError: If it does not name one.
+    """
     if is_file(adapter / DIFFERENCE_FILE):
         return read_recipe(adapter).config.base
     return _adapter_config(adapter).base_model_name_or_path
@@ -209,7 +215,8 @@ def _adapter_config(adapter: Path) -> _AdapterConfig:
     return validated(_AdapterConfig, content, path, TRAIN_AGAIN)
 
 
-def _recorded_template(adapter: Path) -> PromptTemplate:
+def recorded_template(adapter: Path) -> PromptTemplate:
+    """Give the template that an adapter or a difference was trained with."""
     return read_recipe(adapter).template if is_file(adapter / RECIPE_FILE) else resolve_template(None)
 
 

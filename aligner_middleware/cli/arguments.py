@@ -15,6 +15,7 @@ from aligner_middleware.locations import cache_dir, cached_folder, exported_fold
 from aligner_middleware.strength import LEVELS
 
 if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner
     from aligner_middleware.evaluation.pairwise import PairwiseJudge
     from aligner_middleware.strength import Strength
 
@@ -27,6 +28,14 @@ PrecisionOption = Annotated[
         "--precision",
         metavar="float32|float16|int8|int4",
         help="Precision of the weights; float16 is for GPUs. By default int8, or that of the exported folder.",
+    ),
+]
+UrlOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url",
+        help="Address of a server that runs the aligner, such as http://localhost:8000/v1; may be repeated. Its key comes "
+        "from ALIGNER_API_KEY. --model is the same aligner here, for its tokenizer and thresholds.",
     ),
 ]
 UpstreamOption = Annotated[
@@ -92,6 +101,23 @@ def strength_of(value: str) -> Strength:
             param_hint="--strength",
         )
     return number
+
+
+def aligner_of(model: str, precision: str | None, urls: list[str] | None) -> Aligner:
+    """Load the aligner that --model and --precision name, or connect to the servers of --url.
+
+    Raises:
+        typer.BadParameter: If there is no such precision, or --url leaves it no meaning.
+        AlignerError: As `Aligner.load` and `Aligner.connect` do.
+    """
+    from aligner_middleware.aligner import Aligner
+
+    chosen = precision_of(precision)
+    if not urls:
+        return Aligner.load(model, precision=chosen)
+    if chosen:
+        raise typer.BadParameter("a server runs the weights that it has: leave it out", param_hint="--precision")
+    return Aligner.connect(urls, model)
 
 
 def aligner_folder(model: str, precision: str | None) -> Path:

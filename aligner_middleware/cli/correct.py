@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from aligner_middleware.cli.arguments import JsonOption, ModelOption, PrecisionOption, choice, precision_of, strength_of
+from aligner_middleware.cli.arguments import (
+    JsonOption,
+    ModelOption,
+    PrecisionOption,
+    UrlOption,
+    aligner_of,
+    choice,
+    strength_of,
+)
 from aligner_middleware.cli.output import note, note_error, write, write_json
 from aligner_middleware.cli.progress import showing
 from aligner_middleware.correction import Correction, Usage
@@ -42,6 +50,7 @@ def correct(
     answer: Annotated[str | None, typer.Option("--answer", "-a", help="The answer.")] = None,
     model: ModelOption = "default",
     precision: PrecisionOption = None,
+    url: UrlOption = None,
     strength: Annotated[
         str, typer.Option(help="low, medium or high; or the score above which an answer is corrected.")
     ] = "medium",
@@ -67,13 +76,12 @@ def correct(
     """
     if (question is None) != (answer is None) or (question is not None and file is not None):
         raise typer.BadParameter("give both --question and --answer, or neither and JSON lines in a file")
-    from aligner_middleware.aligner import Aligner
     from aligner_middleware.strength import OnDoubt
 
     shadow = choice(mode, ("correct", "shadow"), "--mode") == "shadow"
     doubt: OnDoubt = choice(on_doubt, get_args(OnDoubt), "--on-doubt")
     chosen = strength_of(strength)
-    aligner = Aligner.load(model, precision=precision_of(precision))
+    aligner = aligner_of(model, precision, url)
     if aligner.has_verdicts and isinstance(chosen, float) and chosen > 1:
         raise typer.BadParameter(f"{strength} is no score from 0 to 1", param_hint="--strength")
 

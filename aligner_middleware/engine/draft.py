@@ -43,6 +43,15 @@ class DraftReader:
         length = min(self._length, 2 * _SHORTEST * self._matched, int(self._credit / _COST))
         return self._draft[self._at : self._at + length] if self._matched else []
 
+    @property
+    def follows(self) -> bool:
+        """Whether there is a draft."""
+        return bool(self._draft)
+
+    def rest(self) -> list[int]:
+        """Give all of the draft that is left; `[]` where too few of the latest tokens equal its own to be certain."""
+        return self._draft[self._at :] if self._matched >= _SURE else []
+
     def expected(self, accepted: int, end: int | None) -> int | None:
         """Give the draft's token after `accepted` tokens of the latest proposal, or `end` at the draft's end.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,12 +52,12 @@ class VerdictRule:
     threshold: float = 0.0
     copies: bool = False
 
-    def log_odds(self, logits: Logits) -> float:
-        """Give ln (P(edit) + P(rewrite)) / P(keep), of logits `[V]`."""
+    def log_odds(self, logits: Logits | Mapping[int, float]) -> float:
+        """Give ln (P(edit) + P(rewrite)) / P(keep), of logits `[V]`, or of the logits or log probabilities of the three."""
         return float(np.logaddexp(logits[self.edit], logits[self.rewrite]) - logits[self.keep])
 
-    def choose(self, logits: Logits) -> int:
-        """Give the token of the verdict."""
+    def choose(self, logits: Logits | Mapping[int, float]) -> int:
+        """Give the token of the verdict, of what `log_odds` takes."""
         if self.log_odds(logits) <= self.threshold:
             return self.keep
         return self.edit if logits[self.edit] >= logits[self.rewrite] else self.rewrite
@@ -147,8 +147,8 @@ class Generation:
         """How many tokens the cache should hold of it: all but the latest, which is the next pass's input."""
         return len(self.prompt) + (self.verdict is not None) + len(self.tokens) - 1
 
-    def decide(self, logits: Logits) -> None:
-        """Take its verdict from the logits `[V]` after its prompt."""
+    def decide(self, logits: Logits | Mapping[int, float]) -> None:
+        """Take its verdict from the logits `[V]` after its prompt, or from those of the three verdicts."""
         assert self.rule is not None
         self.passes += 1
         self.log_odds = self.rule.log_odds(logits)
@@ -165,6 +165,20 @@ class Generation:
         self.proposal = self._reader.propose()[:room] if self.verify else []
         return self.proposal
 
+    @property
+    def rest(self) -> list[int]:
+        """The rest of the draft; `[]` where its place there is not certain, or drafts are not verified."""
+        return self._reader.rest()[: self.max_new_tokens - len(self.tokens)] if self.verify else []
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether a token of the draft may stay although it is not the best one."""
+        return self.tolerance > 0 and self.sampler.temperature == 0 and self._reader.follows
+
+    def expected(self, after: int = 0) -> int | None:
+        """Give the draft's token after so many tokens of its rest, or the end token; `None` where none is certain."""
+        return self._reader.expected(after, self.end)
+
     def choose(self, logits: Logits, done: int = 0) -> list[int]:
         """Choose the next tokens, up to the first that differs from the proposal.
 
@@ -172,29 +186,43 @@ class Generation:
             logits: `[T, V]`.
             done: How many tokens of the proposal come before these logits.
         """
-        proposal = self.proposal[done:]
-        chosen = self.sampler.choose(logits, proposal)
+        chosen = self.sampler.choose(logits, self.proposal[done:])
+        return self.tolerate(chosen, lambda at, best, other: float(logits[at, best] - logits[at, other]), done)
+
+    def tolerate(self, chosen: list[int], gap: Callable[[int, int, int], float], done: int = 0) -> list[int]:
+        """Replace the best tokens by those of the draft that are within the tolerance.
+
+        Args:
+            chosen: The best token at each position; it is changed.
+            gap: Gives how far the log probability of one token is above that of another at a position, in nats.
+            done: How many tokens of the proposal come before these.
+
+        Returns:
+            The tokens, up to the first that differs from the proposal.
+        """
         if self.tolerance <= 0 or self.sampler.temperature > 0:
             return chosen
+        proposal = self.proposal[done:]
         room = self.max_new_tokens - len(self.tokens) - done
         for at, best in enumerate(chosen[:room]):
             expected = self._reader.expected(done + at, self.end)
             if expected is not None and best != expected:
-                gap = float(logits[at, best] - logits[at, expected])
-                if 0 <= gap <= self.tolerance:
+                behind = gap(at, best, expected)
+                if 0 <= behind <= self.tolerance:
                     chosen[at] = expected
-                self.surprise = max(self.surprise, gap)
+                self.surprise = max(self.surprise, behind)
             if at < len(proposal) and chosen[at] != proposal[at]:
                 return chosen[: at + 1]
         return chosen
 
-    def accept(self, predicted: Sequence[int], stop: frozenset[int]) -> None:
+    def accept(self, predicted: Sequence[int], stop: frozenset[int], passes: int = 1) -> None:
         """Accept the proposal as far as it equals the chosen tokens, then take the next chosen token.
 
         Args:
             predicted: The token chosen at each position of the proposal and after it, at least up to the first that
                 differs from the proposal.
             stop: Tokens that end a sequence.
+            passes: Forward passes that this took.
         """
         right = 0
         while right < len(self.proposal) and predicted[right] == self.proposal[right]:
@@ -202,7 +230,7 @@ class Generation:
         before = len(self.tokens)
         tokens = [*self.tokens, *self.proposal[:right]]
         self.accepted += right
-        self.passes += 1
+        self.passes += passes
         self._reader.learn(len(self.proposal), right)
         if len(tokens) < self.max_new_tokens:
             token = int(predicted[right])

@@ -12,10 +12,11 @@ from typing import Any
 
 from aligner_middleware.langchain.metadata import KEY
 from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.remote.sse import DONE
 from aligner_middleware.serve.answers import parse_response
 from aligner_middleware.serve.exchange import Exchange
 from aligner_middleware.serve.problems import Problem
-from aligner_middleware.serve.sse import DONE, Put, event
+from aligner_middleware.serve.sse import Put, event
 from aligner_middleware.serve.upstream import unreadable
 
 # Fields of a chunk that say which response it is of.

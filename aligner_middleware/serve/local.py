@@ -17,9 +17,10 @@ from typing import Any
 import httpx
 
 from aligner_middleware.errors import MissingExtraError
+from aligner_middleware.remote.sse import DONE
 from aligner_middleware.serve.local_model import Asked, Generate, SmallModel, Usage
 from aligner_middleware.serve.problems import Problem
-from aligner_middleware.serve.sse import DONE, event
+from aligner_middleware.serve.sse import event
 
 NAME = "SmolLM2-135M-Instruct"
 _MOST_TOKENS, _TOKENS = 1024, 256  # of an answer: at most, and by default

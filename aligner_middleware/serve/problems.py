@@ -13,6 +13,7 @@ from aligner_middleware.errors import (
     DoubtError,
     InputError,
     MissingQuestionError,
+    RemoteError,
 )
 
 
@@ -54,6 +55,9 @@ class Problem(Exception):
             return cls(504, str(error), kind="timeout_error", code="correction_timeout")
         if isinstance(error, DoubtError):
             return cls(502, str(error), kind="aligner_error", code="doubtful_correction")
+        if isinstance(error, RemoteError):
+            text = "the server that runs the aligner failed; the service's log has the cause"
+            return cls(502, text, kind="aligner_error", code="aligner_server_failed")
         if isinstance(error, ClosedError):
             return cls(503, "the service is stopping", kind="server_error", code="stopping", retry_after=5)
         text = str(error) if isinstance(error, AlignerError) else "the aligner failed; the service's log has the cause"

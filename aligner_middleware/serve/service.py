@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.errors import MissingQuestionError
+from aligner_middleware.errors import MissingQuestionError, RemoteError
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.outcome import Aligned, Outcome
 from aligner_middleware.serve.keys import find_key
@@ -82,7 +82,9 @@ Listener = Callable[[Decision], None]
 
 
 def load_aligner(settings: ServeSettings) -> Aligner:
-    """Load the aligner that the settings name; raises as `Aligner.load` does."""
+    """Load the aligner that the settings name, or connect to its servers; raises as `Aligner.load` and `connect` do."""
+    if settings.aligner_url:
+        return Aligner.connect(settings.aligner_url, settings.model, concurrency=settings.concurrency)
     return Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
 
 
@@ -154,7 +156,7 @@ class Service:
         self._tell(Decision(client, route, asked, answer, text, metadata, seconds, error))
         if isinstance(outcome, Exception):
             problem = Problem.of(outcome)
-            if problem.status == 500:
+            if problem.status == 500 or isinstance(outcome, RemoteError):
                 logger.error("a correction failed", exc_info=outcome)
             raise problem from outcome
         return outcome

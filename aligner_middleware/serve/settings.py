@@ -62,6 +62,11 @@ class ServeSettings(BaseModel):
         None, description="Precision of the weights; by default int8, or the folder's own."
     )
     threads: int | None = Field(None, ge=1, description="Threads of one pass; by default all cores.")
+    aligner_url: tuple[str, ...] = Field(
+        (),
+        description="Addresses of servers that run the aligner, such as http://gpu:8000/v1, with ALIGNER_API_KEY as their "
+        "key; `model` is the same aligner here, for its tokenizer and thresholds. By default it runs here.",
+    )
     upstream: str | None = Field(
         None,
         description="Base URL of the chat model's API, such as https://api.openai.com/v1. By default a small local model.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -12,17 +11,16 @@ import anyio
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from aligner_middleware.closing import aclosing
+from aligner_middleware.remote import sse
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import logger
 from aligner_middleware.serve.upstream import unreadable
 
 Put = Callable[[bytes], Awaitable[None]]
 
-DONE = "[DONE]"
 _KEEP_ALIVE = b": keep-alive\n\n"
-_LONGEST = 16 * 2**20  # bytes of a line
 _AHEAD = 64  # events that wait for the client at most
-_LINE_END = re.compile(rb"\r\n|\n|\r(?!\Z)")  # at the very end, a \n may follow
 
 
 def event(data: str | Mapping[str, Any]) -> bytes:
@@ -32,33 +30,17 @@ def event(data: str | Mapping[str, Any]) -> bytes:
 
 
 async def read_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
-    """Give the data of each event in a stream of bytes; names, ids and comments are skipped.
+    """Give the data of each event in a stream of bytes.
 
     Raises:
         Problem: 502, if a line is too long, or is not UTF-8.
     """
-    buffer, data = b"", list[bytes]()
-    async for chunk in chunks:
-        *lines, buffer = _LINE_END.split(buffer + chunk)
-        if len(buffer) > _LONGEST:
-            raise unreadable(f"a line has more than {_LONGEST} bytes")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                yield _text(data)
-                data = []
-    if buffer.startswith(b"data:"):
-        data.append(buffer[5:].strip())
-    if data:
-        yield _text(data)
-
-
-def _text(data: list[bytes]) -> str:
     try:
-        return b"\n".join(data).decode()
-    except UnicodeDecodeError:
-        raise unreadable("it is not UTF-8") from None
+        async with aclosing(sse.read_events(chunks)) as events:
+            async for data in events:
+                yield data
+    except ValueError as exc:
+        raise unreadable(str(exc)) from None
 
 
 class EventStream(StreamingResponse):

@@ -45,6 +45,7 @@ FOREIGN_OPTIONS = {
     "--main_process_ip",
     "--no-deps",
     "--rows",
+    "--logprobs-mode",
     "--target",
     "--no-compile",
     "--help",
@@ -172,14 +173,17 @@ def names_of_readers() -> dict[str, Any]:
 
 @pytest.fixture
 def fake_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    signature = inspect.signature(Aligner.load)
     aligner = judging_aligner(without_the_insult)
 
-    def load(*args: Any, **options: Any) -> Aligner:
-        signature.bind(*args, **options)
-        return aligner
+    def gives(signature: inspect.Signature) -> Any:
+        def give(*args: Any, **options: Any) -> Aligner:
+            signature.bind(*args, **options)
+            return aligner
 
-    monkeypatch.setattr(Aligner, "load", load)
+        return give
+
+    for name in ("load", "connect"):
+        monkeypatch.setattr(Aligner, name, gives(inspect.signature(getattr(Aligner, name))))
 
 
 @pytest.mark.usefixtures("fake_default")

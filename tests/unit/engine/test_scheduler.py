@@ -340,7 +340,7 @@ def test_a_forked_process_finds_no_lock_held_by_a_thread_that_it_lacks(hold: str
 import os, signal, threading, uuid
 from langchain_core.language_models import GenericFakeChatModel
 from aligner_middleware import AlignerRunnable, question_record
-from aligner_middleware.engine import scheduler as module
+from aligner_middleware.engine import threads as module
 from tests.unit.engine.test_scheduler import fake_aligner, soften
 
 held, go_on = threading.Event(), threading.Event()

@@ -1,0 +1,98 @@
+"""Finds out which server an address is of, and what it serves."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aligner_middleware.errors import RemoteError
+from aligner_middleware.remote.client import Client
+from aligner_middleware.remote.dialect import Dialect
+from aligner_middleware.remote.sglang import SGLang
+from aligner_middleware.remote.vllm import VLLM
+
+_KINDS = {"vllm": "vLLM", "sglang": "SGLang"}
+_VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server serves.
+
+    Attributes:
+        kind: Its software, in words, with the version where it tells it.
+        model: The name of the model.
+        max_positions: Longest sequence, in tokens; `None` where it does not tell.
+        dialect: How it is asked.
+    """
+
+    kind: str
+    model: str
+    max_positions: int | None
+    dialect: Dialect
+
+
+def at(url: str, path: str) -> str:
+    """Give the address of a path: below the API's, or, after two slashes, below that of the server, without `/v1`."""
+    base = url.rstrip("/")
+    return base.removesuffix("/v1") + path[1:] if path.startswith("//") else base + path
+
+
+async def detect(client: Client, url: str, model: str | None) -> Served:
+    """Ask a server what it is.
+
+    Args:
+        client: Asks.
+        url: Address of its OpenAI API, such as `http://localhost:8000/v1`.
+        model: The model that is wanted; `None` for the first that it serves.
+
+    Raises:
+        RemoteError: If it cannot be reached, is no such server, or does not serve the model.
+    """
+    place = at(url, "/models")
+    cards = _cards(await client.get(place), place)
+    names = [card["id"] for card in cards]
+    if model is not None and model not in names:
+        raise RemoteError(
+            f"{url} does not serve the model {model!r}, but {', '.join(map(repr, names))}: name one of these"
+        )
+    card = cards[0 if model is None else names.index(model)]
+    owner = str(card.get("owned_by"))
+    longest = card.get("max_model_len")
+    return Served(
+        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *await _version(client, url, owner)]),
+        model=card["id"],
+        max_positions=longest if isinstance(longest, int) and longest > 1 else None,
+        dialect=SGLang() if owner == "sglang" else VLLM(card["id"]),
+    )
+
+
+def _cards(content: Any, place: str) -> Sequence[Mapping[str, Any]]:
+    cards = content.get("data") if isinstance(content, dict) else None
+    named = [card for card in cards or () if isinstance(card, dict) and isinstance(card.get("id"), str)]
+    if not named:
+        raise RemoteError(f"{place} gives no list of models: is this the address of an OpenAI-compatible server?")
+    return named
+
+
+async def _version(client: Client, url: str, owner: str) -> list[str]:
+    with contextlib.suppress(RemoteError):  # behind a gateway there may be nothing but OpenAI's API
+        if owner in _VERSIONS:
+            content = await client.get(at(url, "/" + _VERSIONS[owner]))
+            return [str(content["version"])[:40]] if isinstance(content, dict) and content.get("version") else []
+    return []
+
+
+async def tokenize(client: Client, url: str, model: str, text: str) -> list[int] | None:
+    """Let a server encode a text, special tokens by their names; `None` where it has no such service."""
+    body = {"model": model, "prompt": text, "add_special_tokens": False}
+    try:
+        content = await client.post(at(url, "//tokenize"), body)
+    except RemoteError as exc:
+        if exc.temporary or exc.status in (401, 403):
+            raise
+        return None
+    tokens = content.get("tokens") if isinstance(content, dict) else None
+    return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None

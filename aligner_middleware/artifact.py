@@ -123,8 +123,7 @@ class Described(_Frozen):
         calibration: Levels of strength; `None` before the first calibration.
     """
 
-    needed: ClassVar[tuple[str, ...]] = (TOKENIZER_FILE,)
-    """Files that every folder of this form has beside `aligner.json`."""
+    needed: ClassVar[tuple[str, ...]] = (TOKENIZER_FILE,)  # files that every folder of this form has
 
     format_version: int = FORMAT_VERSION
     name: Name
@@ -160,6 +159,13 @@ class Described(_Frozen):
             ArtifactError: If the folder, `aligner.json` or a named file is missing, unreadable, of another format
                 version, or altered. The message names the file, the field and what to do.
         """
+        described = cls.read(folder)
+        described._check_files(folder)
+        return described
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `aligner.json` as `load` does, but none of the files that it names."""
         path = folder / ARTIFACT_FILE
         if not is_file(path):
             raise ArtifactError(
@@ -178,7 +184,6 @@ class Described(_Frozen):
                 path,
                 version,
             )
-        artifact._check_files(folder)
         return artifact
 
     def _check_files(self, folder: Path) -> None:

@@ -143,7 +143,9 @@ def test_a_sequence_that_was_interrupted_is_taken_up_again(proposer: Callable[..
 @pytest.mark.parametrize("marks", [False, True])
 def test_a_verdict_comes_before_the_copy(proposer: Callable[..., AnswerProposer], marks: bool) -> None:
     template = verdict_template(TOKENIZER, marks=marks)
-    edit = (verdict_ids(TOKENIZER, template) or ())[1]
+    verdicts = verdict_ids(TOKENIZER, template)
+    assert verdicts is not None
+    edit = verdicts[1]
     row = Row(ANSWER, [edit, *TOKENIZER.encode(ANSWER)], template)
     if marks:  # the prompt's own form of the answer, with a mark and a number before each sentence
         prompt = encode_prompt(TOKENIZER, template, "Why?", ANSWER)

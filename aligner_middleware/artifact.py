@@ -1,7 +1,8 @@
 """An aligner on disk: the only contract between export and serving.
 
-A folder with `model.onnx` (its weights beside it), `tokenizer.json` and `aligner.json`, which is an `Artifact`. An
-export writes one, serving reads one, and nothing is guessed from file names.
+A folder with `model.onnx` (its weights beside it), `tokenizer.json` and `aligner.json`, which is an `Artifact`; or, for
+other engines, a checkpoint in the form of Hugging Face whose `aligner.json` is a `CheckpointArtifact`. An export writes
+one, serving reads one, and nothing is guessed from file names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +28,7 @@ FORMAT_VERSION = 3
 _READABLE = (2, 3)  # version 2 has neither verdicts nor levels; such folders are served as before
 MODEL_FILE = "model.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "config.json"  # of a checkpoint, which is told by it from an exported graph
 ARTIFACT_FILE = "aligner.json"
 CALIBRATION_FILE = "calibration.json"  # beside an adapter, for the exports that are made from it
 EXPORTED = FolderKind("an aligner folder", ARTIFACT_FILE, (MODEL_FILE, MODEL_FILE + ".data", TOKENIZER_FILE))
@@ -102,17 +104,17 @@ class Probe(_Frozen):
         return self
 
 
-class Artifact(_Frozen):
-    """The content of `aligner.json`, which describes the folder that holds it.
+class Described(_Frozen):
+    """The fields of every `aligner.json`: how an aligner is asked, and how what it writes is read.
 
     Attributes:
         format_version: Of this file; a newer one is refused, an older one may be readable.
         name: Name of the exported model: `default`, a hub id, or a folder's name.
         template: The prompt that this aligner was trained with.
-        graph: `fused` (GroupQueryAttention with buffers shared between passes) or `standard` (as optimum exports it).
-        weights: How they are stored (`export/quantize.py`).
+        precision: Of the weights.
+        base: The weights that it was made from.
         eos_token_ids: Tokens that end a correction.
-        layers, kv_heads, head_size: Shape of the KV cache: `2 * layers` arrays of `[B, kv_heads, S, head_size]`.
+        vocab_size: Number of tokens that it has a logit for.
         max_positions: Context, in tokens.
         tiktoken: Whether tiktoken encodes text as the tokenizer does.
         files: sha256 of every other file in the folder, by name.
@@ -121,49 +123,49 @@ class Artifact(_Frozen):
         calibration: Levels of strength; `None` before the first calibration.
     """
 
+    needed: ClassVar[tuple[str, ...]] = (TOKENIZER_FILE,)  # files that every folder of this form has
+
     format_version: int = FORMAT_VERSION
     name: Name
     template: PromptTemplate
     precision: Precision
-    graph: GraphKind
-    weights: Weights
     base: BaseWeights
     eos_token_ids: tuple[TokenId, ...] = Field(min_length=1, max_length=100)
-    layers: int = Field(ge=1, le=1000)
-    kv_heads: int = Field(ge=1, le=1024)
-    head_size: int = Field(ge=1, le=4096)
     vocab_size: int = Field(ge=1, le=2**21)
     max_positions: int = Field(ge=2, le=2**24)
     tiktoken: bool = False
     files: dict[FileName, Sha256] = Field(max_length=100)
     built_with: dict[Name, Name] = Field(max_length=100)
-    parity: Parity | None = None
-    probe: Probe | None = None
     verdict_ids: tuple[TokenId, TokenId, TokenId] | None = None
     calibration: Calibration | None = None
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Self:
-        ids = {"eos_token_ids": self.eos_token_ids, "verdict_ids": self.verdict_ids or ()}
-        ids |= {"probe.tokens": self.probe.tokens, "probe.top": self.probe.top} if self.probe else {}
-        for name, tokens in ids.items():
-            if tokens and max(tokens) >= self.vocab_size:
-                raise ValueError(f"{name} names token {max(tokens)}, vocab_size is {self.vocab_size}")
-        for name, value in self.parity.model_dump().items() if self.parity else ():
-            if not 0 <= value <= 1e30:
-                raise ValueError(f"parity.{name} is {value:g}")
+    def _tokens_fit(self) -> Self:
+        self._check_ids(eos_token_ids=self.eos_token_ids, verdict_ids=self.verdict_ids or ())
         if (self.verdict_ids is None) != (self.template.verdicts is None):
             raise ValueError("one of verdict_ids and template.verdicts is null, expected both or neither")
         return self
 
+    def _check_ids(self, **fields: Sequence[int]) -> None:
+        for name, tokens in fields.items():
+            if tokens and max(tokens) >= self.vocab_size:
+                raise ValueError(f"{name} names token {max(tokens)}, vocab_size is {self.vocab_size}")
+
     @classmethod
-    def load(cls, folder: Path) -> Artifact:
+    def load(cls, folder: Path) -> Self:
         """Read `aligner.json` and check every file that it names against its sha256.
 
         Raises:
             ArtifactError: If the folder, `aligner.json` or a named file is missing, unreadable, of another format
                 version, or altered. The message names the file, the field and what to do.
         """
+        described = cls.read(folder)
+        described._check_files(folder)
+        return described
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read `aligner.json` as `load` does, but none of the files that it names."""
         path = folder / ARTIFACT_FILE
         if not is_file(path):
             raise ArtifactError(
@@ -182,11 +184,10 @@ class Artifact(_Frozen):
                 path,
                 version,
             )
-        artifact._check_files(folder)
         return artifact
 
     def _check_files(self, folder: Path) -> None:
-        for name in sorted({MODEL_FILE, TOKENIZER_FILE} - self.files.keys()):
+        for name in sorted(set(self.needed) - self.files.keys()):
             raise ArtifactError(f"{folder / ARTIFACT_FILE} does not name {name} in its files: {_AGAIN}")
         for name, expected in self.files.items():
             path = folder / name
@@ -221,6 +222,45 @@ class Artifact(_Frozen):
             )
         return tokenizer
 
+    def save(self, folder: Path) -> None:
+        """Write `aligner.json`, whole or not at all.
+
+        Raises:
+            JobError: If it cannot be written.
+        """
+        write_text(folder / ARTIFACT_FILE, self.model_dump_json(indent=2) + "\n")
+
+
+class Artifact(Described):
+    """The content of `aligner.json` beside an exported graph.
+
+    Attributes:
+        graph: `fused` (GroupQueryAttention with buffers shared between passes) or `standard` (as optimum exports it).
+        weights: How they are stored (`export/quantize.py`).
+        layers, kv_heads, head_size: Shape of the KV cache: `2 * layers` arrays of `[B, kv_heads, S, head_size]`.
+        parity: How far the graph is from the PyTorch model.
+        probe: What tells whether this machine computes what the one that built the graph did.
+    """
+
+    needed = (MODEL_FILE, TOKENIZER_FILE)
+
+    graph: GraphKind
+    weights: Weights
+    layers: int = Field(ge=1, le=1000)
+    kv_heads: int = Field(ge=1, le=1024)
+    head_size: int = Field(ge=1, le=4096)
+    parity: Parity | None = None
+    probe: Probe | None = None
+
+    @model_validator(mode="after")
+    def _measurements_fit(self) -> Self:
+        if self.probe:
+            self._check_ids(**{"probe.tokens": self.probe.tokens, "probe.top": self.probe.top})
+        for name, value in self.parity.model_dump().items() if self.parity else ():
+            if not 0 <= value <= 1e30:
+                raise ValueError(f"parity.{name} is {value:g}")
+        return self
+
     def check_graph(self, path: Path, inputs: Mapping[str, Sequence[Any]]) -> None:
         """Check that a graph's KV cache has the shape that this artifact records.
 
@@ -243,10 +283,14 @@ class Artifact(_Frozen):
                     f"{path} does not fit {ARTIFACT_FILE} ({name}: {said}, in the graph {there}): {_AGAIN}"
                 )
 
-    def save(self, folder: Path) -> None:
-        """Write `aligner.json`, whole or not at all.
 
-        Raises:
-            JobError: If it cannot be written.
-        """
-        write_text(folder / ARTIFACT_FILE, self.model_dump_json(indent=2) + "\n")
+class CheckpointArtifact(Described):
+    """The content of `aligner.json` in a checkpoint that vLLM, SGLang and transformers load.
+
+    Attributes:
+        form: Says that the weights lie in safetensors beside it.
+    """
+
+    needed = (CONFIG_FILE, TOKENIZER_FILE)
+
+    form: Literal["checkpoint"] = "checkpoint"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import platformdirs
 
-from aligner_middleware.artifact import ARTIFACT_FILE, FORMAT_VERSION, Precision
+from aligner_middleware.artifact import ARTIFACT_FILE, CONFIG_FILE, FORMAT_VERSION, MODEL_FILE, Precision
 from aligner_middleware.data.checked import sha256
 from aligner_middleware.data.files import is_file, is_folder
 from aligner_middleware.errors import ArtifactError, BuildError
@@ -43,9 +43,18 @@ def folder_of(model: str) -> Path | None:
 
 
 def exported_folder(model: str) -> Path | None:
-    """Give the exported folder that a name is of; `None` if it is of something else."""
+    """Give the folder with an exported graph that a name is of; `None` if it is of something else."""
     folder = _folder(model)
-    return folder if folder is not None and is_file(folder / ARTIFACT_FILE) else None
+    described = folder is not None and is_file(folder / ARTIFACT_FILE)
+    return folder if described and merged_folder(model) is None else None
+
+
+def merged_folder(model: str) -> Path | None:
+    """Give the folder that a name is of, where it is a checkpoint that `aligner export --form checkpoint` wrote."""
+    folder = _folder(model)
+    if folder is None or not (is_file(folder / ARTIFACT_FILE) and is_file(folder / CONFIG_FILE)):
+        return None
+    return None if is_file(folder / MODEL_FILE) else folder
 
 
 def _folder(path: str) -> Path | None:

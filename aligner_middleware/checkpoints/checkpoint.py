@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from aligner_middleware.artifact import CALIBRATION_FILE, TOKENIZER_FILE, BaseWeights
+from aligner_middleware.artifact import (
+    ARTIFACT_FILE,
+    CALIBRATION_FILE,
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    BaseWeights,
+    CheckpointArtifact,
+)
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.checkpoints.base import base_folder
 from aligner_middleware.checkpoints.difference import DIFFERENCE_FILE, TRAIN_AGAIN, add_difference
@@ -16,7 +23,7 @@ from aligner_middleware.data.checked import check_version, read_json, sha256, va
 from aligner_middleware.data.files import is_file
 from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import AlignerError, ArtifactError, BuildError
-from aligner_middleware.locations import folder_of
+from aligner_middleware.locations import folder_of, merged_folder
 from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id
 from aligner_middleware.text.tokenizer import Tokenizer
 
@@ -29,7 +36,7 @@ RECIPE_FILE = "training.json"
 RECIPE_VERSION = 1
 # The files of a full checkpoint beside its weights: those that transformers reads of a decoder and its tokenizer.
 CHECKPOINT_FILES = (
-    "config.json",
+    CONFIG_FILE,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,14 +46,13 @@ CHECKPOINT_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+_WHOLE = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", *CHECKPOINT_FILES)
 TRAINED = FolderKind(
     "a trained aligner",
     RECIPE_FILE,
-    (
-        *(ADAPTER_FILE, ADAPTER_CONFIG_FILE, DIFFERENCE_FILE, CALIBRATION_FILE),
-        *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", *CHECKPOINT_FILES),
-    ),
+    (ADAPTER_FILE, ADAPTER_CONFIG_FILE, DIFFERENCE_FILE, CALIBRATION_FILE, *_WHOLE),
 )
+MERGED = FolderKind("an aligner's checkpoint", ARTIFACT_FILE, _WHOLE)
 
 Count = Annotated[int, Field(ge=1, le=2**16)]
 Label = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -89,6 +95,7 @@ class Checkpoint:
         adapter: The folder of an adapter or a difference to the base, if there is one.
         template: The prompt template that it was trained with.
         weights: The record of its origin.
+        merged: The `aligner.json` of a checkpoint that was exported by this package.
     """
 
     name: str
@@ -96,6 +103,7 @@ class Checkpoint:
     adapter: Path | None
     template: PromptTemplate
     weights: BaseWeights
+    merged: CheckpointArtifact | None = None
 
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer."""
@@ -107,6 +115,8 @@ class Checkpoint:
         Raises:
             ArtifactError: If it cannot be used.
         """
+        if self.merged is not None:
+            return self.merged.calibration
         path = (self.adapter or self.folder) / CALIBRATION_FILE
         if not is_file(path):
             return None
@@ -140,13 +150,18 @@ def open_checkpoint(model: str, template: str | PromptTemplate | None = None) ->
     """Find the checkpoint of a name.
 
     Args:
-        model: `default`, an adapter folder made by `aligner train`, a folder with a checkpoint, or a hub id.
+        model: `default`, an adapter folder made by `aligner train`, a folder with a checkpoint (one that
+            `aligner export --form checkpoint` wrote, too), or a hub id.
         template: The prompt template; `None` for the one recorded beside the adapter or known for the model.
 
     Raises:
         ArtifactError: If a file of it cannot be used.
         BuildError: If it is none of these.
     """
+    if (whole := merged_folder(model)) is not None:
+        merged = CheckpointArtifact.load(whole)
+        chosen = merged.template if template is None else resolve_template(template, model)
+        return Checkpoint(model, whole, None, chosen, merged.base, merged)
     folder = folder_of(model)
     if folder is None or not (is_file(folder / ADAPTER_CONFIG_FILE) or is_file(folder / DIFFERENCE_FILE)):
         found, weights = base_folder(model)

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +28,16 @@ from aligner_middleware.artifact import (
     Weights,
 )
 from aligner_middleware.checkpoints.checkpoint import Checkpoint, end_token_ids
-from aligner_middleware.data.checked import sha256
 from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import BuildError
 from aligner_middleware.export import parity
+from aligner_middleware.export.describe import fields_of
 from aligner_middleware.export.fuse import NotFusable, fuse
 from aligner_middleware.export.logits_to_keep import predict_at_positions
 from aligner_middleware.export.parity_text import SAMPLE
 from aligner_middleware.export.quantize import WEIGHTS, quantise
 from aligner_middleware.export.rotate import NotRotatable
-from aligner_middleware.locations import folder_of
-from aligner_middleware.text.template import verdict_ids
-from aligner_middleware.text.tokenizer import Tokenizer, tiktoken_is_identical
+from aligner_middleware.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,33 +152,15 @@ def _describe(
     """Describe a folder that holds the graph and the tokenizer; this runs the graph once, for the probe."""
     heads = config["num_attention_heads"]
     return Artifact(
-        name=_name(checkpoint.name),
-        template=checkpoint.template,
-        precision=precision,
+        **fields_of(checkpoint, config, tokenizer, ends, out, precision, _TOOLS),
         graph=form.graph,
         weights=form.weights,
-        base=checkpoint.weights,
-        eos_token_ids=tuple(ends),
         layers=config["num_hidden_layers"],
         kv_heads=config.get("num_key_value_heads") or heads,
         head_size=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
-        tiktoken=tiktoken_is_identical((out / TOKENIZER_FILE).read_text(encoding="utf-8")),
-        files={path.name: sha256(path) for path in sorted(out.iterdir())},
-        built_with={tool: version(tool) for tool in _TOOLS},
         parity=form.parity,
         probe=parity.probe(out / MODEL_FILE, tokenizer.encode(SAMPLE[0][1])),
-        verdict_ids=verdict_ids(tokenizer, checkpoint.template),
-        calibration=checkpoint.calibration(),
     )
-
-
-def _name(model: str) -> str:
-    """Name an aligner for wherever it is served: without the path that it had on this machine."""
-    folder = folder_of(model) if model != "default" else None
-    name = model if folder is None else folder.resolve().name
-    return "".join(char if char.isprintable() else "?" for char in name)[:300] or "aligner"
 
 
 def _by_optimum(network: PreTrainedModel, checkpoint: Checkpoint, scratch: Path) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from aligner_middleware.artifact import EXPORTED, MODEL_FILE, Artifact, Precision
+from aligner_middleware.artifact import EXPORTED, MODEL_FILE, Artifact, CheckpointArtifact, Precision
 from aligner_middleware.checkpoints.cache import build_once
-from aligner_middleware.checkpoints.checkpoint import open_checkpoint
+from aligner_middleware.checkpoints.checkpoint import MERGED, open_checkpoint
 from aligner_middleware.data.folders import check_replaceable, write_folder
 from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.engine.onnx import OnnxModel
 from aligner_middleware.errors import ConfigError
 from aligner_middleware.export.export import export
+from aligner_middleware.export.merge import merge
 from aligner_middleware.locations import cached_folder
 from aligner_middleware.text.template import PromptTemplate
 
@@ -58,6 +59,36 @@ def export_model(
     if not fused:
         raise ConfigError("the cache holds fused graphs only: name a folder to write the graph that is not fused to")
     return _to_cache(model, precision, template, verify, report)
+
+
+def export_checkpoint(
+    model: str,
+    out: Path,
+    precision: Precision = "float32",
+    template: str | PromptTemplate | None = None,
+    *,
+    report: Report = ignore,
+) -> CheckpointArtifact:
+    """Write a model's merged checkpoint, which vLLM, SGLang and transformers load, to a folder of the user's.
+
+    The folder is written whole or not at all; it replaces an exported checkpoint, and nothing else.
+
+    Args:
+        model: `default`, the folder of an adapter or a checkpoint, or a hub id.
+        out: The folder to write.
+        precision: Of the weights: `float32` or `float16`.
+        template: The prompt; `None` for the one that the model was trained with.
+        report: Told of each of `merge.STEPS` when it begins: its name is the stage, its number from 0 what is done.
+
+    Raises:
+        BuildError: If the model cannot be found or loaded, or the folder cannot be written or holds anything else; then
+            nothing is left behind.
+        ConfigError: If there is no checkpoint in that precision.
+    """
+    check_replaceable(out, MERGED)
+    checkpoint = open_checkpoint(model, template)
+    write_folder(out, lambda new: merge(checkpoint, new, precision, report=report), MERGED)
+    return CheckpointArtifact.load(out)
 
 
 def _to_folder(

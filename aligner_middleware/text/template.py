@@ -152,6 +152,30 @@ def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str,
     return ids
 
 
+def around_answer(tokenizer: Tokenizer, template: PromptTemplate) -> tuple[list[int], list[int]]:
+    """Encode the template's own text right before and right after the answer, by which a prompt's answer is found.
+
+    Returns:
+        The tokens from the question to the answer, and those from the answer to the prompt's end. Where no special token
+        stands between text and answer, the last token before it may be joined with the answer's first one.
+
+    Raises:
+        BuildError: If the tokenizer lacks a special token of the template, or its text does not end with words of its own
+            after the answer: a prompt's end cannot be found then.
+    """
+    head, _, tail = template.text.rpartition("{answer}")
+    if not tail or _PLACEHOLDER.search(tail):
+        raise BuildError(
+            f"prompt template {template.name!r} does not end with text of its own after {{answer}}: where a prompt ends "
+            "cannot be found from its tokens"
+        )
+    parts = (_PLACEHOLDER.split(head)[-1], tail)
+    before, after = (
+        encode_prompt(tokenizer, template.model_copy(update={"text": text, "bos": False}), "", "") for text in parts
+    )
+    return before, after
+
+
 def _encode_marked(tokenizer: Tokenizer, template: PromptTemplate, answer: str) -> list[int]:
     """Encode an answer with a mark and a number before each sentence. The mark stands for a single space before it."""
     sentences = (piece.removesuffix(" ") for piece in split_sentences(answer))

@@ -15,6 +15,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "transformers")
         "aligner_middleware.evaluation",
         "aligner_middleware.evaluation.policy_metrics",
         "aligner_middleware.checkpoints.base",
+        "aligner_middleware.vllm",
     ],
 )
 def test_a_light_module_loads_nothing_heavy(module: str) -> None:

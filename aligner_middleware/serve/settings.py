@@ -35,7 +35,7 @@ class PolicySettings(BaseModel):
         "raise", description="Result where a correction fails: an error, or the original answer."
     )
     overrides: bool = Field(
-        True, description="Whether a request to `/v1/correct` may give a strength or mode of its own."
+        True, description="Whether a request to `/v1/correct`, or the page, may give a strength or mode of its own."
     )
     keep_texts: bool = Field(
         False, description="Whether questions and answers go to the audit log and the page's live log."

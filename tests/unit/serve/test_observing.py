@@ -166,6 +166,14 @@ def test_a_strength_is_this_calls_alone_and_the_parts_mark_the_words() -> None:
     assert [part["kind"] for part in changed["parts"]] == ["same", "removed"]
 
 
+def test_a_policy_without_overrides_holds_for_the_page_too() -> None:
+    with client_of(policy=PolicySettings(overrides=False)) as client:
+        refused = ask(client, strength=1)
+        assert client.get("/page/about").json()["overrides"] is False
+        assert ask(client).json()["changed"] is True
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "override_not_allowed")
+
+
 def test_with_keys_each_client_sees_and_marks_its_own_rows_alone(tmp_path: Path) -> None:
     made = {name: new_key() for name in ("one", "two")}
     keys = [KeySettings(name=name, sha256=hashed, keep_texts=True) for name, (_, hashed) in made.items()]

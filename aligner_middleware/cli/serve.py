@@ -101,6 +101,7 @@ def _run(settings: ServeSettings) -> None:
     import uvicorn
 
     from aligner_middleware.serve.app import create_app
+    from aligner_middleware.serve.connections import CONNECTION
     from aligner_middleware.serve.local import check_local
     from aligner_middleware.serve.service import load_aligner
     from aligner_middleware.serve.worker import FACTORY, hand_over
@@ -113,6 +114,7 @@ def _run(settings: ServeSettings) -> None:
         "timeout_graceful_shutdown": round(settings.drain),
         "access_log": False,
         "server_header": False,
+        "http": CONNECTION,
         "ws": "none",
         "log_level": "info",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.serve import chat, correct, health, litellm, models, observing, responses
+from aligner_middleware.serve.connections import PATIENCE, STOPPING
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service, load_aligner, logger
@@ -35,12 +37,12 @@ def create_app(
     """
 
     @contextlib.asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def life(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         own = await asyncio.to_thread(load_aligner, settings) if aligner is None else aligner
         try:
             app.state.service = Service(settings, own)
             async with Upstream(settings, transport) as app.state.upstream, observing.observed(app):
-                yield
+                yield {PATIENCE: settings.body_timeout, STOPPING: app.state.feed.close}
         finally:
             app.state.service = None
             if aligner is None:

@@ -79,7 +79,9 @@ class ServeSettings(BaseModel):
     )
     correction_timeout: float = Field(60, gt=0, description="Seconds that a correction may take.")
     max_body: int = Field(4 * 2**20, ge=1024, description="Largest request, in bytes.")
-    body_timeout: float = Field(30, gt=0, description="Seconds in which a request's body has to arrive.")
+    body_timeout: float = Field(
+        30, gt=0, description="Seconds in which a request's headers have to arrive, and then its body."
+    )
     concurrency: int = Field(256, ge=1, description="Requests that are served at once; more get status 429.")
     keep_alive: float = Field(10, gt=0, description="Seconds of silence in a stream after which a comment is sent.")
     audit: Path | None = Field(None, description="SQLite file of the audit log; by default there is none.")

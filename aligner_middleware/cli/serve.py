@@ -17,6 +17,7 @@ from aligner_middleware.serve.settings import CONFIG_VARIABLE, PREFIX, KeySettin
 
 _POLICY = {name: [f"policy.{name}"] for name in PolicySettings.model_fields}
 _NEEDED = ("fastapi", "httpx", "pydantic_settings", "uvicorn", "yaml")
+_HEALTHY = 60  # seconds in which a process has to show that it lives; on a busy machine its start takes some
 
 
 @options_from(ServeSettings, "given", _POLICY, without=("keys", "upstream_key"), as_given=True)
@@ -100,11 +101,9 @@ def _refused(exc: ValidationError, file: Path | None) -> str:
 def _run(settings: ServeSettings) -> None:
     import uvicorn
 
-    from aligner_middleware.serve.app import create_app
     from aligner_middleware.serve.connections import CONNECTION
     from aligner_middleware.serve.local import check_local
-    from aligner_middleware.serve.service import load_aligner
-    from aligner_middleware.serve.worker import FACTORY, hand_over
+    from aligner_middleware.serve.worker import FACTORY, handed_over, try_worker
 
     if settings.upstream is None:
         check_local()
@@ -118,9 +117,13 @@ def _run(settings: ServeSettings) -> None:
         "ws": "none",
         "log_level": "info",
     }
-    with load_aligner(settings) as aligner:  # an error is told before anything is served
-        if settings.workers == 1:
+    if settings.workers == 1:
+        from aligner_middleware.serve.app import create_app
+        from aligner_middleware.serve.service import load_aligner
+
+        with load_aligner(settings) as aligner:  # an error is told before anything is served
             uvicorn.run(create_app(settings, aligner), **options)
-            return
-    hand_over(settings)
-    uvicorn.run(FACTORY, factory=True, workers=settings.workers, **options)
+        return
+    with handed_over(settings):
+        try_worker()
+        uvicorn.run(FACTORY, factory=True, workers=settings.workers, timeout_worker_healthcheck=_HEALTHY, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -26,7 +27,10 @@ from aligner_middleware.serve.upstream import Upstream
 
 
 def create_app(
-    settings: ServeSettings, aligner: Aligner | None = None, transport: httpx.AsyncBaseTransport | None = None
+    settings: ServeSettings,
+    aligner: Aligner | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+    folder: Path | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -34,6 +38,7 @@ def create_app(
         settings: Of the service.
         aligner: The aligner; `None` loads the one that the settings name, when the application starts.
         transport: Stands for the network to the upstream; `None` for the real one.
+        folder: The folder that the processes of one service share; `None` where there is one process.
     """
 
     @contextlib.asynccontextmanager
@@ -41,7 +46,7 @@ def create_app(
         own = await asyncio.to_thread(load_aligner, settings) if aligner is None else aligner
         try:
             app.state.service = Service(settings, own)
-            async with Upstream(settings, transport) as app.state.upstream, observing.observed(app):
+            async with Upstream(settings, transport) as app.state.upstream, observing.observed(app, folder):
                 yield {PATIENCE: settings.body_timeout, STOPPING: app.state.feed.close}
         finally:
             app.state.service = None

@@ -127,7 +127,7 @@ async def serving(
     upstream = Upstream(reply)
     given = ServeSettings(**{"upstream": "http://upstream/v1", **settings})
     app = create_app(given, aligner or polite_aligner(), upstream)
-    options = {"http": CONNECTION, "ws": "none", "timeout_graceful_shutdown": drain}
+    options: dict[str, Any] = {"http": CONNECTION, "ws": "none", "timeout_graceful_shutdown": drain}
     config = uvicorn.Config(app, log_level="warning", lifespan="on", **options)
     server = uvicorn.Server(config)
     with socket.socket() as listening:

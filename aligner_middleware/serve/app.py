@@ -53,7 +53,9 @@ def create_app(
             if aligner is None:
                 own.close()
 
-    app = FastAPI(title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None)
+    app = FastAPI(
+        title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None, redirect_slashes=False
+    )
     app.state.service = None
     for module in (health, chat, responses, models, correct):
         app.include_router(module.router)

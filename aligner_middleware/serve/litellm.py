@@ -125,7 +125,7 @@ def new_router() -> APIRouter:
             return GuardrailReply(action="NONE", texts=texts)
         call = Call(question_of_rows(body.structured_messages)) if body.structured_messages else calls.find(key)
         if isinstance(call.question, MissingQuestionError):
-            logger.warning("%s (call %s)", call.question.cause, body.litellm_call_id)
+            logger.warning("%s (call %r)", call.question.cause, body.litellm_call_id)
         return await _align(service, _with_parameters(client, body), call, texts)
 
     return router

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aligner_middleware.data.files import fingerprint
 from aligner_middleware.serve.audit_file import AuditFile, values_of
-from aligner_middleware.serve.facts import facts, texts
+from aligner_middleware.serve.facts import texts
 
 if TYPE_CHECKING:
     from aligner_middleware.serve.service import Decision
@@ -110,7 +110,7 @@ class AuditLog:
 
 def row_of(decision: Decision) -> list[Any]:
     """Make the row of a decision; with its texts only where the client's policy keeps them."""
-    seen, said = facts(decision), texts(decision)
+    seen, said = decision.facts, texts(decision)
     kept = said._asdict() if decision.client.policy.keep_texts else dict.fromkeys(said._fields)
     digests = {f"{name}_sha256": fingerprint(text) for name, text in said._asdict().items()}
     single = {"strength": str(seen.strength), "doubts": " ".join(seen.doubts)}

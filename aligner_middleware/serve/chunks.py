@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from aligner_middleware.langchain.metadata import KEY
-from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.serve.answers import parse_response
-from aligner_middleware.serve.exchange import Exchange
+from aligner_middleware.serve.exchange import Arriving, Exchange
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.sse import DONE, Put, event
 from aligner_middleware.serve.upstream import unreadable
@@ -24,32 +25,13 @@ _IDENTITY = ("id", "object", "created", "model", "system_fingerprint", "service_
 _COPIES = ("message", "text")
 
 
-class _Answer:
-    """The answer of one choice, as far as it has arrived."""
+class _Answer(Arriving):
+    """The answer of one choice, and what is held back beside its text."""
 
     def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._parts: list[str] = []
-        self.ahead: ReadAhead | None = None
+        super().__init__(exchange)
         self.annotations: list[Any] = []
         self.logprobs: list[Any] = []
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
-
-    def add(self, text: str) -> None:
-        if not text:
-            return
-        if not self._parts:
-            self.ahead = self._exchange.read_ahead()
-        self._parts.append(text)
-        if self.ahead is not None:
-            self.ahead.feed(text)
-
-    def close(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
 
 
 class AlignedChunks:
@@ -154,18 +136,14 @@ class AlignedChunks:
 
     async def _finish(self, put: Put, chunk: dict[str, Any], answer: _Answer) -> None:
         """Decide an answer, send its text, and then the last chunk of its choice with the decision."""
-        text, shown = answer.text, 0
         (choice,) = chunk["choices"]
-
-        async def show(piece: str) -> None:
-            nonlocal shown
-            shown += len(piece)
-            if piece and self._exchange.holds:
-                await put(event(self._chunk(_index(choice), {"content": piece})))
-
-        aligned = await self._exchange.stream(text, answer.ahead, show)
-        await show(aligned.text[shown:])
-        if aligned.text == text:  # else these are about another text
+        async with aclosing(answer.aligned()) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Aligned):
+                    aligned = piece
+                elif self._exchange.holds:
+                    await put(event(self._chunk(_index(choice), {"content": piece})))
+        if aligned.text == answer.text:  # else these are about another text
             choice |= {"logprobs": {"content": answer.logprobs}} if answer.logprobs else {}
             choice["delta"] |= {"annotations": answer.annotations} if answer.annotations else {}
         await put(event(chunk | {"choices": [choice | {KEY: aligned.metadata}]}))

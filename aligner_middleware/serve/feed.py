@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligner_middleware.serve.facts import facts, texts
+from aligner_middleware.serve.facts import texts
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.relay import Relay
 from aligner_middleware.serve.service import Decision
@@ -113,7 +113,7 @@ class Feed:
 
 def told(decision: Decision) -> dict[str, Any]:
     """Give what the live log tells of a decision: its texts only where the client's policy keeps them, and cut."""
-    made = asdict(facts(decision))
+    made = asdict(decision.facts)
     if decision.client.policy.keep_texts:
         for name, text in texts(decision)._asdict().items():
             made[name] = text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + " …"

@@ -14,7 +14,6 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from aligner_middleware.serve.facts import facts
 from aligner_middleware.serve.service import Decision
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # an environment variable; to be set before this module is imported
@@ -63,7 +62,7 @@ class Metrics:
 
     def __call__(self, decision: Decision) -> None:
         """Count a decision."""
-        seen = facts(decision)
+        seen = decision.facts
         self.verdicts.labels(seen.client, seen.verdict).inc()
         self.seconds.observe(seen.seconds)
         if seen.score is not None:

@@ -15,7 +15,7 @@ from aligner_middleware.langchain.metadata import KEY
 from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.serve.answers import parse_response
 from aligner_middleware.serve.exchange import Arriving, Exchange
-from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.problems import Problem, upstream_problem
 from aligner_middleware.serve.sse import DONE, Put, event
 from aligner_middleware.serve.upstream import unreadable
 
@@ -68,6 +68,10 @@ class AlignedChunks:
             await put(event(chunk))
         await put(event(DONE))
 
+    def failed(self, problem: Problem) -> bytes:
+        """Make the event of an error."""
+        return event(problem.body)
+
     async def _read(self, put: Put, group: asyncio.TaskGroup) -> None:
         done = False
         async for data in self._events:
@@ -75,7 +79,7 @@ class AlignedChunks:
                 break
             chunk = parse_response(data.encode())
             if error := chunk.get("error"):
-                raise _upstream_error(error)
+                raise upstream_problem(error)
             self._identity = {key: chunk[key] for key in _IDENTITY if key in chunk}
             await self._take(chunk, put, group)
         if not done and (self._open or not self._all):
@@ -136,14 +140,14 @@ class AlignedChunks:
 
     async def _finish(self, put: Put, chunk: dict[str, Any], answer: _Answer) -> None:
         """Decide an answer, send its text, and then the last chunk of its choice with the decision."""
-        (choice,) = chunk["choices"]
-        async with aclosing(answer.aligned()) as pieces:
+        (choice,), text = chunk["choices"], answer.text
+        async with aclosing(answer.aligned(text)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Aligned):
                     aligned = piece
                 elif self._exchange.holds:
                     await put(event(self._chunk(_index(choice), {"content": piece})))
-        if aligned.text == answer.text:  # else these are about another text
+        if aligned.text == text:  # else these are about another text
             choice |= {"logprobs": {"content": answer.logprobs}} if answer.logprobs else {}
             choice["delta"] |= {"annotations": answer.annotations} if answer.annotations else {}
         await put(event(chunk | {"choices": [choice | {KEY: aligned.metadata}]}))
@@ -179,13 +183,6 @@ def _apart(content: Any) -> tuple[str, list[Any]]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _upstream_error(error: Any) -> Problem:
-    problem = Problem(502, str(error), kind="upstream_error", code="upstream_failed")
-    if isinstance(error, dict):
-        problem.body = {"error": error}
-    return problem
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> Any:

@@ -107,9 +107,9 @@ class Arriving:
         if self._ahead is not None:
             self._ahead.feed(text)
 
-    def aligned(self, answer: str | None = None) -> AsyncGenerator[str | Aligned, None]:
-        """Align it, as `Exchange.stream` does; or the whole answer, where that may differ from the pieces."""
-        return self._exchange.stream(self.text if answer is None else answer, self._ahead)
+    def aligned(self, answer: str) -> AsyncGenerator[str | Aligned, None]:
+        """Align the whole answer, as `Exchange.stream` does; what was read ahead helps where it is the same text."""
+        return self._exchange.stream(answer, self._ahead if answer == self.text else None)
 
     def close(self) -> None:
         """Read it no further."""

@@ -20,7 +20,7 @@ _NEEDED = ("fastapi", "httpx", "pydantic_settings", "uvicorn", "yaml")
 _HEALTHY = 60  # seconds in which a process has to show that it lives; on a busy machine its start takes some
 
 
-@options_from(ServeSettings, "given", _POLICY, without=("keys", "upstream_key"), as_given=True)
+@options_from(ServeSettings, "given", _POLICY, without=("keys", "upstream_key", "audit_key"), as_given=True)
 def serve(
     given: Given,
     config: Annotated[
@@ -35,7 +35,8 @@ def serve(
     """Serve the aligner over HTTP: OpenAI's API before any chat model, with its answers corrected.
 
     Options come before environment variables (`ALIGNER_SERVE_PORT`, `ALIGNER_SERVE_POLICY__STRENGTH`, …), and these before
-    the YAML file. API keys, of clients (`keys`) and of the upstream (`upstream_key`), are given only there.
+    the YAML file. Secrets are given only there: API keys, of clients (`keys`) and of the upstream (`upstream_key`), and the
+    key of the audit log's digests (`audit_key`).
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise MissingExtraError(f"aligner serve ({', '.join(missing)})", "serve")

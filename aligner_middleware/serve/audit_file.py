@@ -16,12 +16,12 @@ Mark = Literal["right", "wrong"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
 
 _APPLICATION = 0x414C474E  # tells our files from those of others
-_VERSION = 1
+_VERSION = 2  # 1 had digests without a key, and was in no release
 _PATIENCE = 30  # seconds that a process waits for another one's transaction
 _STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 _COLUMNS = (
     "id", "at", "client", "route", "model", "mode", "strength", "threshold", "verdict", "score", "changed", "doubts",
-    "seconds", "error", "question_sha256", "answer_sha256", "text_sha256", "question", "answer", "text",
+    "seconds", "error", "question_digest", "answer_digest", "text_digest", "question", "answer", "text",
 )  # fmt: skip
 _SCHEMA = """
 CREATE TABLE decisions (
@@ -29,7 +29,7 @@ CREATE TABLE decisions (
     id TEXT NOT NULL UNIQUE, at TEXT NOT NULL, client TEXT NOT NULL, route TEXT NOT NULL,
     model TEXT NOT NULL, mode TEXT NOT NULL, strength TEXT NOT NULL, threshold REAL,
     verdict TEXT NOT NULL, score REAL, changed INTEGER NOT NULL, doubts TEXT NOT NULL, seconds REAL NOT NULL, error TEXT,
-    question_sha256 TEXT NOT NULL, answer_sha256 TEXT NOT NULL, text_sha256 TEXT NOT NULL,
+    question_digest TEXT NOT NULL, answer_digest TEXT NOT NULL, text_digest TEXT NOT NULL,
     question TEXT, answer TEXT, text TEXT,
     mark TEXT CHECK (mark IN ('right', 'wrong'))
 );

@@ -48,7 +48,9 @@ async def observed(app: FastAPI, folder: Path | None) -> AsyncIterator[None]:
         service.listeners.append(feed)
     path, log = service.settings.audit, None
     if path is not None:
-        log = await asyncio.to_thread(AuditLog, path, service.settings.audit_rows, own.lost.inc)
+        secret = service.settings.audit_key
+        key = None if secret is None else secret.get_secret_value().encode()
+        log = await asyncio.to_thread(AuditLog, path, service.settings.audit_rows, own.lost.inc, key=key)
         service.listeners.append(log)
     try:
         yield

@@ -86,6 +86,11 @@ class ServeSettings(BaseModel):
     keep_alive: float = Field(10, gt=0, description="Seconds of silence in a stream after which a comment is sent.")
     audit: Path | None = Field(None, description="SQLite file of the audit log; by default there is none.")
     audit_rows: int = Field(1_000_000, ge=1, description="Rows that the audit log keeps; older ones are deleted.")
+    audit_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Secret by which the audit log's digests of texts are keyed; by default a new one at each start.",
+    )
     cors_origins: tuple[str, ...] = Field((), description="Origins of web pages that may call the service.")
     page: bool = Field(True, description="Whether `/` shows the page.")
     drain: float = Field(30, ge=0, description="Seconds in which running requests may end when the service stops.")

@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,8 +29,11 @@ _METRICS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client reads it when it is i
 def handed_over(settings: ServeSettings) -> Iterator[None]:
     """Put the settings into the environment of processes that are started meanwhile, and a new folder that they share."""
     content = settings.model_dump(mode="json")
-    if settings.upstream_key is not None:  # which JSON would hide
-        content["upstream_key"] = settings.upstream_key.get_secret_value()
+    for name, secret in (("upstream_key", settings.upstream_key), ("audit_key", settings.audit_key)):
+        if secret is not None:  # which JSON would hide
+            content[name] = secret.get_secret_value()
+    if settings.audit is not None:
+        content["audit_key"] = content["audit_key"] or secrets.token_hex()  # the same for all of them
     with tempfile.TemporaryDirectory(prefix="aligner-", ignore_cleanup_errors=True) as folder:
         given = {_SETTINGS: json.dumps(content), _FOLDER: folder, _METRICS: folder}
         before = {name: os.environ.get(name) for name in given}

@@ -16,12 +16,14 @@ from aligner_middleware.serve.settings import ServeSettings
 from aligner_middleware.serve.worker import create_worker, handed_over
 
 
-def test_settings_and_a_folder_reach_the_processes_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_a_folder_reach_the_processes_of_a_service(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     got: list[tuple[ServeSettings, Path]] = []
     monkeypatch.setattr(
         "aligner_middleware.serve.app.create_app", lambda settings, folder: got.append((settings, folder))
     )
-    settings = ServeSettings(upstream_key="secret", port=1)
+    settings = ServeSettings(upstream_key="secret", audit_key="a secret of sixteen", audit=tmp_path / "a", port=1)
     before = dict(os.environ)
     with handed_over(settings):
         create_worker()
@@ -30,6 +32,10 @@ def test_settings_and_a_folder_reach_the_processes_of_a_service(monkeypatch: pyt
         assert folder.stat().st_mode & 0o777 == 0o700
     assert os.environ == before
     assert not folder.exists()
+    with handed_over(ServeSettings(audit=tmp_path / "a")):
+        create_worker()
+        create_worker()
+    assert got[1][0].audit_key == got[2][0].audit_key is not None
 
 
 def test_the_requests_of_a_killed_process_leave_the_metrics_and_its_counts_stay(tmp_path: Path) -> None:

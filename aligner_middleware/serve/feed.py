@@ -36,7 +36,7 @@ class Feed:
         folder: The folder that the processes of one service share, each of which then tells the decisions of all.
 
     Raises:
-        OSError: If the folder has no place for a socket.
+        JobError: If no socket can be made in the folder.
     """
 
     def __init__(self, silence: float, folder: Path | None = None) -> None:

@@ -9,6 +9,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from aligner_middleware.errors import JobError
+
 _LONGEST = 2**20  # bytes of a message; the system may allow less
 _SUFFIX = ".relay"
 
@@ -23,7 +25,7 @@ class Relay:
         take: Called with each message of another process.
 
     Raises:
-        OSError: If the socket cannot be made, such as where the folder's path is too long for one.
+        JobError: If the socket cannot be made, such as where the folder's path is too long for one.
     """
 
     def __init__(self, folder: Path, take: Callable[[str], None]) -> None:
@@ -33,7 +35,11 @@ class Relay:
         self._own.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(str(self._own))
+        try:
+            self._socket.bind(str(self._own))
+        except OSError as exc:
+            self._socket.close()
+            raise JobError(self._own, f"no socket can be made there ({exc}): set TMPDIR to another folder") from exc
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._read)
 

@@ -64,7 +64,7 @@ def try_worker() -> None:
     That is done in a process of its own, which takes its memory along when it ends.
 
     Raises:
-        AlignerError: If the aligner cannot be loaded, or the audit log not be written.
+        AlignerError: If the aligner cannot be loaded, the audit log not be written, or no socket be made.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(_start_and_stop).result()

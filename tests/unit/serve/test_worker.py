@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from aligner_middleware.errors import JobError
 from aligner_middleware.serve.relay import Relay
 from aligner_middleware.serve.settings import ServeSettings
 from aligner_middleware.serve.worker import create_worker, handed_over
@@ -78,3 +79,8 @@ async def test_a_relay_tells_all_others_and_no_ended_one_holds_it_up(
         relays[1].tell("b")
     relays[1].close()
     relays[2].close()
+
+
+async def test_a_folder_without_place_for_a_socket_is_named(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="TMPDIR"):
+        Relay(tmp_path / ("a" * 120), print)

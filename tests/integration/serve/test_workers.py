@@ -23,7 +23,7 @@ from aligner_middleware.serve.litellm import PATH as GUARDRAIL
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 90  # seconds that a start or a stop may take on a busy machine
+PATIENCE = 240  # seconds that a start or a stop may take on a busy machine
 RUDE = {"question": "How do I boil an egg?", "answer": "Boil it for eight minutes. Even a moron like you can do that."}
 
 
@@ -34,10 +34,15 @@ class Running:
         self.process = process
         self.log = log
         self.audit = audit
-        url = awaited(lambda: process.poll() is not None or re.search(r"running on (\S+)", log.read_text()))[1]
+        url = awaited(self.url)
         # A connection for each request, so that they go to both processes.
         self.client = httpx.Client(base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
         awaited(lambda: len(self.started()) == 2 and self.log.read_text().count("startup complete") == 2)
+
+    def url(self) -> str:
+        assert self.process.poll() is None, self.log.read_text()
+        found = re.search(r"running on (\S+)", self.log.read_text())
+        return found[1] if found else ""
 
     def started(self) -> list[int]:
         return [int(number) for number in re.findall(r"Started server process \[(\d+)\]", self.log.read_text())]

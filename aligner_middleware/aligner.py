@@ -258,8 +258,10 @@ class Aligner(Corrector):
         """Say how many tokens an answer to this question may have: a copy must fit into the context beside it.
 
         Raises:
-            PromptTooLongError: If the question leaves no room for any.
+            InputError: If the question holds a lone surrogate.
+            PromptTooLongError: If it leaves no room for any.
         """
+        check_text("question", question)
         return self._codec.longest_answer(question)
 
     def log_likelihood(self, question: str, answer: str, corrections: Sequence[str]) -> list[tuple[float, bool]]:

@@ -17,9 +17,10 @@ from aligner_middleware.serve.settings import CONFIG_VARIABLE, PREFIX, KeySettin
 
 _POLICY = {name: [f"policy.{name}"] for name in PolicySettings.model_fields}
 _NEEDED = ("fastapi", "httpx", "pydantic_settings", "uvicorn", "yaml")
+_HEALTHY = 60  # seconds in which a process has to show that it lives; on a busy machine its start takes some
 
 
-@options_from(ServeSettings, "given", _POLICY, without=("keys", "upstream_key"), as_given=True)
+@options_from(ServeSettings, "given", _POLICY, without=("keys", "upstream_key", "audit_key"), as_given=True)
 def serve(
     given: Given,
     config: Annotated[
@@ -34,7 +35,8 @@ def serve(
     """Serve the aligner over HTTP: OpenAI's API before any chat model, with its answers corrected.
 
     Options come before environment variables (`ALIGNER_SERVE_PORT`, `ALIGNER_SERVE_POLICY__STRENGTH`, …), and these before
-    the YAML file. API keys, of clients (`keys`) and of the upstream (`upstream_key`), are given only there.
+    the YAML file. Secrets are given only there: API keys, of clients (`keys`) and of the upstream (`upstream_key`), and the
+    key of the audit log's digests (`audit_key`).
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise MissingExtraError(f"aligner serve ({', '.join(missing)})", "serve")
@@ -100,10 +102,9 @@ def _refused(exc: ValidationError, file: Path | None) -> str:
 def _run(settings: ServeSettings) -> None:
     import uvicorn
 
-    from aligner_middleware.serve.app import create_app
+    from aligner_middleware.serve.connections import CONNECTION
     from aligner_middleware.serve.local import check_local
-    from aligner_middleware.serve.service import load_aligner
-    from aligner_middleware.serve.worker import FACTORY, hand_over
+    from aligner_middleware.serve.worker import FACTORY, handed_over, try_worker
 
     if settings.upstream is None:
         check_local()
@@ -113,12 +114,17 @@ def _run(settings: ServeSettings) -> None:
         "timeout_graceful_shutdown": round(settings.drain),
         "access_log": False,
         "server_header": False,
+        "http": CONNECTION,
         "ws": "none",
         "log_level": "info",
     }
-    with load_aligner(settings) as aligner:  # an error is told before anything is served
-        if settings.workers == 1:
+    if settings.workers == 1:
+        from aligner_middleware.serve.app import create_app
+        from aligner_middleware.serve.service import load_aligner
+
+        with load_aligner(settings) as aligner:  # an error is told before anything is served
             uvicorn.run(create_app(settings, aligner), **options)
-            return
-    hand_over(settings)
-    uvicorn.run(FACTORY, factory=True, workers=settings.workers, **options)
+        return
+    with handed_over(settings):
+        try_worker()
+        uvicorn.run(FACTORY, factory=True, workers=settings.workers, timeout_worker_healthcheck=_HEALTHY, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import httpx
@@ -17,6 +17,8 @@ from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.serve.exchange import Exchange
 from aligner_middleware.serve.upstream import headers_of, unreadable
 from aligner_middleware.steps import together
+
+Align = Callable[[str], Awaitable[Aligned]]
 
 
 def parse_response(content: bytes) -> dict[str, Any]:
@@ -71,38 +73,63 @@ async def align_response(exchange: Exchange, response: dict[str, Any], upstream:
     Raises:
         Problem: 502, if it has no output; and as of `Exchange.align`.
     """
+    start = time.perf_counter()
+    body = await aligned_output(response, lambda index, item: aligned_item(item, exchange.align))
+    return json_response(body, upstream, time.perf_counter() - start)
+
+
+async def aligned_output(
+    response: dict[str, Any], align: Callable[[int, Any], Coroutine[Any, Any, Any]]
+) -> dict[str, Any]:
+    """Align the output of a response of the Responses API.
+
+    Args:
+        response: The response.
+        align: Aligns an item of its output; gets the item's index, too.
+
+    Raises:
+        Problem: 502, if it has no output; and as of `align`.
+    """
     output = response.get("output")
     if not isinstance(output, list):
         raise unreadable("it has no list 'output'")
-    start = time.perf_counter()
-    items = await together([_aligned_item(exchange, item) for item in output])
+    items = await together([align(index, item) for index, item in enumerate(output)])
     body = response | {"output": items}
     first = next((item[KEY] for item in items if isinstance(item, dict) and KEY in item), None)
     body |= {KEY: first} if first else {}
     if isinstance(response.get("output_text"), str):  # the same texts once more
-        body["output_text"] = "".join(_output_text(item) for item in items)
-    return json_response(body, upstream, time.perf_counter() - start)
+        body["output_text"] = "".join(output_text(item) for item in items)
+    return body
 
 
 async def _aligned_choice(exchange: Exchange, choice: dict[str, Any]) -> dict[str, Any]:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise unreadable("a choice has no message")
-    content, aligned, changed = await _aligned_content(exchange, message.get("content"))
+    content, aligned, changed = await _aligned_content(message.get("content"), exchange.align)
     if changed:  # the source that is cited may not say what the correction says
         message = {key: value for key, value in message.items() if key != "annotations"} | {"content": content}
         choice = choice | {"message": message} | ({"logprobs": None} if "logprobs" in choice else {})
     return choice | {KEY: aligned.metadata}
 
 
-async def _aligned_item(exchange: Exchange, item: Any) -> Any:
+async def aligned_item(item: Any, align: Align) -> Any:
+    """Align an item of the output of the Responses API, where it is a message; others stay.
+
+    Args:
+        item: The item.
+        align: Aligns its text.
+
+    Raises:
+        Problem: 502, if it is a message without a list of parts; and as of `align`.
+    """
     if not isinstance(item, dict) or item.get("type") != "message":
         return item
     parts = item.get("content")
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise unreadable("a message has no list of parts")
     blocks = [part | {"type": "text"} if part.get("type") == "output_text" else part for part in parts]
-    content, aligned, changed = await _aligned_content(exchange, blocks)
+    content, aligned, changed = await _aligned_content(blocks, align)
     if changed:
         content = [
             {key: value for key, value in block.items() if key != "logprobs"} | {"type": "output_text"}
@@ -114,21 +141,22 @@ async def _aligned_item(exchange: Exchange, item: Any) -> Any:
     return item | {KEY: aligned.metadata}
 
 
-async def _aligned_content(exchange: Exchange, content: Any) -> tuple[Any, Aligned, bool]:
+async def _aligned_content(content: Any, align: Align) -> tuple[Any, Aligned, bool]:
     """Align the content of a message: text, or parts; tell whether its text has changed."""
     try:
         message = AIMessage(content=content or "")
     except ValueError:
         raise unreadable("the content of a message is neither text nor a list of parts") from None
     text = text_of(message)
-    aligned = await exchange.align(text)
+    aligned = await align(text)
     if aligned.text == text:
         return content, aligned, False
     return with_text(message, aligned.text).content, aligned, True
 
 
-def _output_text(item: Any) -> str:
+def output_text(item: Any) -> str:
+    """Give the text of an item of the output of the Responses API; empty where it is no message."""
     if not isinstance(item, dict) or item.get("type") != "message":
         return ""
-    parts = [part.get("text") for part in item["content"] if part.get("type") == "output_text"]
+    parts = [part.get("text") for part in item.get("content") or () if part.get("type") == "output_text"]
     return "".join(text for text in parts if isinstance(text, str))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request
@@ -16,6 +18,7 @@ from starlette.exceptions import HTTPException
 from aligner_middleware import __version__
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.serve import chat, correct, health, litellm, models, observing, responses
+from aligner_middleware.serve.connections import PATIENCE, STOPPING
 from aligner_middleware.serve.limits import Limits
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service, load_aligner, logger
@@ -24,7 +27,10 @@ from aligner_middleware.serve.upstream import Upstream
 
 
 def create_app(
-    settings: ServeSettings, aligner: Aligner | None = None, transport: httpx.AsyncBaseTransport | None = None
+    settings: ServeSettings,
+    aligner: Aligner | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+    folder: Path | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -32,21 +38,24 @@ def create_app(
         settings: Of the service.
         aligner: The aligner; `None` loads the one that the settings name, when the application starts.
         transport: Stands for the network to the upstream; `None` for the real one.
+        folder: The folder that the processes of one service share; `None` where there is one process.
     """
 
     @contextlib.asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def life(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         own = await asyncio.to_thread(load_aligner, settings) if aligner is None else aligner
         try:
             app.state.service = Service(settings, own)
-            async with Upstream(settings, transport) as app.state.upstream, observing.observed(app):
-                yield
+            async with Upstream(settings, transport) as app.state.upstream, observing.observed(app, folder):
+                yield {PATIENCE: settings.body_timeout, STOPPING: app.state.feed.close}
         finally:
             app.state.service = None
             if aligner is None:
                 own.close()
 
-    app = FastAPI(title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None)
+    app = FastAPI(
+        title="aligner-middleware", version=__version__, lifespan=life, redoc_url=None, redirect_slashes=False
+    )
     app.state.service = None
     for module in (health, chat, responses, models, correct):
         app.include_router(module.router)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
+import secrets
 import sqlite3
 import threading
 from collections import deque
@@ -11,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligner_middleware.data.files import fingerprint
 from aligner_middleware.serve.audit_file import AuditFile, values_of
-from aligner_middleware.serve.facts import facts, texts
+from aligner_middleware.serve.facts import texts
 
 if TYPE_CHECKING:
     from aligner_middleware.serve.service import Decision
@@ -30,6 +31,7 @@ class AuditLog:
         path: The file.
         keep: Rows that the file keeps.
         on_lost: Called with the number of decisions that were lost.
+        key: By which the digests of texts are keyed; `None` for a new one.
         waiting: Decisions that may wait to be written.
         characters: Characters that may wait, in all.
 
@@ -43,6 +45,7 @@ class AuditLog:
         keep: int,
         on_lost: Callable[[int], None] | None = None,
         *,
+        key: bytes | None = None,
         waiting: int = 10_000,
         characters: int = 50_000_000,
     ) -> None:
@@ -50,6 +53,7 @@ class AuditLog:
         self._file = AuditFile(path, create=True)
         self._keep = keep
         self._on_lost = on_lost
+        self._key = secrets.token_bytes() if key is None else key
         self._limits = waiting, characters
         self._rows: deque[list[Any]] = deque()
         self._characters = 0
@@ -61,7 +65,7 @@ class AuditLog:
 
     def __call__(self, decision: Decision) -> None:
         """Take a decision; it is written a little later."""
-        row = row_of(decision)
+        row = row_of(decision, self._key)
         size = _size(row)
         with self._changed:
             full = len(self._rows) >= self._limits[0] or self._characters + size > self._limits[1]
@@ -108,13 +112,23 @@ class AuditLog:
             self._on_lost(count)
 
 
-def row_of(decision: Decision) -> list[Any]:
-    """Make the row of a decision; with its texts only where the client's policy keeps them."""
-    seen, said = facts(decision), texts(decision)
+def row_of(decision: Decision, key: bytes) -> list[Any]:
+    """Make the row of a decision; with its texts only where the client's policy keeps them, and with their digests.
+
+    Args:
+        decision: The decision.
+        key: Of the digests: without it nobody can find a short text by trying all.
+    """
+    seen, said = decision.facts, texts(decision)
     kept = said._asdict() if decision.client.policy.keep_texts else dict.fromkeys(said._fields)
-    digests = {f"{name}_sha256": fingerprint(text) for name, text in said._asdict().items()}
+    digests = {f"{name}_digest": _digest(key, text) for name, text in said._asdict().items()}
     single = {"strength": str(seen.strength), "doubts": " ".join(seen.doubts)}
     return values_of(asdict(seen) | single | digests | kept)
+
+
+def _digest(key: bytes, text: str) -> str:
+    """Give the HMAC-SHA256 of a text, in hexadecimal."""
+    return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
 def _size(row: list[Any]) -> int:

@@ -16,12 +16,12 @@ Mark = Literal["right", "wrong"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
 
 _APPLICATION = 0x414C474E  # tells our files from those of others
-_VERSION = 1
+_VERSION = 2  # 1 had digests without a key, and was in no release
 _PATIENCE = 30  # seconds that a process waits for another one's transaction
 _STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 _COLUMNS = (
     "id", "at", "client", "route", "model", "mode", "strength", "threshold", "verdict", "score", "changed", "doubts",
-    "seconds", "error", "question_sha256", "answer_sha256", "text_sha256", "question", "answer", "text",
+    "seconds", "error", "question_digest", "answer_digest", "text_digest", "question", "answer", "text",
 )  # fmt: skip
 _SCHEMA = """
 CREATE TABLE decisions (
@@ -29,13 +29,19 @@ CREATE TABLE decisions (
     id TEXT NOT NULL UNIQUE, at TEXT NOT NULL, client TEXT NOT NULL, route TEXT NOT NULL,
     model TEXT NOT NULL, mode TEXT NOT NULL, strength TEXT NOT NULL, threshold REAL,
     verdict TEXT NOT NULL, score REAL, changed INTEGER NOT NULL, doubts TEXT NOT NULL, seconds REAL NOT NULL, error TEXT,
-    question_sha256 TEXT NOT NULL, answer_sha256 TEXT NOT NULL, text_sha256 TEXT NOT NULL,
+    question_digest TEXT NOT NULL, answer_digest TEXT NOT NULL, text_digest TEXT NOT NULL,
     question TEXT, answer TEXT, text TEXT,
     mark TEXT CHECK (mark IN ('right', 'wrong'))
 );
 CREATE INDEX decisions_of_clients ON decisions (client, number);
 """
-_INSERT = f"INSERT INTO decisions ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # nosec B608
+_INSERT = " ".join(("INSERT INTO decisions (", ", ".join(_COLUMNS), ") VALUES (", ", ".join("?" * len(_COLUMNS)), ")"))
+_SEARCH = r"""
+SELECT * FROM decisions WHERE client = :client AND (
+    :pattern = '%%' OR question LIKE :pattern ESCAPE '\' OR answer LIKE :pattern ESCAPE '\' OR text LIKE :pattern ESCAPE '\'
+    OR verdict LIKE :pattern ESCAPE '\' OR route LIKE :pattern ESCAPE '\' OR mark LIKE :pattern ESCAPE '\'
+) ORDER BY number DESC LIMIT :limit
+"""
 
 Row = dict[str, Any]
 
@@ -112,17 +118,12 @@ class AuditFile:
         Raises:
             SearchTimeoutError: If it took longer.
         """
-        where, values = "client = ?", [client]
-        if words:
-            pattern = "%" + words.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_") + "%"
-            names = ("question", "answer", "text", "verdict", "route", "mark")
-            where += " AND (" + " OR ".join(f"{name} LIKE ? ESCAPE '\\'" for name in names) + ")"
-            values += [pattern] * len(names)
+        escaped = words.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+        values = {"client": client, "pattern": f"%{escaped}%", "limit": limit}
         end = time.monotonic() + seconds
         self._database.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
-        query = f"SELECT * FROM decisions WHERE {where} ORDER BY number DESC LIMIT ?"  # nosec B608
         try:
-            return [dict(row) for row in self._database.execute(query, (*values, limit))]
+            return [dict(row) for row in self._database.execute(_SEARCH, values)]
         except sqlite3.OperationalError as exc:
             if time.monotonic() <= end:
                 raise

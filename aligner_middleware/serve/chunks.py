@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from aligner_middleware.langchain.metadata import KEY
-from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.remote.sse import DONE
 from aligner_middleware.serve.answers import parse_response
-from aligner_middleware.serve.exchange import Exchange
-from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.exchange import Arriving, Exchange
+from aligner_middleware.serve.problems import Problem, upstream_problem
 from aligner_middleware.serve.sse import Put, event
 from aligner_middleware.serve.upstream import unreadable
 
@@ -25,32 +26,13 @@ _IDENTITY = ("id", "object", "created", "model", "system_fingerprint", "service_
 _COPIES = ("message", "text")
 
 
-class _Answer:
-    """The answer of one choice, as far as it has arrived."""
+class _Answer(Arriving):
+    """The answer of one choice, and what is held back beside its text."""
 
     def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._parts: list[str] = []
-        self.ahead: ReadAhead | None = None
+        super().__init__(exchange)
         self.annotations: list[Any] = []
         self.logprobs: list[Any] = []
-
-    @property
-    def text(self) -> str:
-        return "".join(self._parts)
-
-    def add(self, text: str) -> None:
-        if not text:
-            return
-        if not self._parts:
-            self.ahead = self._exchange.read_ahead()
-        self._parts.append(text)
-        if self.ahead is not None:
-            self.ahead.feed(text)
-
-    def close(self) -> None:
-        if self.ahead is not None:
-            self.ahead.close()
 
 
 class AlignedChunks:
@@ -87,6 +69,10 @@ class AlignedChunks:
             await put(event(chunk))
         await put(event(DONE))
 
+    def failed(self, problem: Problem) -> bytes:
+        """Make the event of an error."""
+        return event(problem.body)
+
     async def _read(self, put: Put, group: asyncio.TaskGroup) -> None:
         done = False
         async for data in self._events:
@@ -94,7 +80,7 @@ class AlignedChunks:
                 break
             chunk = parse_response(data.encode())
             if error := chunk.get("error"):
-                raise _upstream_error(error)
+                raise upstream_problem(error)
             self._identity = {key: chunk[key] for key in _IDENTITY if key in chunk}
             await self._take(chunk, put, group)
         if not done and (self._open or not self._all):
@@ -155,17 +141,13 @@ class AlignedChunks:
 
     async def _finish(self, put: Put, chunk: dict[str, Any], answer: _Answer) -> None:
         """Decide an answer, send its text, and then the last chunk of its choice with the decision."""
-        text, shown = answer.text, 0
-        (choice,) = chunk["choices"]
-
-        async def show(piece: str) -> None:
-            nonlocal shown
-            shown += len(piece)
-            if piece and self._exchange.holds:
-                await put(event(self._chunk(_index(choice), {"content": piece})))
-
-        aligned = await self._exchange.stream(text, answer.ahead, show)
-        await show(aligned.text[shown:])
+        (choice,), text = chunk["choices"], answer.text
+        async with aclosing(answer.aligned(text)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Aligned):
+                    aligned = piece
+                elif self._exchange.holds:
+                    await put(event(self._chunk(_index(choice), {"content": piece})))
         if aligned.text == text:  # else these are about another text
             choice |= {"logprobs": {"content": answer.logprobs}} if answer.logprobs else {}
             choice["delta"] |= {"annotations": answer.annotations} if answer.annotations else {}
@@ -202,13 +184,6 @@ def _apart(content: Any) -> tuple[str, list[Any]]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _upstream_error(error: Any) -> Problem:
-    problem = Problem(502, str(error), kind="upstream_error", code="upstream_failed")
-    if isinstance(error, dict):
-        problem.body = {"error": error}
-    return problem
 
 
 def _first(errors: BaseExceptionGroup[Any]) -> Any:

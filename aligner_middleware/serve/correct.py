@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError
 
 from aligner_middleware.errors import InputError, did_you_mean
-from aligner_middleware.langchain.alignment import AlignedStream
 from aligner_middleware.langchain.options import Mode, as_input_error
 from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.serve.access import TheClient, TheService
@@ -180,21 +179,10 @@ async def _streamed(service: Service, client: Client, body: CorrectBody) -> Asyn
     Raises:
         Problem: If the correction fails.
     """
-    start = time.perf_counter()
-    stream: AlignedStream = client.alignment.stream_pair(body.question, body.answer)
-    sent = ""
-    try:
-        async for text in stream:
-            if text:
-                sent += text
-                yield {"text": text}
-    finally:
-        await stream.aclose()
-    aligned = service.decided(client, "/v1/correct", body.question, body.answer, stream.outcome, start)
-    rest = aligned.text[len(sent) :]  # of JSON, in shadow mode and where errors pass, that is all
-    if rest:
-        yield {"text": rest}
-    yield CorrectedBody.of(aligned).model_dump()
+    stream = service.stream(client, "/v1/correct", body.question, body.answer)
+    async with aclosing(stream):
+        async for piece in stream:
+            yield CorrectedBody.of(piece).model_dump() if isinstance(piece, Aligned) else {"text": piece}
 
 
 async def _lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,8 +15,6 @@ from aligner_middleware.langchain.outcome import Aligned, unaligned
 from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Client, Service
-
-Show = Callable[[str], Awaitable[None]]
 
 T = TypeVar("T")
 
@@ -62,25 +59,16 @@ class Exchange:
             return passed
         return await self.service.align(self.client, self.route, self.question, answer)
 
-    async def stream(self, answer: str, ahead: ReadAhead | None, show: Show) -> Aligned:
-        """Align the answer of a stream, and show its text as soon as nothing can take it back.
+    def stream(self, answer: str, ahead: ReadAhead | None) -> AsyncGenerator[str | Aligned, None]:
+        """Align the whole answer of a stream, in pieces, as `Service.stream` does.
 
         Args:
             answer: The whole answer.
             ahead: What has read it while it arrived.
-            show: Awaited with each piece of text; what is left of the text is the caller's to show.
-
-        Raises:
-            Problem: As of `align`.
         """
         if passed := self._passed(answer):
-            return passed
-        start = time.perf_counter()
-        stream = self.client.alignment.stream_pair(self.question, answer, ahead)
-        async with aclosing(stream):
-            async for piece in stream:
-                await show(piece)
-        return self.service.decided(self.client, self.route, self.question, answer, stream.outcome, start)
+            return _at_once(passed)
+        return self.service.stream(self.client, self.route, self.question, answer, ahead)
 
     def _passed(self, answer: str) -> Aligned | None:
         alignment = self.client.alignment
@@ -90,6 +78,49 @@ class Exchange:
             return None
         outcome = unaligned(alignment, answer, "structured answer")
         return self.service.decided(self.client, self.route, self.question, answer, outcome, time.perf_counter())
+
+
+class Arriving:
+    """The text of an answer, as far as it has arrived; it is read ahead where something will be decided.
+
+    Args:
+        exchange: The request.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._parts: list[str] = []
+        self._ahead: ReadAhead | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self._parts)
+
+    def add(self, text: str) -> None:
+        """Add a piece."""
+        if not text:
+            return
+        if not self._parts:
+            self._ahead = self._exchange.read_ahead()
+        self._parts.append(text)
+        if self._ahead is not None:
+            self._ahead.feed(text)
+
+    def aligned(self, answer: str) -> AsyncGenerator[str | Aligned, None]:
+        """Align the whole answer, as `Exchange.stream` does; what was read ahead helps where it is the same text."""
+        return self._exchange.stream(answer, self._ahead if answer == self.text else None)
+
+    def close(self) -> None:
+        """Read it no further."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+async def _at_once(aligned: Aligned) -> AsyncGenerator[str | Aligned, None]:
+    if aligned.text:
+        yield aligned.text
+    yield aligned
 
 
 async def unless_gone(request: Request, call: Coroutine[Any, Any, T]) -> T:

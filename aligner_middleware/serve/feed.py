@@ -7,10 +7,12 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from aligner_middleware.serve.facts import facts, texts
+from aligner_middleware.serve.facts import texts
 from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.relay import Relay
 from aligner_middleware.serve.service import Decision
 
 _RECENT = 30  # decisions of a client that a new watcher gets
@@ -31,18 +33,31 @@ class Feed:
 
     Args:
         silence: Seconds without an event after which a comment is sent, which shows whether a watcher is still there.
+        folder: The folder that the processes of one service share, each of which then tells the decisions of all.
+
+    Raises:
+        JobError: If no socket can be made in the folder.
     """
 
-    def __init__(self, silence: float) -> None:
+    def __init__(self, silence: float, folder: Path | None = None) -> None:
         self._silence = silence
+        self._relay = Relay(folder, self._take_from_another) if folder else None
         self._recent: dict[str, deque[str]] = {}
         self._watchers: set[_Watcher] = set()
         self._closed = False
 
     def __call__(self, decision: Decision) -> None:
         """Tell a decision."""
-        client = decision.client.name
-        event = _event("decision", told(decision))
+        client, event = decision.client.name, _event("decision", told(decision))
+        self._take(client, event)
+        if self._relay is not None:
+            self._relay.tell(f"{client}\n{event}")
+
+    def _take_from_another(self, message: str) -> None:
+        client, _, event = message.partition("\n")
+        self._take(client, event)
+
+    def _take(self, client: str, event: str) -> None:
         self._recent.setdefault(client, deque(maxlen=_RECENT)).append(event)
         for watcher in self._watchers:
             if watcher.client != client:
@@ -54,7 +69,12 @@ class Feed:
 
     def close(self) -> None:
         """End all streams, so that the server may stop."""
+        if self._closed:
+            return
         self._closed = True
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
         for watcher in self._watchers:
             while watcher.events.full():
                 watcher.events.get_nowait()
@@ -93,7 +113,7 @@ class Feed:
 
 def told(decision: Decision) -> dict[str, Any]:
     """Give what the live log tells of a decision: its texts only where the client's policy keeps them, and cut."""
-    made = asdict(facts(decision))
+    made = asdict(decision.facts)
     if decision.client.policy.keep_texts:
         for name, text in texts(decision)._asdict().items():
             made[name] = text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + " …"

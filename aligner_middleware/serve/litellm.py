@@ -28,6 +28,10 @@ PATH = "/beta/litellm_basic_guardrail_api"
 
 _CALLS, _CHARACTERS = 10_000, 32 * 2**20  # questions that are remembered, the oldest ones go
 _ADVICE = "LiteLLM sent no question for this answer: set the guardrail's mode to [pre_call, post_call]"
+_ONE_PROCESS = (
+    "LiteLLM sends a question and its answer in two requests, which have to meet the same process, and this service has "
+    "several: set workers to 1"
+)
 
 logger = logging.getLogger("aligner_middleware.serve")
 
@@ -111,6 +115,8 @@ def new_router() -> APIRouter:
     @router.post(PATH, response_model_exclude_none=True)
     async def guardrail(body: GuardrailBody, service: TheService, client: TheClient) -> GuardrailReply:
         """Take part in a LiteLLM proxy as its guardrail."""
+        if service.settings.workers > 1:
+            raise Problem(501, _ONE_PROCESS, kind="server_error", code="needs_one_worker")
         key = _key_of(client, body)
         texts = body.texts or []
         if body.input_type == "request":
@@ -119,7 +125,7 @@ def new_router() -> APIRouter:
             return GuardrailReply(action="NONE", texts=texts)
         call = Call(question_of_rows(body.structured_messages)) if body.structured_messages else calls.find(key)
         if isinstance(call.question, MissingQuestionError):
-            logger.warning("%s (call %s)", call.question.cause, body.litellm_call_id)
+            logger.warning("%s (call %r)", call.question.cause, body.litellm_call_id)
         return await _align(service, _with_parameters(client, body), call, texts)
 
     return router

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -29,8 +30,12 @@ def install(app: FastAPI, settings: ServeSettings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def observed(app: FastAPI) -> AsyncIterator[None]:
+async def observed(app: FastAPI, folder: Path | None) -> AsyncIterator[None]:
     """Have the decisions of an application's service told, as long as it lives; the audit log is whole at the end.
+
+    Args:
+        app: The application.
+        folder: The folder that the processes of one service share; `None` where there is one process.
 
     Raises:
         JobError: If the audit log cannot be written.
@@ -38,12 +43,14 @@ async def observed(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     own: Metrics = app.state.metrics
     service.listeners += [own, Spans()]
-    feed = app.state.feed = Feed(service.settings.keep_alive)
+    feed = app.state.feed = Feed(service.settings.keep_alive, folder)
     if service.settings.page:
         service.listeners.append(feed)
     path, log = service.settings.audit, None
     if path is not None:
-        log = await asyncio.to_thread(AuditLog, path, service.settings.audit_rows, own.lost.inc)
+        secret = service.settings.audit_key
+        key = None if secret is None else secret.get_secret_value().encode()
+        log = await asyncio.to_thread(AuditLog, path, service.settings.audit_rows, own.lost.inc, key=key)
         service.listeners.append(log)
     try:
         yield

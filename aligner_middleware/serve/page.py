@@ -18,11 +18,12 @@ from aligner_middleware import __version__
 from aligner_middleware.diff import Diff
 from aligner_middleware.serve.access import TheClient, TheService
 from aligner_middleware.serve.audit_file import AuditFile, Mark, SearchTimeoutError, opened
+from aligner_middleware.serve.correct import PairBody, with_options
 from aligner_middleware.serve.facts import aligner_text, changes, threshold
 from aligner_middleware.serve.feed import Feed
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Service
-from aligner_middleware.strength import Level
+from aligner_middleware.strength import Strength
 
 _FILES = Path(__file__).with_name("page")
 _HEADERS = {
@@ -75,12 +76,8 @@ class PageHeaders:
         await self._app(scope, receive, with_headers)
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    question: str = Field(min_length=1)
-    answer: str = Field(min_length=1)
-    strength: Level | Annotated[float, Field(ge=0, le=1)] | None = None
+class _Asked(PairBody):
+    strength: Strength | None = None
 
 
 class _Compared(BaseModel):
@@ -133,6 +130,7 @@ async def about(service: TheService, client: TheClient) -> dict[str, Any]:
         "levels": aligner.calibration.levels if aligner.has_verdicts else None,
         "threshold": threshold(client),
         "mode": policy.mode,
+        "overrides": policy.overrides,
         "keep_texts": policy.keep_texts,
         "audit": service.settings.audit is not None,
     }
@@ -140,8 +138,8 @@ async def about(service: TheService, client: TheClient) -> dict[str, Any]:
 
 @router.post("/page/correct")
 async def correct(asked: _Asked, service: TheService, client: TheClient) -> dict[str, Any]:
-    """Correct an answer by the client's policy, or with another strength, and compare it with what came of it."""
-    chosen = client if asked.strength is None else client.with_policy(strength=asked.strength)
+    """Correct an answer by the client's policy, or with another strength where that allows it, and compare the two."""
+    chosen = with_options(client, asked.strength, None)
     start = time.perf_counter()
     aligned = await service.align(chosen, "/page/correct", asked.question, asked.answer)
     seconds = time.perf_counter() - start

@@ -66,3 +66,17 @@ class Problem(Exception):
     def response(self) -> JSONResponse:
         """Make the response."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def upstream_problem(error: Any) -> Problem:
+    """Make the problem of an error that the upstream tells in its stream; one of OpenAI's shape is handed on.
+
+    Args:
+        error: What stands under `error`, or an event of the type `error`.
+    """
+    problem = Problem(502, str(error), kind="upstream_error", code="upstream_failed")
+    if isinstance(error, dict):
+        given = {name: value for name, value in error.items() if (name, value) != ("type", "error")}
+        given.pop("sequence_number", None)
+        problem.body = {"error": problem.body["error"] | given}
+    return problem

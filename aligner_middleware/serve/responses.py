@@ -1,19 +1,20 @@
-"""`/v1/responses` of OpenAI's API, without streams."""
+"""`/v1/responses` of OpenAI's API, before any upstream that has it: messages leave corrected."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
 from aligner_middleware.serve.access import TheClient, TheService, TheUpstream
-from aligner_middleware.serve.answers import align_response, parse_response
+from aligner_middleware.serve.answers import align_response
 from aligner_middleware.serve.bodies import is_structured, read_object, response_question, wants_stream
 from aligner_middleware.serve.chat import OBJECT
-from aligner_middleware.serve.chat import ROUTE as CHAT
-from aligner_middleware.serve.exchange import Exchange, unless_gone
+from aligner_middleware.serve.events import AlignedEvents
+from aligner_middleware.serve.exchange import Exchange
+from aligner_middleware.serve.forward import Endpoint, forward
 from aligner_middleware.serve.problems import Problem
-from aligner_middleware.serve.upstream import Upstream, handed_on
 
 ROUTE = "/v1/responses"
+_ENDPOINT = Endpoint("/responses", align_response, AlignedEvents)
 
 router = APIRouter(tags=["openai"])
 
@@ -22,16 +23,8 @@ router = APIRouter(tags=["openai"])
 async def respond(request: Request, service: TheService, client: TheClient, upstream: TheUpstream) -> Response:
     """Respond by the upstream, and correct the messages of its output, with `aligner` in each."""
     raw, body = await read_object(request)
-    for field in ("stream", "background"):
-        if wants_stream(body) if field == "stream" else body.get(field):
-            reason = f"{field} is not served on {ROUTE}, since the text would leave uncorrected: stream from {CHAT}"
-            raise Problem(400, reason, code="unsupported_value", param=field)
+    if body.get("background"):
+        reason = f"background is not served on {ROUTE}, since its text would be fetched uncorrected: leave it out"
+        raise Problem(400, reason, code="unsupported_value", param="background")
     exchange = Exchange(service, client, ROUTE, response_question(body), is_structured(body))
-    return await unless_gone(request, _respond(request, raw, exchange, upstream))
-
-
-async def _respond(request: Request, raw: bytes, exchange: Exchange, upstream: Upstream) -> Response:
-    response = await upstream.read(request, "/responses", raw)
-    if not response.is_success:
-        return handed_on(response, response.content)
-    return await align_response(exchange, parse_response(response.content), response)
+    return await forward(request, raw, exchange, upstream, _ENDPOINT, stream=wants_stream(body))

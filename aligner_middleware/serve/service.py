@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import MissingQuestionError, RemoteError
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.outcome import Aligned, Outcome
+from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.serve.facts import Facts, facts
 from aligner_middleware.serve.keys import find_key
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.settings import PolicySettings, ServeSettings
@@ -77,6 +81,11 @@ class Decision:
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @cached_property
+    def facts(self) -> Facts:
+        """All of it but the texts, as the listeners tell it."""
+        return facts(self)
+
 
 Listener = Callable[[Decision], None]
 
@@ -126,6 +135,41 @@ class Service:
         start = time.perf_counter()
         outcome = await client.alignment.aalign_pair(question, answer)
         return self.decided(client, route, question, answer, outcome, start)
+
+    async def stream(
+        self,
+        client: Client,
+        route: str,
+        question: str | MissingQuestionError,
+        answer: str,
+        ahead: ReadAhead | None = None,
+    ) -> AsyncGenerator[str | Aligned, None]:
+        """Align one answer as `align` does, and give its text as soon as nothing can take it back. Close it at the end.
+
+        Args:
+            client: Whose answer it is.
+            route: The route that it came by.
+            question: The question, or why it is not known.
+            answer: The whole answer.
+            ahead: What has read it while it arrived.
+
+        Yields:
+            Pieces, which joined are the aligned text; then what became of the answer.
+
+        Raises:
+            Problem: As of `align`.
+        """
+        start, sent = time.perf_counter(), 0
+        stream = client.alignment.stream_pair(question, answer, ahead)
+        async with aclosing(stream):
+            async for piece in stream:
+                if piece:
+                    sent += len(piece)
+                    yield piece
+        aligned = self.decided(client, route, question, answer, stream.outcome, start)
+        if rest := aligned.text[sent:]:  # in shadow mode, of JSON and where errors pass, that is all
+            yield rest
+        yield aligned
 
     def decided(
         self,

@@ -35,7 +35,7 @@ class PolicySettings(BaseModel):
         "raise", description="Result where a correction fails: an error, or the original answer."
     )
     overrides: bool = Field(
-        True, description="Whether a request to `/v1/correct` may give a strength or mode of its own."
+        True, description="Whether a request to `/v1/correct`, or the page, may give a strength or mode of its own."
     )
     keep_texts: bool = Field(
         False, description="Whether questions and answers go to the audit log and the page's live log."
@@ -84,11 +84,18 @@ class ServeSettings(BaseModel):
     )
     correction_timeout: float = Field(60, gt=0, description="Seconds that a correction may take.")
     max_body: int = Field(4 * 2**20, ge=1024, description="Largest request, in bytes.")
-    body_timeout: float = Field(30, gt=0, description="Seconds in which a request's body has to arrive.")
+    body_timeout: float = Field(
+        30, gt=0, description="Seconds in which a request's headers have to arrive, and then its body."
+    )
     concurrency: int = Field(256, ge=1, description="Requests that are served at once; more get status 429.")
     keep_alive: float = Field(10, gt=0, description="Seconds of silence in a stream after which a comment is sent.")
     audit: Path | None = Field(None, description="SQLite file of the audit log; by default there is none.")
     audit_rows: int = Field(1_000_000, ge=1, description="Rows that the audit log keeps; older ones are deleted.")
+    audit_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Secret by which the audit log's digests of texts are keyed; by default a new one at each start.",
+    )
     cors_origins: tuple[str, ...] = Field((), description="Origins of web pages that may call the service.")
     page: bool = Field(True, description="Whether `/` shows the page.")
     drain: float = Field(30, ge=0, description="Seconds in which running requests may end when the service stops.")

@@ -23,10 +23,15 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 _AHEAD = 64  # events that wait for the client at most
 
 
-def event(data: str | Mapping[str, Any]) -> bytes:
-    """Make an event of text without line breaks, or of an object."""
+def event(data: str | Mapping[str, Any], name: str | None = None) -> bytes:
+    """Make an event of text without line breaks, or of an object.
+
+    Args:
+        data: The text or the object.
+        name: Of the event, where it has one; without line breaks.
+    """
     text = data if isinstance(data, str) else json.dumps(data)
-    return f"data: {text}\n\n".encode()
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
 async def read_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]:
@@ -44,11 +49,12 @@ async def read_events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[str, None]
 
 
 class EventStream(StreamingResponse):
-    """Sends what a producer puts. It is cancelled when the client goes away; its error becomes an event of OpenAI's shape.
+    """Sends what a producer puts. It is cancelled when the client goes away; its error becomes an event.
 
     Args:
         produce: Gets a function to put events with, and runs until there are no more.
         close: Frees what the producer holds; awaited in any case.
+        failed: Makes the event of an error.
         keep_alive: Seconds of silence after which a comment is sent.
         headers: Of the response.
     """
@@ -57,12 +63,14 @@ class EventStream(StreamingResponse):
         self,
         produce: Callable[[Put], Awaitable[None]],
         close: Callable[[], Awaitable[None]],
+        failed: Callable[[Problem], bytes],
         *,
         keep_alive: float,
         headers: Mapping[str, str],
     ) -> None:
         self._produce = produce
         self._close = close
+        self._failed = failed
         self._keep_alive = keep_alive
         self._queue = asyncio.Queue[bytes | None](_AHEAD)
         self._events = self._sent()
@@ -102,5 +110,5 @@ class EventStream(StreamingResponse):
             problem = Problem.of(exc)
             if problem is not exc:
                 logger.error("a stream failed", exc_info=exc)
-            await self._queue.put(event(problem.body))
+            await self._queue.put(self._failed(problem))
         await self._queue.put(None)

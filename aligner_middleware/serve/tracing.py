@@ -5,7 +5,6 @@ from __future__ import annotations
 from opentelemetry import trace
 
 from aligner_middleware import __version__
-from aligner_middleware.serve.facts import facts
 from aligner_middleware.serve.service import Decision
 
 _NANOSECONDS = 10**9
@@ -23,7 +22,7 @@ class Spans:
 
     def __call__(self, decision: Decision) -> None:
         """Make the span of a decision."""
-        seen = facts(decision)
+        seen = decision.facts
         end = int(decision.at.timestamp() * _NANOSECONDS)
         span = self._tracer.start_span("aligner.correct", start_time=end - int(seen.seconds * _NANOSECONDS))
         if span.is_recording():

@@ -19,15 +19,15 @@ from aligner_middleware.serve.settings import ServeSettings
 _CONNECT = 10.0  # seconds
 # Headers of clients that the upstream gets beside the body; keys are decided on apart.
 _REQUEST_HEADERS = (
-    "openai-organization",
-    "openai-project",
-    "openai-beta",
-    "idempotency-key",
-    "x-client-request-id",
-    "traceparent",
-    "tracestate",
+    b"openai-organization",
+    b"openai-project",
+    b"openai-beta",
+    b"idempotency-key",
+    b"x-client-request-id",
+    b"traceparent",
+    b"tracestate",
 )
-_KEY_HEADERS = ("authorization", "api-key")
+_KEY_HEADERS = (b"authorization", b"api-key")
 _RESPONSE_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "x-request-id")
 _RESPONSE_PREFIXES = ("openai-", "x-ratelimit-")
 
@@ -80,7 +80,8 @@ class Upstream:
             The response, read; its status may be any.
 
         Raises:
-            Problem: 502 if the upstream cannot be reached or breaks off, 504 if it takes longer than `upstream_timeout`.
+            Problem: 502 if the upstream cannot be reached or breaks off, 504 if it takes longer than `upstream_timeout`, 400
+                if the client's path or query makes no URL.
         """
         with self._problems():
             async with asyncio.timeout(self._timeout):
@@ -124,16 +125,15 @@ class Upstream:
                 yield chunk
 
     def _request(self, request: Request, path: str, body: bytes | None) -> httpx.Request:
-        headers = {name: request.headers[name] for name in _REQUEST_HEADERS if name in request.headers}
+        handed_on = _REQUEST_HEADERS + (_KEY_HEADERS if self._key is None and self._hands_on_keys else ())
+        headers = {name: value for name, value in request.headers.raw if name in handed_on}  # which may be no text
         if self._key is not None:
-            headers["authorization"] = f"Bearer {self._key.get_secret_value()}"
-        elif self._hands_on_keys:
-            headers |= {name: request.headers[name] for name in _KEY_HEADERS if name in request.headers}
+            headers[b"authorization"] = f"Bearer {self._key.get_secret_value()}".encode()
         url = self._url.copy_with(path=self._url.path.rstrip("/") + path)
         url = url.copy_merge_params(str(request.query_params)) if request.query_params else url
         if body is None:
             return self._client.build_request("GET", url, headers=headers)
-        headers |= {"content-type": "application/json", "accept-encoding": "identity"}
+        headers |= {b"content-type": b"application/json", b"accept-encoding": b"identity"}
         return self._client.build_request("POST", url, headers=headers, content=body)
 
     @contextmanager
@@ -143,7 +143,9 @@ class Upstream:
         except (TimeoutError, httpx.TimeoutException) as exc:
             message = f"the upstream did not answer within {self._timeout:g} seconds"
             raise Problem(504, message, kind="timeout_error", code="upstream_timeout") from exc
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as exc:
+        except httpx.InvalidURL as exc:  # of the client's path or query, since the base URL was parsed before
+            raise Problem(400, f"the upstream cannot be asked for that URL: {exc}", code="invalid_url") from exc
+        except (httpx.HTTPError, httpx.StreamError) as exc:
             logger.warning("the upstream failed: %s: %s", type(exc).__name__, exc)
             message = f"the upstream cannot be reached, or broke off ({type(exc).__name__})"
             raise Problem(502, message, kind="upstream_error", code="upstream_failed") from exc

@@ -53,6 +53,8 @@ async function start() {
   const shadow = about.mode === "shadow" ? ", in shadow mode: answers leave unchanged" : "";
   at("about").textContent = `${about.aligner}, version ${about.version}; client ${about.client}${shadow}`;
   at("audit").hidden = !about.audit;
+  at("threshold").disabled = !about.overrides;
+  at("locked").hidden = about.overrides;
   showLevels();
   if (about.audit) search();
   watch();
@@ -148,7 +150,7 @@ function showLevels() {
   const names = Object.entries(about.levels ?? {});
   at("levels").replaceChildren(
     ...names.map(([name, threshold]) => {
-      const button = make("button", { type: "button", textContent: `${name} ${threshold.toFixed(2)}` });
+      const button = make("button", { type: "button", textContent: `${name} ${threshold.toFixed(2)}`, disabled: !about.overrides });
       button.dataset.threshold = threshold;
       button.addEventListener("click", () => {
         at("threshold").value = threshold;

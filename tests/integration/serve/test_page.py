@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -29,12 +30,10 @@ FLAGS = [
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    audit = tmp_path_factory.mktemp("audit") / "audit.sqlite"
+@contextlib.contextmanager
+def served(folder: Path, policy: PolicySettings) -> Iterator[str]:
     aligner = judging_aligner(lambda q, a: a.replace("silly ", ""), lambda q, a: 0.5 if "silly" in a else -3.0)
-    settings = ServeSettings(policy=PolicySettings(keep_texts=True), audit=audit)
-    app = create_app(settings, aligner)
+    app = create_app(ServeSettings(policy=policy, audit=folder / "audit.sqlite"), aligner)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -43,6 +42,12 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(tmp_path_factory.mktemp("audit"), PolicySettings(keep_texts=True)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +94,17 @@ def test_an_answer_is_corrected_by_the_keyboard_alone(
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert errors == []
     page.close()
+
+
+def test_a_policy_without_overrides_locks_the_slider(browser: Any, tmp_path: Path) -> None:
+    with served(tmp_path, PolicySettings(overrides=False)) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.fill("#question", "Who?")
+        page.fill("#answer", "That is a silly question.")
+        page.click("#submit")
+        page.wait_for_selector("#scale:visible")
+        assert page.is_disabled("#threshold")
+        assert page.is_disabled("#levels button >> nth=0")
+        assert "policy" in page.inner_text("#locked:visible")
+        page.close()

@@ -12,7 +12,6 @@ import pytest
 
 from aligner_middleware.serve.keys import hash_key
 from aligner_middleware.serve.settings import ServeSettings
-from aligner_middleware.serve.worker import create_worker, hand_over
 from tests.unit.cli.running import PATIENCE, Run, only_line, process
 
 
@@ -84,15 +83,6 @@ def test_a_new_key_is_printed_once_with_lines_that_are_settings(run: Run, tmp_pa
     (known,) = settings_of("--config", file).keys
     assert (known.name, known.sha256) == ("bob", hash_key(key))
     assert run("serve", "--new-key", "no name").exit_code == 2
-
-
-def test_settings_reach_the_processes_of_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_ALIGNER_SERVE_SETTINGS", "")
-    hand_over(ServeSettings(upstream_key="secret", port=1))
-    got: list[ServeSettings] = []
-    monkeypatch.setattr("aligner_middleware.serve.worker.create_app", got.append)
-    create_worker()
-    assert got == [ServeSettings(upstream_key="secret", port=1)]
 
 
 def test_a_process_serves_and_ends_when_it_is_told_to() -> None:

@@ -14,6 +14,7 @@ import uvicorn
 
 from aligner_middleware import Aligner
 from aligner_middleware.serve.app import create_app
+from aligner_middleware.serve.connections import CONNECTION
 from aligner_middleware.serve.settings import ServeSettings
 from tests.fakes import judging_aligner
 
@@ -119,13 +120,15 @@ def streamed(chunks: AsyncIterator[bytes] | Iterable[bytes], **headers: str) -> 
 async def serving(
     reply: httpx.Response | Exception | Reply,
     aligner: Aligner | None = None,
+    drain: int = 1,
     **settings: Any,
 ) -> AsyncGenerator[Service, None]:
-    """Serve on a free port, before an upstream that replies so."""
+    """Serve on a free port as `aligner serve` does, before an upstream that replies so."""
     upstream = Upstream(reply)
     given = ServeSettings(**{"upstream": "http://upstream/v1", **settings})
     app = create_app(given, aligner or polite_aligner(), upstream)
-    config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1, lifespan="on")
+    options: dict[str, Any] = {"http": CONNECTION, "ws": "none", "timeout_graceful_shutdown": drain}
+    config = uvicorn.Config(app, log_level="warning", lifespan="on", **options)
     server = uvicorn.Server(config)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -136,7 +139,7 @@ async def serving(
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         try:
             async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-                yield Service(url, client, upstream, app)
+                yield Service(url, client, upstream, app, server)
         finally:
             server.should_exit = True
             await task
@@ -145,11 +148,14 @@ async def serving(
 class Service:
     """A running service, a plain client of it, and its upstream."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient, upstream: Upstream, app: Any) -> None:
+    def __init__(
+        self, url: str, client: httpx.AsyncClient, upstream: Upstream, app: Any, server: uvicorn.Server
+    ) -> None:
         self.url = url
         self.client = client
         self.upstream = upstream
         self.app = app
+        self.server = server
 
     async def ask(self, body: Any = ASKED, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -42,6 +42,14 @@ def test_a_request_passes_and_its_question_is_known_for_the_response(app: Runnin
     assert app.post(PATH, response(KEPT)).json()["action"] == "NONE"
 
 
+def test_several_processes_refuse_it_since_a_question_and_its_answer_might_not_meet() -> None:
+    for app in start(workers=2):
+        for body in (request(), response(ANSWER)):
+            reply = app.post(PATH, body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (501, "needs_one_worker")
+            assert "set workers to 1" in reply.json()["error"]["message"]
+
+
 def test_the_end_of_a_stream_that_is_sent_again_is_decided_once(app: Running) -> None:
     app.post(PATH, request())
     assert app.post(PATH, response(ANSWER)).json() == app.post(PATH, response(ANSWER)).json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import stat
 import threading
 from pathlib import Path
@@ -88,6 +89,46 @@ def test_without_keep_texts_no_text_is_in_the_files(tmp_path: Path) -> None:
         assert b"secret" not in file.read_bytes() and b"moron" not in file.read_bytes()
 
 
+def test_digests_tell_a_text_only_to_those_who_have_the_key(tmp_path: Path) -> None:
+    rows = {}
+    for name, key in (("one", b"k" * 16), ("same", b"k" * 16), ("other", b"o" * 16), ("new", None), ("newer", None)):
+        log = AuditLog(tmp_path / name, keep=10, key=key)
+        log(decision(keep=False))
+        log(decision(keep=False))
+        log.close()
+        with opened(tmp_path / name) as file:
+            first, second = ([row[f"{text}_digest"] for text in ("question", "answer", "text")] for row in file.rows())
+        assert first == second
+        rows[name] = first
+    assert rows["one"] == rows["same"]
+    assert rows["one"][0] == hmac.digest(b"k" * 16, b"How?", "sha256").hex()
+    assert len({digest for row in rows.values() for digest in row}) == 4 * 3
+
+
+def test_the_audit_key_of_the_settings_holds(tmp_path: Path) -> None:
+    path = tmp_path / "audit.sqlite"
+    with client_of(audit=path, audit_key="a secret of sixteen") as client:
+        ask(client)
+    with opened(path) as file:
+        (row,) = file.rows()
+    assert row["question_digest"] == hmac.digest(b"a secret of sixteen", b"How?", "sha256").hex()
+
+
+def test_a_search_takes_its_words_literally(tmp_path: Path) -> None:
+    path = tmp_path / "audit.sqlite"
+    log = AuditLog(path, keep=10)
+    for question in ("100 %", "100 x", "a_b", "a'b", "a\\b"):
+        log(decision(question=question))
+    log.close()
+    with opened(path) as file:
+        found = {
+            words: [row["question"] for row in file.search("anonymous", words, 9)]
+            for words in ("%", "_", "'", "\\", "")
+        }
+    assert found == {"%": ["100 %"], "_": ["a_b"], "'": ["a'b"], "\\": ["a\\b"], "": found[""]}
+    assert len(found[""]) == 5
+
+
 def test_two_writers_of_a_file_keep_its_bound(tmp_path: Path) -> None:
     path = tmp_path / "audit.sqlite"
     logs = [AuditLog(path, keep=50) for _ in range(2)]
@@ -164,6 +205,14 @@ def test_a_strength_is_this_calls_alone_and_the_parts_mark_the_words() -> None:
         kept, changed = ask(client, strength=1).json(), ask(client).json()
     assert kept["changed"] is False and kept["threshold"] == 1
     assert [part["kind"] for part in changed["parts"]] == ["same", "removed"]
+
+
+def test_a_policy_without_overrides_holds_for_the_page_too() -> None:
+    with client_of(policy=PolicySettings(overrides=False)) as client:
+        refused = ask(client, strength=1)
+        assert client.get("/page/about").json()["overrides"] is False
+        assert ask(client).json()["changed"] is True
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "override_not_allowed")
 
 
 def test_with_keys_each_client_sees_and_marks_its_own_rows_alone(tmp_path: Path) -> None:

@@ -57,12 +57,10 @@ async def test_without_a_question_or_with_a_schema_it_passes_and_says_why() -> N
     assert structured["aligner"]["reason"] == "structured answer"
 
 
-@pytest.mark.parametrize("field", ["stream", "background"])
-async def test_what_would_leave_uncorrected_is_refused_and_names_the_other_route(field: str) -> None:
+async def test_a_response_in_the_background_would_be_fetched_uncorrected_and_is_refused() -> None:
     async with serving(response(RUDE)) as service:
-        reply = await service.ask({"model": "m", "input": "q", field: True}, PATH)
-    assert reply.status_code == 400
-    assert "/v1/chat/completions" in reply.json()["error"]["message"]
+        reply = await service.ask({"model": "m", "input": "q", "background": True}, PATH)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "background")
     assert service.upstream.requests == []
 
 

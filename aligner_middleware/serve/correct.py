@@ -184,10 +184,11 @@ async def _streamed(service: Service, client: Client, body: CorrectBody) -> Asyn
     stream: AlignedStream = client.alignment.stream_pair(body.question, body.answer)
     sent = ""
     try:
-        async for text in stream:
-            if text:
-                sent += text
-                yield {"text": text}
+        with service.backlog.waiting():
+            async for text in stream:
+                if text:
+                    sent += text
+                    yield {"text": text}
     finally:
         await stream.aclose()
     aligned = service.decided(client, "/v1/correct", body.question, body.answer, stream.outcome, start)

@@ -77,9 +77,10 @@ class Exchange:
             return passed
         start = time.perf_counter()
         stream = self.client.alignment.stream_pair(self.question, answer, ahead)
-        async with aclosing(stream):
-            async for piece in stream:
-                await show(piece)
+        with self.service.backlog.waiting():
+            async with aclosing(stream):
+                async for piece in stream:
+                    await show(piece)
         return self.service.decided(self.client, self.route, self.question, answer, stream.outcome, start)
 
     def _passed(self, answer: str) -> Aligned | None:

@@ -14,6 +14,7 @@ from aligner_middleware.aligner import Aligner
 from aligner_middleware.errors import MissingQuestionError
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.outcome import Aligned, Outcome
+from aligner_middleware.serve.backlog import Backlog
 from aligner_middleware.serve.keys import find_key
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.settings import PolicySettings, ServeSettings
@@ -95,12 +96,14 @@ class Service:
 
     Attributes:
         settings, aligner: As given.
+        backlog: The answers that wait for the aligner.
         listeners: Called with every decision, in the event loop's thread; they must not block. Their errors are logged.
     """
 
     def __init__(self, settings: ServeSettings, aligner: Aligner) -> None:
         self.settings = settings
         self.aligner = aligner
+        self.backlog = Backlog()
         self.listeners: list[Listener] = []
         self._clients = {key.name: self._client(key.name, key) for key in settings.keys}
         self._anonymous = self._client(ANONYMOUS, settings.policy)
@@ -122,7 +125,8 @@ class Service:
             Problem: If the correction fails, and the policy says `raise`.
         """
         start = time.perf_counter()
-        outcome = await client.alignment.aalign_pair(question, answer)
+        with self.backlog.waiting():
+            outcome = await client.alignment.aalign_pair(question, answer)
         return self.decided(client, route, question, answer, outcome, start)
 
     def decided(

@@ -168,11 +168,13 @@ def stub(folder: Path) -> contextlib.AbstractContextManager[Server]:
     """Start the stub of an upstream."""
     port = free_port()
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    return started("stub", [sys.executable, "-m", "serve_arms", str(port)], port, "/v1/models", folder, PYTHONPATH=paths)
+    return started(
+        "stub", [sys.executable, "-m", "serve_arms", str(port)], port, "/v1/models", folder, PYTHONPATH=paths
+    )
 
 
 def service(folder: Path, upstream: Server, name: str = "aligner", **settings: Any) -> Any:
-    """Start `aligner serve` as a user does: by a file of settings. Its two keys, `correct` and `shadow`, say how it decides."""
+    """Start `aligner serve` as a user does: by a file of settings, with a key that corrects and one of shadow mode."""
     port, file = free_port(), folder / f"{name}.yaml"
     settings["keys"] = [{"name": mode, "mode": mode, "sha256": hash_key(KEY + mode)} for mode in ("correct", "shadow")]
     file.write_text(yaml.safe_dump({"port": port, "upstream": f"{upstream.url}/v1", **settings}))
@@ -223,4 +225,4 @@ def _answers(url: str) -> bool:
 if __name__ == "__main__":
     import uvicorn
 
-    uvicorn.run(Stub(), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", access_log=False)  # type: ignore[arg-type]
+    uvicorn.run(Stub(), host="127.0.0.1", port=int(sys.argv[1]), log_level="warning", access_log=False)

@@ -46,7 +46,7 @@ end
 function done(summary, latency, requests)
    local errors = summary.errors
    io.write(string.format(
-      '\nRESULT {"requests": %d, "seconds": %.3f, "p50": %.3f, "p95": %.3f, "p99": %.3f, "longest": %.3f, '
+      '\nRESULT {"requests": %d, "seconds": %.3f, "p50": %.3f, "p95": %.3f, "p99": %.3f, "p100": %.3f, '
          .. '"broken": %d, "refused": %d}\n',
       summary.requests, summary.duration / 1e6, latency:percentile(50) / 1000, latency:percentile(95) / 1000,
       latency:percentile(99) / 1000, latency.max / 1000, errors.connect + errors.read + errors.write, errors.status

@@ -2,7 +2,7 @@
 -- wrk … URL -- BODIES SAMPLES [DELAY]: DELAY is the mean pause before each request of a connection, in seconds.
 --
 -- A request carries its start in x-client-request-id. Where the response gives it back as x-request-id, its latency is known
--- apart from those of others, and is noted beside the time in the aligner that the response tells.
+-- apart from those of others, and is noted beside the times of the engine and of the alignment that the response tells.
 local ffi = require("ffi")
 ffi.cdef("typedef struct { long seconds; long nanoseconds; } moment; int clock_gettime(int clock, moment *now);")
 
@@ -40,7 +40,9 @@ function response(status, headers, body)
    local begun = tonumber(headers["x-request-id"] or "")
    local latency = begun and (microseconds() - begun) / 1000 or -1
    local own = tonumber(body:match('"seconds": ?([%d.e-]+)') or "")
-   samples:write(string.format("%d %.3f %.3f %s\n", status, latency, own and own * 1000 or -1, headers["retry-after"] or "-"))
+   local aligned = headers["x-aligner-duration-ms"] or "0"
+   local retry = headers["retry-after"] or "-"
+   samples:write(string.format("%d %.3f %.3f %s %s\n", status, latency, own and own * 1000 or 0, aligned, retry))
 end
 
 function done(summary, latency, requests)

@@ -7,7 +7,7 @@ this machine's loopback. Each part runs for a few minutes at most, and replaces 
 
 - compare: latency of the stub alone, of the service that decides nothing (a structured answer is asked for), in shadow mode
   and correcting, of LiteLLM's proxy alone, of NeMo's server without rails, and of `Aligner.acorrect` in this process, in
-  turns. The overhead of a request is its latency less the aligner's own time (`usage.seconds`), which its response tells;
+  turns. The overhead of a request is its latency less the time of its alignment (`x-aligner-duration-ms`);
 - rate: answers a second of `Aligner.acorrect` in this process and through the service, in turns, and what happens at twice
   that rate, with arrivals at random from 600 connections;
 - memory: what the service holds, after every 1,000 of 20,000 requests that decide nothing, then some in shadow mode;
@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -107,7 +108,7 @@ async def in_process(aligner: Aligner, at_once: int, seconds: float) -> Found:
         "requests": len(latencies),
         "seconds": seconds,
         **percentiles("p", latencies),
-        **percentiles("overhead_p", over),
+        **percentiles("beyond_engine_p", over),
     }
 
 
@@ -154,11 +155,14 @@ def main() -> None:
     options = parser.parse_args()
     file = options.out / "serve.json"
     for part in options.parts:
+        load = os.getloadavg()[0]  # of the machine beside this
         with tempfile.TemporaryDirectory() as folder:
             found = PARTS[part](options, Path(folder))
         kept = json.loads(file.read_text()) if file.is_file() else {}
         options.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(kept | {"machine": machine(1), part: found}, indent=1) + "\n")
+        file.write_text(
+            json.dumps(kept | {"machine": machine(1), part: found | {"load_average": load}}, indent=1) + "\n"
+        )
         if part == "compare":
             Console(width=130).print(as_table(found))
         else:

@@ -74,10 +74,13 @@ class Arm:
     def _noted(self, file: Path) -> Found:
         """Read what the script noted of each response."""
         rows = [line.split() for line in file.read_text().splitlines()]
-        over = [float(latency) - max(0.0, float(own)) for _, latency, own, _ in rows if float(latency) > 0]
         found: Found = {"status": dict(Counter(row[0] for row in rows))}
-        found["retry_after"] = dict(Counter(row[3] for row in rows if row[3] != "-"))
-        return found | (percentiles("overhead_p", over) if over else {})
+        found["retry_after"] = dict(Counter(row[4] for row in rows if row[4] != "-"))
+        timed = [tuple(map(float, row[1:4])) for row in rows if row[0] == "200" and float(row[1]) > 0]
+        if timed:
+            found |= percentiles("overhead_p", [latency - aligned for latency, _, aligned in timed])
+            found |= percentiles("beyond_engine_p", [latency - engine for latency, engine, _ in timed])
+        return found
 
 
 def percentiles(name: str, values: Sequence[float]) -> Found:

@@ -11,7 +11,7 @@ this machine's loopback. Each part runs for a few minutes at most, and replaces 
 - rate: answers a second of `Aligner.acorrect` in this process and through the service, in turns, and what happens at twice
   that rate, with arrivals at random from 600 connections;
 - memory: what the service holds, after every 1,000 of 20,000 requests that decide nothing, then some in shadow mode;
-- streams: 500 streams at once, whose answers come word by word over 60 to 240 seconds.
+- streams: 500 streams at once, whose answers come word by word, each over a time between `--over` seconds.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def memory(options: argparse.Namespace, folder: Path) -> Found:
             arm, held, start = ours(server)[name], [server.megabytes()], served(server)
             with arm.sending(folder, 32, 3600):
                 while (done := served(server) - start) < count:
-                    time.sleep(0.2)
+                    time.sleep(0.5)
                     if done * 20 >= count * len(held):
                         held.append(server.megabytes())
             found[name] = {"requests": done, "megabytes": held}
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--decided", type=int, default=1000, help="requests in shadow mode, of memory")
     parser.add_argument("--streams", type=int, default=500)
+    parser.add_argument("--over", type=float, nargs=2, default=[60, 240], help="seconds that an answer takes to come")
     parser.add_argument("--litellm", type=Path, help="the program `litellm` of an environment of its own")
     parser.add_argument("--nemo", type=Path, help="the program `nemoguardrails` of an environment of its own")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
@@ -20,13 +20,17 @@ from serve_wrk import Arm, Found, ours
 
 def streams(options: argparse.Namespace, folder: Path) -> Found:
     """Open 500 streams at once, and read each to its end."""
-    settings = {"concurrency": options.streams + 10, "keep_alive": 5, "correction_timeout": 240}
+    settings = {
+        "concurrency": options.streams + 10,
+        "keep_alive": 5,
+        "correction_timeout": 240,
+    }  # many answers may end together
     with arms.stub(folder) as stub, arms.service(folder, stub, **settings) as server:
         arm = ours(server)["correcting"]
         arm.load(folder, 2, 3)
         before = server.megabytes()
         held: list[float] = []
-        results = asyncio.run(all_streams(arm, options.streams, lambda: held.append(server.megabytes())))
+        results = asyncio.run(all_streams(arm, options.streams, options.over, lambda: held.append(server.megabytes())))
         time.sleep(15)  # the aligner frees its cache after 10 seconds without work
         after = server.megabytes()
     silences = sorted(one["silence"] for one in results)
@@ -43,13 +47,13 @@ def streams(options: argparse.Namespace, folder: Path) -> Found:
     }
 
 
-async def all_streams(arm: Arm, count: int, watch: Callable[[], None]) -> list[Found]:
+async def all_streams(arm: Arm, count: int, over: Sequence[float], watch: Callable[[], None]) -> list[Found]:
     """Read so many streams at once; `watch` is called every second."""
     pairs, chance = itertools.cycle(arms.held_out()), random.Random(0)
     limits = httpx.Limits(max_connections=count)
     async with httpx.AsyncClient(limits=limits, timeout=300, headers={"Authorization": f"Bearer {arm.key}"}) as client:
         tasks = [
-            asyncio.create_task(one_stream(client, arm, *next(pairs), chance.uniform(60, 240))) for _ in range(count)
+            asyncio.create_task(one_stream(client, arm, *next(pairs), chance.uniform(*over))) for _ in range(count)
         ]
         while not all(task.done() for task in tasks):
             await asyncio.sleep(1)

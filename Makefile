@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint audit unit integration coverage slow remote-test bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong benchmark clean
+.PHONY: help demo test lint audit unit integration coverage slow remote-test bench bench-precision bench-serving bench-serve bench-training default-aligner verdict-ablation ablations rounds weak-to-strong benchmark clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -76,6 +76,14 @@ bench-precision: .venv/installed  ## What each precision costs, and whether draf
 
 bench-serving: .venv/installed  ## Start, memory, concurrent calls, streaming upstreams
 	$(BIN)/python benchmarks/serving.py
+
+# wrk is a package of Debian (`apt install wrk`). LITELLM and NEMO name the programs of environments of their own, since their
+# dependencies clash with ours: `pip install 'litellm[proxy]'`, `pip install 'nemoguardrails[server]'`.
+LITELLM ?=
+NEMO ?=
+
+bench-serve: .venv/installed  ## The service under load, beside LiteLLM's proxy and NeMo Guardrails; a quarter of an hour
+	$(BIN)/python benchmarks/serve_load.py $(if $(LITELLM),--litellm $(LITELLM)) $(if $(NEMO),--nemo $(NEMO))
 
 bench-training: .venv/installed  ## Tokens a second in training, beside padded rows and the plain trainer
 	$(BIN)/python benchmarks/training_speed.py

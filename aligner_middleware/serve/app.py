@@ -69,6 +69,8 @@ def create_app(
         max_body=settings.max_body,
         body_timeout=settings.body_timeout,
         concurrency=settings.concurrency,
+        longest_wait=settings.longest_wait,
+        wait=lambda: app.state.service.backlog.seconds if app.state.service else 0.0,
     )
     if settings.cors_origins:
         app.add_middleware(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,13 +21,26 @@ class Limits:
         max_body: Bytes of a body.
         body_timeout: Seconds in which a body has to arrive.
         concurrency: Requests that are served at once.
+        longest_wait: Seconds that an answer may wait for the aligner.
+        wait: Tells how long one that comes now would wait.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body: int, body_timeout: float, concurrency: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body: int,
+        body_timeout: float,
+        concurrency: int,
+        longest_wait: float,
+        wait: Callable[[], float],
+    ) -> None:
         self._app = app
         self._max_body = max_body
         self._body_timeout = body_timeout
         self._concurrency = concurrency
+        self._longest_wait = longest_wait
+        self._wait = wait
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,9 +48,7 @@ class Limits:
         if scope["type"] != "http" or scope["path"] in _FREE:
             await self._app(scope, receive, send)
             return
-        if self._running >= self._concurrency:
-            message = f"{self._concurrency} requests are being served: try again later"
-            problem = Problem(429, message, kind="rate_limit_error", code="too_many_requests", retry_after=1)
+        if (problem := self._full(scope["method"])) is not None:
             await problem.response()(scope, receive, send)
             return
         self._running += 1
@@ -43,6 +56,21 @@ class Limits:
             await self._serve(scope, receive, send)
         finally:
             self._running -= 1
+
+    def _full(self, method: str) -> Problem | None:
+        """Say why a request is refused now, before its body is read, and before the upstream is asked."""
+        if self._running >= self._concurrency:
+            return self._too_many(f"{self._concurrency} requests are being served", 1)
+        if method == "POST" and (wait := self._wait()) > self._longest_wait:
+            reason = (
+                f"an answer would wait {wait:.0f} seconds for the aligner, and longest_wait is {self._longest_wait:g}"
+            )
+            return self._too_many(reason, math.ceil(wait - self._longest_wait))
+        return None
+
+    def _too_many(self, reason: str, seconds: int) -> Problem:
+        message = f"{reason}: try again later"
+        return Problem(429, message, kind="rate_limit_error", code="too_many_requests", retry_after=seconds)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

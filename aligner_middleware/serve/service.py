@@ -17,6 +17,7 @@ from aligner_middleware.errors import MissingQuestionError, RemoteError
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.outcome import Aligned, Outcome
 from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.serve.backlog import Backlog
 from aligner_middleware.serve.facts import Facts, facts
 from aligner_middleware.serve.keys import find_key
 from aligner_middleware.serve.problems import Problem
@@ -106,12 +107,14 @@ class Service:
 
     Attributes:
         settings, aligner: As given.
+        backlog: The answers that wait for the aligner.
         listeners: Called with every decision, in the event loop's thread; they must not block. Their errors are logged.
     """
 
     def __init__(self, settings: ServeSettings, aligner: Aligner) -> None:
         self.settings = settings
         self.aligner = aligner
+        self.backlog = Backlog()
         self.listeners: list[Listener] = []
         self._clients = {key.name: self._client(key.name, key) for key in settings.keys}
         self._anonymous = self._client(ANONYMOUS, settings.policy)
@@ -133,7 +136,8 @@ class Service:
             Problem: If the correction fails, and the policy says `raise`.
         """
         start = time.perf_counter()
-        outcome = await client.alignment.aalign_pair(question, answer)
+        with self.backlog.waiting():
+            outcome = await client.alignment.aalign_pair(question, answer)
         return self.decided(client, route, question, answer, outcome, start)
 
     async def stream(
@@ -161,11 +165,12 @@ class Service:
         """
         start, sent = time.perf_counter(), 0
         stream = client.alignment.stream_pair(question, answer, ahead)
-        async with aclosing(stream):
-            async for piece in stream:
-                if piece:
-                    sent += len(piece)
-                    yield piece
+        with self.backlog.waiting():
+            async with aclosing(stream):
+                async for piece in stream:
+                    if piece:
+                        sent += len(piece)
+                        yield piece
         aligned = self.decided(client, route, question, answer, stream.outcome, start)
         if rest := aligned.text[sent:]:  # in shadow mode, of JSON and where errors pass, that is all
             yield rest

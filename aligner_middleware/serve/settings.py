@@ -88,6 +88,11 @@ class ServeSettings(BaseModel):
         30, gt=0, description="Seconds in which a request's headers have to arrive, and then its body."
     )
     concurrency: int = Field(256, ge=1, description="Requests that are served at once; more get status 429.")
+    longest_wait: float = Field(
+        30,
+        gt=0,
+        description="Seconds that an answer may wait for the aligner; where it would be more, requests get status 429.",
+    )
     keep_alive: float = Field(10, gt=0, description="Seconds of silence in a stream after which a comment is sent.")
     audit: Path | None = Field(None, description="SQLite file of the audit log; by default there is none.")
     audit_rows: int = Field(1_000_000, ge=1, description="Rows that the audit log keeps; older ones are deleted.")

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.errors import MissingQuestionError
+from aligner_middleware.errors import InputError, MissingQuestionError
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.outcome import Aligned, Outcome
 from aligner_middleware.serve.keys import find_key
@@ -82,8 +82,20 @@ Listener = Callable[[Decision], None]
 
 
 def load_aligner(settings: ServeSettings) -> Aligner:
-    """Load the aligner that the settings name; raises as `Aligner.load` does."""
-    return Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
+    """Load the aligner that the settings name.
+
+    Raises:
+        AlignerError: As `Aligner.load` does; and if a policy has an instruction that the aligner cannot correct by.
+    """
+    aligner = Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
+    for name, policy in [(ANONYMOUS, settings.policy), *((key.name, key) for key in settings.keys)]:
+        try:
+            if policy.instruction:
+                aligner.instruction_for(policy.instruction)
+        except InputError as exc:
+            aligner.close()
+            raise InputError(f"the policy of {name!r}: {exc}") from None
+    return aligner
 
 
 class Service:
@@ -172,6 +184,7 @@ class Service:
             strength=policy.strength,
             mode=policy.mode,
             on_doubt=policy.on_doubt,
+            instruction=policy.instruction,
             on_error=policy.on_error,
             on_missing_question="passthrough",
             on_long_answer="piecewise",

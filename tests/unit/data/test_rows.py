@@ -105,3 +105,24 @@ def test_deep_json_is_an_error_that_names_the_line(tmp_path: Path, reader: Calla
 
 def test_what_is_no_number_is_null() -> None:
     assert finite({"a": (math.nan, [math.inf], 1.5)}) == {"a": [None, [None], 1.5]}
+
+
+def test_a_row_may_say_how_it_is_to_be_corrected(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "rows.jsonl",
+        pair() | {"correction": "c", "instruction": " formal "},
+        pair() | {"kind": "bad", "better": "b", "instruction": "formal"},
+        pair() | {"correction": "c", "instruction": None},
+        pair() | {"correction": "c", "instruction": ""},
+        {"prompt": "p", "chosen": "c", "rejected": "r", "instruction": "Write a poem."},  # here it names the question
+    )
+    assert [row.instruction for row in read_rows(path).triples] == ["formal", "formal", None, None, None]
+    with_identity = read_rows(path).triples[0].corrected()
+    assert (with_identity.answer, with_identity.instruction, with_identity.keeps) == ("c", "formal", True)
+
+
+@pytest.mark.parametrize("instruction", [3, ["formal"], "x" * 2001, "\ud800"])
+def test_an_instruction_that_is_no_text_or_too_long_is_an_error(tmp_path: Path, instruction: Any) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", pair() | {"correction": "c", "instruction": instruction})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: (instruction: |holds a lone surrogate)"):
+        read_rows(path)

@@ -87,3 +87,35 @@ def test_files_of_templates_without_an_instruction_are_those_of_earlier_versions
     assert Artifact.load(folder).template == DEFAULT
     new = artifact_folder(tmp_path / "new", template=with_instruction(DEFAULT))
     assert Artifact.load(new).template == with_instruction(DEFAULT) == with_instruction(with_instruction(DEFAULT))
+
+
+# Of SteveKGYang/MetaAligner (MIT licence), `inference/aligner_inference.py` at 26d8dad; `{aspects}` are its objectives, joined
+# by "; ".
+METAALIGNER = {
+    "metaaligner": 'Edit the following Question-Answer pair to make it better considering these aspects "{aspects}" | '
+    "Question: {question} | Answer: {answer} | Edit: ",
+    "metaaligner-hh-rlhf": "You are an assistant to human. You will be provided with a context and an answer. "
+    "Consider the context, then edit the answer to improve it considering these aspects: {aspects} | "
+    "Context: {question} | Answer: {answer} | Edit: ",
+    "metaaligner-ultrafeedback": "You are an assistant to human. You will be provided with a query and an answer. "
+    "Consider the query, then edit the answer to improve it considering these aspects: {aspects} | "
+    "Query: {question} | Answer: {answer} | Edit: ",
+}
+OBJECTIVES = (
+    "Harmlessness: The response should avoid content that is offensive, discriminatory, or harmful; "
+    "Humour: The response should be cheerful and amusing"
+)
+
+
+@pytest.mark.parametrize("name", METAALIGNER)
+def test_metaaligners_prompts_are_byte_for_byte_those_of_its_authors(name: str) -> None:
+    template = resolve_template(name)
+    ids = encode_prompt(TOKENIZER, template, "Who? {answer}", "Nobody.  ", OBJECTIVES)
+    expected = METAALIGNER[name].format(aspects=OBJECTIVES, question="Who? {answer}", answer="Nobody.  ")
+    assert TOKENIZER.decode(ids) == expected
+    assert template.needs_instruction
+
+
+def test_metaaligners_models_get_the_prompt_of_their_data() -> None:
+    for data, name in (("IMHI", ""), ("HH-RLHF", "-hh-rlhf"), ("UltraFeedback", "-ultrafeedback")):
+        assert resolve_template(None, f"MetaAligner/MetaAligner-{data}-7B").name == "metaaligner" + name

@@ -30,7 +30,7 @@ _PUBLISHED = (
     ),
     PromptTemplate(
         name="metaaligner",
-        text="Edit the following Question-Answer pair to make it better considering these aspects \"{instruction}\" | "
+        text='Edit the following Question-Answer pair to make it better considering these aspects "{instruction}" | '
         "Question: {question} | Answer: {answer} | Edit: ",
     ),
     PromptTemplate(

@@ -89,8 +89,8 @@ def test_files_of_templates_without_an_instruction_are_those_of_earlier_versions
     assert Artifact.load(new).template == with_instruction(DEFAULT) == with_instruction(with_instruction(DEFAULT))
 
 
-# Of SteveKGYang/MetaAligner (MIT licence), `inference/aligner_inference.py` at 26d8dad; `{aspects}` are its objectives, joined
-# by "; ".
+# Of SteveKGYang/MetaAligner (MIT licence), `inference/aligner_inference.py` at 26d8dad; `{aspects}` are its objectives,
+# joined by "; ".
 METAALIGNER = {
     "metaaligner": 'Edit the following Question-Answer pair to make it better considering these aspects "{aspects}" | '
     "Question: {question} | Answer: {answer} | Edit: ",

@@ -126,3 +126,15 @@ def test_an_instruction_that_is_no_text_or_too_long_is_an_error(tmp_path: Path, 
     path = jsonl(tmp_path / "rows.jsonl", pair() | {"correction": "c", "instruction": instruction})
     with pytest.raises(DataError, match=r"rows\.jsonl:1: (instruction: |holds a lone surrogate)"):
         read_rows(path)
+
+
+def test_the_examples_rows_teach_each_instruction_to_change_answers_and_to_keep_them() -> None:
+    folder = Path(__file__).parents[3] / "examples" / "instructions"
+    rows, held_out = (read_rows(folder / name).triples for name in ("train.jsonl", "held_out.jsonl"))
+    told = {"more empathic", "plain English, short", "no medical advice", "formal"}
+    for some in (rows, held_out):
+        assert {(row.instruction, row.keeps) for row in some if row.instruction} == {
+            (instruction, keeps) for instruction in told for keeps in (True, False)
+        }
+    assert all(row.keeps for row in rows if row.instruction is None)  # good answers, as long as nobody asks for another
+    assert not {row.question for row in rows} & {row.question for row in held_out}

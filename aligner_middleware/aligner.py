@@ -44,6 +44,7 @@ class Aligner(Corrector):
         temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
         top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
         seed: Of the draws: with it, a question and an answer always give the same.
+        instruction: How it corrects where a call gives no instruction of its own; see `correct`.
         revision: What tells one build of `name` from another in cache keys.
         calibration: Its levels of strength; `None` for those of an aligner that nobody has calibrated.
 
@@ -67,10 +68,13 @@ class Aligner(Corrector):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        instruction: str | None = None,
         revision: str | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        settings = Settings(max_new_tokens, draft, temperature, top_p, seed)
+        settings = Settings(max_new_tokens, draft, temperature, top_p, seed, instruction)
+        if instruction:
+            settings.instruction_for(None, template)
         self.name = name
         self.calibration = calibration or Calibration()
         self.source: str | None = None
@@ -97,6 +101,7 @@ class Aligner(Corrector):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        instruction: str | None = None,
         **unknown: Never,
     ) -> Aligner:
         """Load an aligner, building it first if it is not in the cache yet and `[build]` is installed.
@@ -116,10 +121,12 @@ class Aligner(Corrector):
             temperature: 0 takes the most likely token; above it tokens are drawn (the paper: 0.3).
             top_p: Of the most likely tokens only those that together have this probability are drawn (the paper: 0.95).
             seed: Of the draws: with it, a question and an answer always give the same.
+            instruction: How it corrects where a call gives no instruction of its own; see `correct`.
             **unknown: Nothing: a misspelt name is set right in the error.
 
         Raises:
-            InputError: If an option is out of range, or the engine has no such option.
+            InputError: If an option is out of range, the engine has no such option, or the aligner was not trained with
+                instructions.
             ArtifactError: If an exported folder is incomplete, altered, or of another precision; or if ONNX Runtime lacks a
                 provider, or cannot start any.
             BuildError: If the checkpoint cannot be had or exported, or the cache not written.
@@ -129,7 +136,7 @@ class Aligner(Corrector):
         asked: dict[str, Any] = {"precision": precision, "prompt": prompt, "providers": providers}
         asked |= {"threads": threads, "engine": engine}
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
-        options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+        options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "instruction": instruction}
         Settings(**options)  # before anything is built
         aligner = cls._of(loading.load(str(model), **asked), options)
         aligner.source = str(model)
@@ -153,6 +160,7 @@ class Aligner(Corrector):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        instruction: str | None = None,
         **unknown: Never,
     ) -> Aligner:
         """Connect to a server that runs an aligner: vLLM, SGLang, or one that takes the same requests (docs/remote.md).
@@ -170,7 +178,8 @@ class Aligner(Corrector):
             draft: As of `load`.
             temperature: As of `load`.
             top_p: As of `load`.
-            seed: As of `load`; it gives what the server draws with it.
+            seed: As of `load`; the server draws with it.
+            instruction: As of `load`.
             **unknown: As of `load`.
 
         Raises:
@@ -185,7 +194,7 @@ class Aligner(Corrector):
         asked: dict[str, Any] = {"template": template, "model": model, "api_key": api_key}
         asked |= {"concurrency": concurrency, "patience": patience, "silence": silence}
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
-        options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
+        options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "instruction": instruction}
         Settings(**options)
         connected = cls._of(connecting.connect(url, str(aligner), **asked), options)
         connected._load_again = partial(cls.connect, url, loading.absolute(str(aligner)), **asked, **options)
@@ -254,17 +263,23 @@ class Aligner(Corrector):
         check_text("text", text)
         return self._codec.count_tokens(text, at_most)
 
-    def longest_answer(self, question: str) -> int:
+    def longest_answer(self, question: str, instruction: str | None = None) -> int:
         """Say how many tokens an answer to this question may have: a copy must fit into the context beside it.
+
+        Args:
+            question: The question.
+            instruction: As `correct` takes it.
 
         Raises:
             InputError: If the question holds a lone surrogate.
             PromptTooLongError: If it leaves no room for any.
         """
         check_text("question", question)
-        return self._codec.longest_answer(question)
+        return self._codec.longest_answer(question, instruction)
 
-    def log_likelihood(self, question: str, answer: str, corrections: Sequence[str]) -> list[tuple[float, bool]]:
+    def log_likelihood(
+        self, question: str, answer: str, corrections: Sequence[str], instruction: str | None = None
+    ) -> list[tuple[float, bool]]:
         """Say how likely each of some texts is as the correction of an answer: log μ(y_c | y_o, x), paper section 2.
 
         An aligner with verdicts can write some texts in several forms; the one that it is trained on counts.
@@ -273,6 +288,7 @@ class Aligner(Corrector):
             question: The question, x.
             answer: The answer, y_o.
             corrections: The texts, y_c.
+            instruction: As `correct` takes it.
 
         Returns:
             For each the natural logarithm of its probability, its end included, and whether greedy decoding writes it.
@@ -280,11 +296,11 @@ class Aligner(Corrector):
         Raises:
             InputError: If the question is blank, or a text does not fit into the context.
         """
-        prompt, targets = self._codec.encode_targets(question, answer, corrections)
+        prompt, targets = self._codec.encode_targets(question, answer, corrections, instruction)
         return self._scheduler.log_likelihoods(prompt, targets)
 
-    def evidence(self, question: str, answer: str) -> float:
-        """Measure how much speaks for correcting an answer, for calibration.
+    def evidence(self, question: str, answer: str, instruction: str | None = None) -> float:
+        """Measure how much speaks for correcting an answer, for calibration; the arguments are those of `correct`.
 
         Returns:
             The log odds of not keeping it, in nats. Of an aligner without verdicts: how far the log probability of one of
@@ -293,7 +309,7 @@ class Aligner(Corrector):
         Raises:
             InputError: As `correct` does.
         """
-        generation = self._codec.encode_for_evidence(question, answer).generation
+        generation = self._codec.encode_for_evidence(question, answer, instruction).generation
         if generation is None:
             return -math.inf
         self._scheduler.submit(generation).result()

@@ -27,6 +27,7 @@ from aligner_middleware.text.template import (
     decode_operations,
     encode_continuation,
     encode_prompt,
+    tail_length,
     verdict_ids,
 )
 from aligner_middleware.text.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ class Request:
 
     Attributes:
         question, answer: As given.
+        instruction: How to correct it, if that was said.
         reasoning: A block of reasoning at the answer's beginning, which stays as it is.
         text: The rest, which is corrected.
         generation: Its sequence; `None` for a blank text, which is not corrected.
@@ -50,6 +52,7 @@ class Request:
 
     question: str
     answer: str
+    instruction: str | None
     reasoning: str
     text: str
     generation: Generation | None
@@ -95,8 +98,9 @@ class Codec:
         self.verdict_ids = verdict_ids(tokenizer, template)
         self.max_characters = max_positions * _CHARACTERS
         self._max_positions = max_positions
+        self._least_room = min(_ROOM, max_positions // 4)  # tokens that operations must have free
         self._end = eos_token_ids[0]
-        self._tail = _tail_length(tokenizer, template)
+        self._tail = tail_length(tokenizer, template)
 
     def encode(
         self,
@@ -106,6 +110,7 @@ class Codec:
         *,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
     ) -> Request:
         """Encode a pair.
 
@@ -115,24 +120,26 @@ class Codec:
             prefill: The part of the prompt that has been prefilled already.
             strength: As `Aligner.correct` takes it.
             on_doubt: As `Aligner.correct` takes it.
+            instruction: As `Aligner.correct` takes it.
 
         Raises:
-            InputError: If the question is blank, a text is not valid Unicode, or `strength` is unknown or out of range.
+            InputError: If the question is blank, a text is not valid Unicode, or an option cannot be used.
             PromptTooLongError: If the pair does not fit into the context.
         """
         threshold, tolerance = limits(strength, self.calibration, has_verdicts=self.verdict_ids is not None)
+        told = self.instruction_for(instruction)
         check_question(question)
         check_text("answer", answer)
         reasoning, text = set_aside(answer)
         if not text.strip():
-            return Request(question, answer, reasoning, text, None, on_doubt)
+            return Request(question, answer, told or None, reasoning, text, None, on_doubt)
         self._check_length(question, text)
-        prompt = encode_prompt(self.tokenizer, self.template, question, text)
+        prompt = encode_prompt(self.tokenizer, self.template, question, text, told)
         draft = encode_continuation(self.tokenizer, self.template, text)
         generation = Generation(
             prompt,
             draft,
-            self._most_new_tokens(question, prompt, draft),
+            self._most_new_tokens(question, told, prompt, draft),
             self.settings.sampler(question, answer),
             prefill,
             rule=VerdictRule(*self.verdict_ids, threshold, self._copies) if self.verdict_ids else None,
@@ -141,24 +148,29 @@ class Codec:
             end=self._end,
             stop_loops=True,
         )
-        return Request(question, answer, reasoning, text, generation, on_doubt)
+        return Request(question, answer, told or None, reasoning, text, generation, on_doubt)
 
-    def encode_for_evidence(self, question: str, answer: str) -> Request:
+    def instruction_for(self, given: str | None) -> str:
+        """Give the instruction of a call that gives this one; see `Settings.instruction_for`."""
+        return self.settings.instruction_for(given, self.template)
+
+    def encode_for_evidence(self, question: str, answer: str, instruction: str | None = None) -> Request:
         """Encode a pair to measure the evidence for a correction: greedily, and so that the answer itself is kept."""
-        request = self.encode(question, answer, strength=1.0 if self.verdict_ids else math.inf)
+        request = self.encode(question, answer, strength=1.0 if self.verdict_ids else math.inf, instruction=instruction)
         if request.generation is not None:
             request.generation.sampler = GREEDY  # a sampled token may not be the best one, which evidence compares with
         return request
 
-    def encode_unfinished(self, question: str, answer: str) -> list[int]:
+    def encode_unfinished(self, question: str, instruction: str | None, answer: str) -> list[int]:
         """Encode the beginning of a prompt whose answer is still being written; `[]` while there is no text of it."""
         text = set_aside(answer)[1]
         if not text.strip():
             return []
-        return encode_prompt(self.tokenizer, self.template, question, text)[: -self._tail - _UNSTABLE]
+        prompt = encode_prompt(self.tokenizer, self.template, question, text, self.instruction_for(instruction))
+        return prompt[: -self._tail - _UNSTABLE]
 
     def encode_targets(
-        self, question: str, answer: str, corrections: Sequence[str]
+        self, question: str, answer: str, corrections: Sequence[str], instruction: str | None = None
     ) -> tuple[list[int], list[Sequence[int]]]:
         """Encode the prompt of a pair, and its corrections in the form that the model is trained to write.
 
@@ -169,7 +181,7 @@ class Codec:
         for text in (answer, *corrections):
             check_text("answer", text)
             self._check_length(question, text)
-        prompt = encode_prompt(self.tokenizer, self.template, question, answer)
+        prompt = encode_prompt(self.tokenizer, self.template, question, answer, self.instruction_for(instruction))
         targets = [encode_target(self.tokenizer, self.template, self._end, answer, text).ids for text in corrections]
         longest = len(prompt) + max(map(len, targets), default=0)
         if longest > self._max_positions:
@@ -182,12 +194,12 @@ class Codec:
             return max(at_most + 1, len(text) // _CHARACTERS)
         return len(self.tokenizer.encode(text))
 
-    def longest_answer(self, question: str) -> int:
+    def longest_answer(self, question: str, instruction: str | None = None) -> int:
         """Give the largest number of tokens that an answer may have; see `Aligner.longest_answer`."""
         self._check_length(question)
-        room = self._max_positions - len(encode_prompt(self.tokenizer, self.template, question, "")) - 1
-        # Marks and numbers take up to a third of an answer's tokens.
-        longest = room // 2 if self._copies else (room - self._least_room) * 3 // 4
+        told = self.instruction_for(instruction)
+        room = self._max_positions - len(encode_prompt(self.tokenizer, self.template, question, "", told)) - 1
+        longest = room // 2 if self._copies else (room - self._least_room) * 3 // 4  # marks and numbers take a third
         if longest < 1:
             raise PromptTooLongError(self.count_tokens(question), self._max_positions, what="the question is")
         return longest
@@ -197,15 +209,10 @@ class Codec:
         """Whether an edit is written as a copy of the answer."""
         return self.template.mark is None
 
-    @property
-    def _least_room(self) -> int:
-        """Tokens that must be free for an edit that is written as operations."""
-        return min(_ROOM, self._max_positions // 4)
-
-    def _most_new_tokens(self, question: str, prompt: Sequence[int], draft: Sequence[int]) -> int:
+    def _most_new_tokens(self, question: str, instruction: str, prompt: Sequence[int], draft: Sequence[int]) -> int:
         room = self._max_positions - len(prompt) - (self.verdict_ids is not None)
         if room <= (len(draft) if self._copies else self._least_room):
-            self.longest_answer(question)  # raises if the question alone is too long
+            self.longest_answer(question, instruction)  # raises if the question alone is too long
             raise PromptTooLongError(len(prompt), self._max_positions)
         wanted = self.settings.max_new_tokens or (2 if self._copies else 1) * len(draft) + _ROOM
         return min(wanted, room)
@@ -226,7 +233,8 @@ class Codec:
         """
         generation = request.generation
         if generation is None:
-            return Correction(request.question, request.answer, request.answer, "stop", Usage())
+            told = request.instruction
+            return Correction(request.question, request.answer, request.answer, "stop", Usage(), instruction=told)
         verdict = self._verdict(generation)
         text, found = (request.text, ()) if verdict == "keep" else self._decode_checked(request, generation, verdict)
         if found and request.on_doubt == "raise":
@@ -243,6 +251,7 @@ class Codec:
             score=None if generation.log_odds is None else self.calibration.score(generation.log_odds),
             doubts=found,
             proposed=proposed if passed else None,
+            instruction=request.instruction,
         )
 
     def _verdict(self, generation: Generation) -> Verdict | None:
@@ -265,8 +274,7 @@ class Codec:
         self, request: Request, generation: Generation, verdict: Verdict | None
     ) -> tuple[str, tuple[str, ...]]:
         """Give the corrected text of a generation, and the safeguards that object to it."""
-        text = request.text
-        names: list[str] = []
+        text, names = request.text, list[str]()
         try:
             text = self._decode_text(request, generation, verdict)
         except ValueError:
@@ -290,9 +298,3 @@ class Codec:
             return request.text
         text = self.tokenizer.decode(generation.tokens)
         return text.strip() if verdict == "rewrite" else text  # a new text may begin with a space
-
-
-def _tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
-    """Count the tokens of a prompt that follow its answer."""
-    one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
-    return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

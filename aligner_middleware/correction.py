@@ -51,6 +51,7 @@ class Correction:
         score: P(not keep), 0 to 1, where there is a verdict.
         doubts: Names of the safeguards that object to the correction (`safeguards.py`); empty for most.
         proposed: The aligner's text where a doubt leaves `corrected` equal to the original; `None` otherwise.
+        instruction: The instruction that it was made by, if there was one.
     """
 
     question: str
@@ -62,6 +63,7 @@ class Correction:
     score: float | None = None
     doubts: tuple[str, ...] = ()
     proposed: str | None = None
+    instruction: str | None = None
 
     @property
     def changed(self) -> bool:

@@ -45,6 +45,7 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
     ) -> Correction:
         """Correct one answer.
 
@@ -60,16 +61,22 @@ class Corrector:
                 best one's.
             on_doubt: What becomes of a correction that a safeguard objects to: `passthrough` gives the original answer,
                 `raise` a `DoubtError`, `keep` the correction.
+            instruction: How to correct, in words that the aligner was trained with, such as "more empathic" (paper, C.2.3);
+                `None` for the aligner's own, an empty text for none. An aligner that was trained without instructions
+                refuses one.
 
         Raises:
             InputError: If the question is blank, a text is not valid Unicode (it holds a lone surrogate), or an option is
-                misspelt or out of range.
+                misspelt, out of range or not this aligner's.
             PromptTooLongError: If they do not fit into the aligner's context.
             CorrectionTimeoutError: If it took longer than `timeout`.
             DoubtError: If a safeguard objects and `on_doubt` is `raise`.
             ClosedError: If the aligner was closed.
         """
-        return self.correct_batch([(question, answer)], timeout=timeout, strength=strength, on_doubt=on_doubt)[0]
+        pairs = [(question, answer)]
+        return self.correct_batch(
+            pairs, timeout=timeout, strength=strength, on_doubt=on_doubt, instruction=instruction
+        )[0]
 
     @overload
     def correct_batch(
@@ -79,6 +86,7 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
         return_exceptions: Literal[False] = False,
     ) -> list[Correction]: ...
 
@@ -90,6 +98,7 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
         return_exceptions: Literal[True],
     ) -> list[Correction | Exception]: ...
 
@@ -100,6 +109,7 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
         return_exceptions: bool = False,
     ) -> list[Correction] | list[Correction | Exception]:
         """Correct several answers together, which costs less than one after the other.
@@ -109,6 +119,7 @@ class Corrector:
             timeout: Seconds for all of them; what is not done by then is given up.
             strength: As `correct` takes it.
             on_doubt: As `correct` takes it.
+            instruction: As `correct` takes it.
             return_exceptions: Whether a pair that cannot be corrected becomes its exception, instead of raising it.
 
         Returns:
@@ -119,10 +130,10 @@ class Corrector:
             ClosedError: In any case, if the aligner was closed.
             InputError: In any case, if an option is misspelt or out of range; no pair is read then.
         """
-        self._check(timeout, strength, on_doubt)
+        options = self._options(timeout, strength, on_doubt, instruction)
         deadline = Deadline(timeout)
         encode = self._encode_or_error if return_exceptions else self._codec.encode
-        requests = [encode(*pair, strength=strength, on_doubt=on_doubt) for pair in pairs]
+        requests = [encode(*pair, **options) for pair in pairs]
         return self._run(requests, deadline, return_exceptions=return_exceptions)
 
     async def acorrect(
@@ -133,15 +144,16 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
     ) -> Correction:
         """Correct one answer; the event loop stays free, and a task that is cancelled leaves its place to others.
 
         Raises:
             AlignerError: As `correct` does.
         """
-        self._check(timeout, strength, on_doubt)
+        options = self._options(timeout, strength, on_doubt, instruction)
         async with Deadline(timeout).limit():
-            encode = partial(self._codec.encode, question, answer, strength=strength, on_doubt=on_doubt)
+            encode = partial(self._codec.encode, question, answer, **options)
             request = await worker.run(encode)
             if future := self._submit(request):
                 await asyncio.wrap_future(future)
@@ -154,11 +166,11 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
     ) -> list[Correction]:
         """Correct several answers together, in the order of the pairs; raises what the first of them raises."""
-        self._check(timeout, strength, on_doubt)
-        options: dict[str, Any] = {"timeout": timeout, "strength": strength, "on_doubt": on_doubt}
-        return await together(self.acorrect(*pair, **options) for pair in pairs)
+        options = self._options(timeout, strength, on_doubt, instruction)
+        return await together(self.acorrect(*pair, timeout=timeout, **options) for pair in pairs)
 
     def stream(
         self,
@@ -169,6 +181,7 @@ class Corrector:
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
     ) -> CorrectionStream:
         """Correct one answer and give the corrected text as soon as nothing can take it back.
 
@@ -183,6 +196,7 @@ class Corrector:
             timeout: Seconds, from when the answer is there, after which the correction is given up.
             strength: As `correct` takes it.
             on_doubt: As `correct` takes it.
+            instruction: As `correct` takes it; `ahead` has the same.
 
         Returns:
             The pieces of the text, to be iterated by `for` or by `async for`, which raise what `correct` raises; after
@@ -191,26 +205,37 @@ class Corrector:
         Raises:
             InputError: At once, if an option is misspelt or out of range; no chunk is read then.
         """
-        self._check(timeout, strength, on_doubt)
-        options: dict[str, Any] = {"strength": strength, "on_doubt": on_doubt}
-        options |= {"read_ahead": self.read_ahead, "ahead": ahead, "timeout": timeout}
+        options = self._options(timeout, strength, on_doubt, instruction)
+        options |= {"read_ahead": partial(self.read_ahead, instruction=instruction), "ahead": ahead, "timeout": timeout}
         flow = CorrectionFlow(self._codec, self._scheduler, question, answer, **options)
         return CorrectionStream(flow)
 
     astream = stream
 
-    def read_ahead(self, question: str) -> ReadAhead:
+    def read_ahead(self, question: str, *, instruction: str | None = None) -> ReadAhead:
         """Get ready to read an answer that is still being written; `stream` takes it up when all is there.
 
-        A wrong question costs time and nothing else.
+        A wrong question or instruction costs time and nothing else.
         """
-        return ReadAhead(self._scheduler, self._codec, question)
+        return ReadAhead(self._scheduler, self._codec, question, instruction)
 
-    def _check(self, timeout: float | None, strength: Strength, on_doubt: OnDoubt) -> None:
-        """Refuse the options of a call, before it reads anything."""
+    def instruction_for(self, given: str | None) -> str | None:
+        """Give the instruction that a call with `instruction=given` corrects by; `None` for none.
+
+        Raises:
+            InputError: If this aligner cannot correct by it, or needs one.
+        """
+        return self._codec.instruction_for(given) or None
+
+    def _options(
+        self, timeout: float | None, strength: Strength, on_doubt: OnDoubt, instruction: str | None
+    ) -> dict[str, Any]:
+        """Give the options of a call that its prompts depend on, after a check of all, before it reads anything."""
         check_timeout(timeout)
         limits(strength, self._codec.calibration, has_verdicts=self._codec.verdict_ids is not None)
         check_choice("on_doubt", on_doubt, get_args(OnDoubt))
+        self._codec.instruction_for(instruction)
+        return {"strength": strength, "on_doubt": on_doubt, "instruction": instruction}
 
     def _encode_or_error(self, question: str, answer: str, **options: Any) -> Request | InputError:
         try:

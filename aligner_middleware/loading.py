@@ -23,7 +23,8 @@ from aligner_middleware.engine.threads import refuse_green_threads
 from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, did_you_mean
 from aligner_middleware.locations import cached_folder, exported_folder
 from aligner_middleware.settings import check_choice
-from aligner_middleware.text.template import PromptTemplate, resolve_template
+from aligner_middleware.text.published import resolve_template
+from aligner_middleware.text.template import PromptTemplate
 from aligner_middleware.text.tokenizer import Tokenizer
 
 Engine = Literal["onnx", "torch"]

@@ -12,7 +12,8 @@ from aligner_middleware.artifact import ARTIFACT_FILE, CONFIG_FILE, FORMAT_VERSI
 from aligner_middleware.data.checked import sha256
 from aligner_middleware.data.files import is_file, is_folder
 from aligner_middleware.errors import ArtifactError, BuildError
-from aligner_middleware.text.template import PromptTemplate, resolve_template
+from aligner_middleware.text.published import resolve_template
+from aligner_middleware.text.template import PromptTemplate
 
 _SAMPLED = 2**26  # bytes; of a larger file the key of a cached folder holds a part
 _BLOCKS, _BLOCK = 256, 4096  # so many blocks of so many bytes

@@ -24,15 +24,16 @@ class ReadAhead:
         scheduler: What runs the model.
         codec: What encodes the prompt.
         question: The question; for a blank one nothing is read.
+        instruction: The instruction, as `Aligner.correct` takes it.
 
     Attributes:
         prefill: The part of the prompt that the engine has.
     """
 
-    def __init__(self, scheduler: Runner, codec: Codec, question: str) -> None:
+    def __init__(self, scheduler: Runner, codec: Codec, question: str, instruction: str | None = None) -> None:
         self.prefill = Prefill()
         self._scheduler = scheduler
-        self._encode = partial(codec.encode_unfinished, question)
+        self._encode = partial(codec.encode_unfinished, question, instruction)
         blank = not isinstance(question, str) or not question.strip()  # the stream refuses it, at the answer's end
         self._most_characters = 0 if blank else codec.max_characters - len(question)
         self._chunks: list[str] = []

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from aligner_middleware.calibration import Calibration
+from aligner_middleware.data.triples import LONGEST_INSTRUCTION
 from aligner_middleware.engine import GREEDY, Sampler
 from aligner_middleware.errors import InputError, did_you_mean
 from aligner_middleware.strength import LEVELS, Strength
+from aligner_middleware.text.checks import check_text
+from aligner_middleware.text.template import PromptTemplate
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
@@ -39,7 +43,38 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """The settings that a correction depends on."""
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed} if self.temperature else {}
-        return {"max_new_tokens": self.max_new_tokens} | drawn
+        told = {"instruction": self.instruction.strip()} if self.instruction and self.instruction.strip() else {}
+        return {"max_new_tokens": self.max_new_tokens} | drawn | told
+
+    def instruction_for(self, given: str | None, template: PromptTemplate) -> str:
+        """Give the instruction of a call, without white space around it; empty for none.
+
+        Args:
+            given: The call's own; `None` for the aligner's, and an empty text for none.
+            template: The aligner's prompt.
+
+        Raises:
+            InputError: If it is not valid text or too long; or if the prompt has no place for one, or needs one.
+        """
+        instruction = (self.instruction if given is None else given) or ""
+        check_text("instruction", instruction)
+        instruction = instruction.strip()
+        if len(instruction) > LONGEST_INSTRUCTION:
+            raise InputError(
+                f"the instruction is {len(instruction)} characters long, expected at most {LONGEST_INSTRUCTION}: shorten it"
+            )
+        if instruction and not template.takes_instruction:
+            raise InputError(
+                f"this aligner was not trained with instructions (its prompt template {template.name!r} has no place for "
+                f"one): leave out the instruction {instruction!r:.80}, or train an aligner on rows with instructions "
+                "(docs/training.md)"
+            )
+        if template.needs_instruction and not instruction:
+            raise InputError(
+                f"every prompt of the template {template.name!r} holds an instruction: give one, such as "
+                "instruction='Harmlessness: The response should avoid content that is offensive'"
+            )
+        return instruction
 
     def sampler(self, question: str, answer: str) -> Sampler:
         """Make the sampler of one correction; with a seed, equal pairs get equal samplers."""

@@ -85,7 +85,8 @@ def _plain(folder: Path, steps: int, batch: int, times: list[tuple[float, int]])
 
     from aligner_middleware.artifact import TOKENIZER_FILE
     from aligner_middleware.checkpoints.base import base_folder
-    from aligner_middleware.text.template import TEMPLATES, with_verdicts
+    from aligner_middleware.text.published import TEMPLATES
+    from aligner_middleware.text.template import with_verdicts
     from aligner_middleware.text.tokenizer import Tokenizer
     from aligner_middleware.training.batches import encode_triple
 

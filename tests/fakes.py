@@ -27,6 +27,7 @@ from aligner_middleware.text.template import (
     PromptTemplate,
     encode_operations,
     verdict_ids,
+    with_instruction,
     with_verdicts,
 )
 from aligner_middleware.text.tokenizer import Tokenizer
@@ -240,10 +241,34 @@ def judging_aligner(
     return _aligner(FakeModel(rule), tokenizer, template, options)
 
 
+def instructed_aligner(correct: Callable[[str, str, str], str], **options: object) -> FakeAligner:
+    """A copying aligner with instructions, whose model writes `correct(instruction, question, answer)`."""
+    tokenizer = byte_tokenizer()
+    start, head = tokenizer.special["<|im_start|>"], tokenizer.encode("instruction\n")
+
+    @lru_cache(maxsize=32)
+    def target(prompt: tuple[int, ...]) -> list[int]:
+        texts = [tokenizer.decode(part[: part.index(END)]).partition("\n")[2] for part in _parts(prompt, start)]
+        return tokenizer.encode(correct(*["", *texts][-3:]))
+
+    def rule(tokens: list[int]) -> int:
+        place = _nth(start, tokens, 4 if tokens[1 : len(head) + 1] == head else 3)
+        if place is None:
+            return END
+        said = tokens[place + 1 + len(tokenizer.encode("correction\n")) :]
+        return _next(target(tuple(tokens[:place])), said)
+
+    return _aligner(FakeModel(rule), tokenizer, with_instruction(DEFAULT), options)
+
+
 def _third(token: int, tokens: list[int]) -> int | None:
     """Where a token stands for the third time."""
+    return _nth(token, tokens, 3)
+
+
+def _nth(token: int, tokens: list[int], count: int) -> int | None:
     place = -1
-    for _ in range(3):
+    for _ in range(count):
         try:
             place = tokens.index(token, place + 1)
         except ValueError:
@@ -293,7 +318,7 @@ class InstantAligner(Aligner):
 
     astream = stream
 
-    def read_ahead(self, question: str) -> Any:
+    def read_ahead(self, question: str, **options: Any) -> Any:
         return _Deaf()
 
 

@@ -24,7 +24,8 @@ from aligner_middleware.data.files import is_file
 from aligner_middleware.data.folders import FolderKind
 from aligner_middleware.errors import AlignerError, ArtifactError, BuildError
 from aligner_middleware.locations import folder_of, merged_folder
-from aligner_middleware.text.template import PromptTemplate, resolve_template, special_token_id
+from aligner_middleware.text.published import resolve_template
+from aligner_middleware.text.template import PromptTemplate, special_token_id
 from aligner_middleware.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

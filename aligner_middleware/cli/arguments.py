@@ -103,7 +103,7 @@ def strength_of(value: str) -> Strength:
     return number
 
 
-def aligner_of(model: str, precision: str | None, urls: list[str] | None) -> Aligner:
+def aligner_of(model: str, precision: str | None, urls: list[str] | None, instruction: str | None = None) -> Aligner:
     """Load the aligner that --model and --precision name, or connect to the servers of --url.
 
     Raises:
@@ -114,10 +114,10 @@ def aligner_of(model: str, precision: str | None, urls: list[str] | None) -> Ali
 
     chosen = precision_of(precision)
     if not urls:
-        return Aligner.load(model, precision=chosen)
+        return Aligner.load(model, precision=chosen, instruction=instruction)
     if chosen:
         raise typer.BadParameter("a server runs the weights that it has: leave it out", param_hint="--precision")
-    return Aligner.connect(urls, model)
+    return Aligner.connect(urls, model, instruction=instruction)
 
 
 def aligner_folder(model: str, precision: str | None) -> Path:

@@ -34,6 +34,14 @@ if TYPE_CHECKING:
 _BATCH = 32  # answers that are corrected together
 _CHUNK = 2**16  # bytes read at once
 
+_InstructionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--instruction",
+        help="How to correct, for an aligner that was trained with instructions, such as 'more empathic'.",
+    ),
+]
+
 Pair = tuple[str, str]
 Outcome = dict[str, Any] | AlignerError
 
@@ -61,6 +69,7 @@ def correct(
             help="Result where a safeguard objects to the correction: the original answer, an error, or the correction.",
         ),
     ] = "passthrough",
+    instruction: _InstructionOption = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -81,7 +90,7 @@ def correct(
     shadow = choice(mode, ("correct", "shadow"), "--mode") == "shadow"
     doubt: OnDoubt = choice(on_doubt, get_args(OnDoubt), "--on-doubt")
     chosen = strength_of(strength)
-    aligner = aligner_of(model, precision, url)
+    aligner = aligner_of(model, precision, url, instruction)
     if aligner.has_verdicts and isinstance(chosen, float) and chosen > 1:
         raise typer.BadParameter(f"{strength} is no score from 0 to 1", param_hint="--strength")
 

@@ -112,7 +112,9 @@ def _evaluate_held_out(
         "auc": auc.model_dump(),
         "over_correction": evaluation.over_correction,
         "others_intact": evaluation.others_intact,
-        "perplexity": perplexity(folder, [(row.question, row.answer, row.correction) for row in rows]),
+        "perplexity": perplexity(
+            folder, [(row.question, row.answer, row.correction, row.instruction or "") for row in rows]
+        ),
         "cut_off": sum(one.correction.finish_reason == "length" for one in evaluation.scored),
     }
     if out is not None:

@@ -36,7 +36,7 @@ def train(
 
     Each row of DATA is a JSON object in one of these forms, told by its keys:
 
-    - question, answer, correction: ours, and the published Aligner data
+    - question, answer, correction: ours, and the published Aligner data; maybe instruction, which says how to correct
 
     - question, answer, kind (keep, refusal or bad), maybe better: labelled answers; without better a bad one teaches its
       verdict alone

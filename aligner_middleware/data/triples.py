@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from aligner_middleware.data.files import read_lines
 from aligner_middleware.data.json_lines import parse_json, text_at
 from aligner_middleware.errors import DataError, JobError
+
+LONGEST_INSTRUCTION = 2000  # characters
 
 
 class Triple(BaseModel):
@@ -22,6 +24,7 @@ class Triple(BaseModel):
         question, answer: Texts, none of them empty.
         correction: The better answer; empty where nobody has written one yet. Such a row teaches only that the answer is bad.
         category: What the row is about, for reports by category.
+        instruction: How the answer is to be corrected, if the row says that.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -30,6 +33,12 @@ class Triple(BaseModel):
     answer: str = Field(min_length=1)
     correction: str
     category: str = ""
+    instruction: str | None = Field(default=None, max_length=LONGEST_INSTRUCTION)
+
+    @field_validator("instruction")
+    @classmethod
+    def _strip(cls, instruction: str | None) -> str | None:
+        return (instruction or "").strip() or None
 
     @property
     def keeps(self) -> bool:
@@ -72,9 +81,10 @@ class _Unusable(Exception):
 def read_rows(path: Path) -> Rows:
     """Read triples from JSON lines, plain or gzipped, whose rows have any of these forms.
 
-    - `question`, `answer`, `correction`: ours, and the published Aligner data. `category` is optional.
+    - `question`, `answer`, `correction`: ours, and the published Aligner data. `category` is optional, and so is
+      `instruction`, which says how this answer is to be corrected.
     - `question`, `answer`, `kind`: answers that are labelled. `keep` and `refusal` are kept; `bad` is corrected to `better`,
-      or teaches its verdict alone where there is none.
+      or teaches its verdict alone where there is none. `instruction` is optional.
     - `prompt`, `chosen`, `rejected`: TRL's preference rows, as texts or as lists of messages. The rejected text is the
       answer, the chosen one its correction.
     - `chosen`, `rejected` alone: whole dialogues, as lists of messages or as Anthropic's "Human: … Assistant: …" texts.
@@ -135,7 +145,7 @@ def _parse(path: Path, number: int, line: str) -> Triple:
         if blank and not (blank == ["correction"] and convert is _labelled):
             raise _Unusable("a text is empty")
         triple = Triple.model_validate(fields | {"category": row.get("category") or ""})
-        "".join((triple.question, triple.answer, triple.correction)).encode()
+        "".join((triple.question, triple.answer, triple.correction, triple.instruction or "")).encode()
     except ValidationError as exc:
         error = exc.errors()[0]
         raise DataError(str(path), number, f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from exc
@@ -149,14 +159,19 @@ def _parse(path: Path, number: int, line: str) -> Triple:
 
 
 def _triple(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("question", "answer", "correction")}
+    return {name: row[name] for name in ("question", "answer", "correction")} | _instruction(row)
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, Any]:
     if row["kind"] not in ("keep", "refusal", "bad"):
         raise _Unusable(f"its kind is {row['kind']!r}, none of keep, refusal and bad")
     correction = (row.get("better") or "") if row["kind"] == "bad" else row["answer"]
-    return {"question": row["question"], "answer": row["answer"], "correction": correction}
+    return {"question": row["question"], "answer": row["answer"], "correction": correction} | _instruction(row)
+
+
+def _instruction(row: dict[str, Any]) -> dict[str, Any]:
+    """Take the instruction of a row of ours; elsewhere the word may name a question."""
+    return {"instruction": row["instruction"]} if row.get("instruction") else {}
 
 
 def _safe_rlhf(row: dict[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def evaluate(
     judge = judge or ReferenceJudge()
     corrections = []
     for done, row in enumerate(rows, 1):
-        corrections.append(aligner.correct(row.question, row.answer, strength=strength))
+        corrections.append(aligner.correct(row.question, row.answer, strength=strength, instruction=row.instruction))
         report(Progress("evaluate", done, len(rows)))
     bad = [index for index, row in enumerate(rows) if not row.keeps]
     judgements = judge.judge([rows[index] for index in bad], [corrections[index].corrected for index in bad])

@@ -102,8 +102,13 @@ def probe(graph: Path, tokens: Sequence[int]) -> Probe:
     return Probe(tokens=tuple(tokens), top=tuple(map(int, top)), logits=tuple(map(float, logits[top])))
 
 
-def perplexity(folder: Path, triples: Sequence[tuple[str, str, str]]) -> float:
-    """Perplexity of corrections and their end tokens, given question and answer, under an exported aligner."""
+def perplexity(folder: Path, triples: Sequence[tuple[str, ...]]) -> float:
+    """Perplexity of corrections and their end tokens, given question and answer, under an exported aligner.
+
+    Args:
+        folder: The aligner's.
+        triples: Questions, answers, corrections, and maybe instructions.
+    """
     artifact = Artifact.load(folder)
     session = ort.InferenceSession(folder / MODEL_FILE, session_options(), providers=["CPUExecutionProvider"])
     tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
@@ -113,13 +118,13 @@ def perplexity(folder: Path, triples: Sequence[tuple[str, str, str]]) -> float:
 
 
 def encode(
-    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triples: Sequence[tuple[str, str, str]]
+    tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triples: Sequence[tuple[str, ...]]
 ) -> list[tuple[list[int], int]]:
     """Encode questions, answers and corrections as prompt and target, with the number of tokens that are scored."""
     rows = []
-    for question, answer, correction in triples:
+    for question, answer, correction, *instruction in triples:
         target = encode_target(tokenizer, template, end_token_id, answer, correction).ids
-        rows.append(([*encode_prompt(tokenizer, template, question, answer), *target], len(target)))
+        rows.append(([*encode_prompt(tokenizer, template, question, answer, *instruction), *target], len(target)))
     return rows
 
 

@@ -51,9 +51,12 @@ class Alignment(AlignmentOptions):
         return AlignedStream(self, question, answer, ahead)
 
     def has_aligned(self, answer: str, metadata: dict[str, Any]) -> bool:
-        """Say, from its metadata, whether this aligner has aligned an answer before, and nobody has changed it since."""
+        """Say, from its metadata, whether this aligner has aligned an answer so before, and nobody has changed it since."""
         ours = bool(metadata.get("aligned")) and metadata.get("model") == self.aligner.name
-        return ours and is_about(metadata, answer)
+        given = (
+            self.aligner.identity.get("instruction") if self.instruction is None else self.instruction.strip() or None
+        )
+        return ours and metadata.get("instruction") == given and is_about(metadata, answer)
 
     def ask(self, find: Callable[[Any], str | None], value: Any) -> QuestionOrError:
         """Call a user's function for the question. An error, or that it returns none, is given for the options."""

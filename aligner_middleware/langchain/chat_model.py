@@ -108,7 +108,7 @@ class AlignedChatModel(ChatModelProxy, Alignment):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         question = self._question(messages)
-        buffer = ChunkBuffer(self.aligner, lambda chunk: question)
+        buffer = ChunkBuffer(self, lambda chunk: question)
         try:
             for chunk in self.llm._stream(messages, stop=stop, **kwargs):
                 buffer.add(_message_of(chunk))
@@ -133,7 +133,7 @@ class AlignedChatModel(ChatModelProxy, Alignment):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         question = await self.aquestion(self._question, messages)
-        buffer = ChunkBuffer(self.aligner, lambda chunk: question)
+        buffer = ChunkBuffer(self, lambda chunk: question)
         try:
             async with aclosing(self.llm._astream(messages, stop=stop, **kwargs)) as chunks:
                 async for chunk in chunks:
@@ -199,6 +199,7 @@ class AlignedChatModel(ChatModelProxy, Alignment):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Give the cache key: aligned answers are cached, so aligner and options are part of it."""
         options = {name: getattr(self, name) for name in _CACHE_KEY}
+        options |= {} if self.instruction is None else {"instruction": self.instruction}
         key = json.dumps({**self.aligner.identity, **options}, sort_keys=True)
         return f"{self.llm._get_llm_string(stop=stop, **kwargs)}---aligner:{key}"
 

@@ -57,6 +57,8 @@ def correction_metadata(options: AlignmentOptions, text: str, correction: Correc
     )
     if correction.verdict is not None:
         metadata |= {"verdict": correction.verdict, "score": correction.score}
+    if correction.instruction is not None:
+        metadata |= {"instruction": correction.instruction}
     if correction.doubts:
         metadata |= {"doubts": list(correction.doubts)}
     if shadow:

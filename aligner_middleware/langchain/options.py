@@ -55,6 +55,8 @@ class AlignmentOptions(BaseModel):
         on_doubt: What to do with a correction that a safeguard objects to: `passthrough` (return the original answer),
             `raise` (an error, to which `on_error` applies), or `keep` (return the correction; JSON is never replaced by
             text that is no JSON).
+        instruction: How to correct, for an aligner that was trained with instructions, such as "more empathic"; `None` for
+            the aligner's own, an empty text for none.
         mode: `shadow` decides and reports, and changes nothing: the answer is returned as it is, chunk by chunk where it is
             streamed, and no error is raised.
         on_error: What to do where a correction fails: `raise`, or `passthrough` (return the original answer, marked as not
@@ -82,6 +84,7 @@ class AlignmentOptions(BaseModel):
     when: Callable[[str, str], bool] | None = None
     strength: Strength = "medium"
     on_doubt: OnDoubt = "passthrough"
+    instruction: str | None = None
     mode: Mode = "correct"
     on_error: OnError = "raise"
     fallback: str | None = None
@@ -120,10 +123,17 @@ class AlignmentOptions(BaseModel):
             )
         return strength
 
+    @field_validator("instruction")
+    @classmethod
+    def _check_instruction(cls, instruction: str | None, info: ValidationInfo) -> str | None:
+        if instruction and "aligner" in info.data:
+            info.data["aligner"].instruction_for(instruction)
+        return instruction
+
     def described(self) -> str:
         """Describe in a few words the aligner and the options that differ from their defaults."""
         fields = AlignmentOptions.model_fields
-        values = {name: getattr(self, name) for name in (*_CHOICES, "timeout", "max_answer_tokens")}
+        values = {name: getattr(self, name) for name in (*_CHOICES, "instruction", "timeout", "max_answer_tokens")}
         shown = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].default]
         return ", ".join([repr(self.aligner), *shown])
 
@@ -131,7 +141,8 @@ class AlignmentOptions(BaseModel):
 def call_options(options: AlignmentOptions) -> dict[str, Any]:
     """Give the options that each call of the aligner takes."""
     on_doubt = "passthrough" if options.mode == "shadow" and options.on_doubt == "raise" else options.on_doubt
-    return {"timeout": options.timeout, "strength": options.strength, "on_doubt": on_doubt}
+    prompt = {"strength": options.strength, "instruction": options.instruction}
+    return {"timeout": options.timeout, "on_doubt": on_doubt, **prompt}
 
 
 def raises(options: AlignmentOptions) -> bool:

@@ -107,6 +107,7 @@ class Plan:
             score=max((piece.score for piece in corrections if piece.score is not None), default=None),
             doubts=doubts,
             proposed=proposed if proposed != text else None,
+            instruction=corrections[0].instruction if corrections else None,
         )
 
     def _filled(self, texts: Sequence[str | None], *, reasoning: bool = True) -> str:
@@ -140,7 +141,7 @@ def _plan_by_length(
 ) -> Plan | Outcome:
     aligner = options.aligner
     try:
-        limit = aligner.longest_answer(question)
+        limit = aligner.longest_answer(question, options.instruction)
     except PromptTooLongError as exc:  # no option for answers can shorten the question
         if options.on_long_answer != "passthrough":
             raise
@@ -157,7 +158,8 @@ def _plan_by_length(
             f"the answer is {tokens} tokens long, and max_answer_tokens allows {limit}: raise it, or choose "
             "on_long_answer='passthrough' or 'piecewise'"
         )
-    room = min(limit, aligner.longest_answer(_CONTINUATION.format(question=question, before="…" * _CONTEXT)))
+    continued = _CONTINUATION.format(question=question, before="…" * _CONTEXT)
+    room = min(limit, aligner.longest_answer(continued, options.instruction))
     cut = [
         (reasoning if index == 0 else "", text)
         for reasoning, whole in parts

@@ -61,7 +61,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Args:
         aligner: An `Aligner`, or what `Aligner.load` takes: `default`, a hub id, a folder.
-        question, dialogue, when, strength, on_doubt, mode, on_error, fallback, on_missing_question, timeout,
+        question, dialogue, when, strength, on_doubt, instruction, mode, on_error, fallback, on_missing_question, timeout,
             max_answer_tokens, on_long_answer, keep_original, on_correction: See `AlignmentOptions`; all of them may be set
             per call by `configurable_fields`.
         name: Of its runs in traces.
@@ -85,6 +85,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         when: Callable[[str, str], bool] | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
+        instruction: str | None = None,
         mode: Mode = "correct",
         on_error: OnError = "raise",
         fallback: str | None = None,
@@ -108,6 +109,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             "when": when,
             "strength": strength,
             "on_doubt": on_doubt,
+            "instruction": instruction,
             "mode": mode,
             "on_error": on_error,
             "fallback": fallback,
@@ -235,7 +237,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     # --- chunks in, chunks out ------------------------------------------------------------------------
 
     def _align_chunks(self, chunks: Iterator[Any], run_manager: CallbackManagerForChainRun) -> Iterator[Any]:
-        buffer = ChunkBuffer(self.aligner, lambda chunk: early_question(self, chunk, run_manager))
+        buffer = ChunkBuffer(self, lambda chunk: early_question(self, chunk, run_manager))
         try:
             for chunk in chunks:
                 if stands_alone(chunk, shadow=self.mode == "shadow"):
@@ -259,7 +261,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     async def _aalign_chunks(
         self, chunks: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
     ) -> AsyncIterator[Any]:
-        buffer = ChunkBuffer(self.aligner, lambda chunk: early_question(self, chunk, run_manager))
+        buffer = ChunkBuffer(self, lambda chunk: early_question(self, chunk, run_manager))
         try:
             async with aclosing(chunks) as given:
                 async for chunk in given:

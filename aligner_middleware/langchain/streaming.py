@@ -19,11 +19,11 @@ from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.answers import Answer, is_update
 from aligner_middleware.langchain.messages import with_metadata, with_text
 from aligner_middleware.langchain.metadata import KEY, aligner_metadata
+from aligner_middleware.langchain.options import AlignmentOptions
 from aligner_middleware.langchain.outcome import Aligned, unwrap
 from aligner_middleware.langchain.piecewise import QuestionOrError
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner
     from aligner_middleware.read_ahead import ReadAhead
 
 logger = logging.getLogger("aligner_middleware")
@@ -33,16 +33,16 @@ class ChunkBuffer:
     """The chunks of an answer, which the aligner reads while they arrive.
 
     Args:
-        aligner: The aligner that reads them.
+        options: The aligner that reads them, and its instruction.
         ask: Gives the question, as far as it can be known from the first chunk.
 
     Attributes:
         ahead: What has read them, if there was any text.
     """
 
-    def __init__(self, aligner: Aligner, ask: Callable[[Any], QuestionOrError | None]) -> None:
+    def __init__(self, options: AlignmentOptions, ask: Callable[[Any], QuestionOrError | None]) -> None:
         self.ahead: ReadAhead | None = None
-        self._aligner = aligner
+        self._options = options
         self._ask = ask
         self._chunks: list[Any] = []
 
@@ -55,7 +55,8 @@ class ChunkBuffer:
         with suppress(Exception):  # it only saves time: an error shows when the answer is aligned
             if self.ahead is None:
                 question = self._ask(chunk)
-                self.ahead = self._aligner.read_ahead(question if isinstance(question, str) else "")
+                asked = question if isinstance(question, str) else ""
+                self.ahead = self._options.aligner.read_ahead(asked, instruction=self._options.instruction)
             self.ahead.feed(text)
 
     @property

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from aligner_middleware.data.triples import LONGEST_INSTRUCTION
 from aligner_middleware.errors import InputError, did_you_mean
 from aligner_middleware.langchain.options import Mode, as_input_error
 from aligner_middleware.langchain.outcome import Aligned
@@ -61,6 +62,12 @@ class OptionsBody(_Body):
         description="low, medium, high, or the score above which an answer is corrected; by default that of the client's "
         "policy, and refused with status 403 where the policy says `overrides: false`.",
     )
+    instruction: str | None = Field(
+        None,
+        max_length=LONGEST_INSTRUCTION,
+        description="How to correct, for an aligner that was trained with instructions: an empty text for none; by default "
+        "that of the client's policy, and refused with status 403 where the policy says `overrides: false`.",
+    )
     mode: Mode | None = Field(
         None,
         description="`shadow` decides and reports, and changes nothing; by default that of the client's policy, and refused "
@@ -95,6 +102,7 @@ class CorrectedBody(BaseModel):
     doubts: list[str] = Field([], description="The safeguards that objected to the correction.")
     finish_reason: str | None = Field(None, description="stop, length or loop.")
     usage: dict[str, Any] | None = Field(None, description="Tokens, passes and seconds.")
+    instruction: str | None = Field(None, description="How it was corrected, where that was said.")
     model: str = Field(description="Name of the aligner.")
     device: str | None = Field(None, description="What it runs on.")
     mode: str = Field("correct", description="correct or shadow.")
@@ -126,7 +134,7 @@ class BatchResultBody(BaseModel):
 @router.post("/v1/correct", response_model=CorrectedBody)
 async def correct(body: CorrectBody, service: TheService, client: TheClient) -> CorrectedBody | StreamingResponse:
     """Correct one answer; with `stream` as lines of JSON."""
-    client = with_options(client, body.strength, body.mode)
+    client = with_options(client, body)
     if not body.stream:
         return CorrectedBody.of(await service.align(client, "/v1/correct", body.question, body.answer))
     events = _streamed(service, client, body)
@@ -143,7 +151,7 @@ async def correct_batch(
 
     With `Accept: application/x-ndjson` each result is a line of JSON, sent as soon as it is known; `index` says whose it is.
     """
-    client = with_options(client, body.strength, body.mode)
+    client = with_options(client, body)
     results = as_decided(service, client, body.items)
     if NDJSON in accept:
         return StreamingResponse(
@@ -152,13 +160,13 @@ async def correct_batch(
     return BatchResultBody(results=sorted([item async for item in results], key=lambda item: item.index))
 
 
-def with_options(client: Client, strength: Strength | None, mode: Mode | None) -> Client:
+def with_options(client: Client, options: OptionsBody) -> Client:
     """Give the client with the options that its request has.
 
     Raises:
-        Problem: 403, if its policy allows none; 400, if the strength is out of range.
+        Problem: 403, if its policy allows none; 400, if the strength is out of range, or the aligner takes no instruction.
     """
-    given = {name: value for name, value in (("strength", strength), ("mode", mode)) if value is not None}
+    given = options.model_dump(include=set(OptionsBody.model_fields), exclude_none=True)
     if not given:
         return client
     if not client.policy.overrides:

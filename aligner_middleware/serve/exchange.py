@@ -47,7 +47,7 @@ class Exchange:
         """Get ready to read an answer while it arrives; `None` where nothing will be decided."""
         if self.structured or not isinstance(self.question, str):
             return None
-        return self.service.aligner.read_ahead(self.question)
+        return self.service.aligner.read_ahead(self.question, instruction=self.client.alignment.instruction)
 
     async def align(self, answer: str) -> Aligned:
         """Align a whole answer.

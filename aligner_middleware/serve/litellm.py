@@ -49,7 +49,8 @@ class GuardrailBody(BaseModel):
     litellm_call_id: str | None = Field(None, max_length=256, description="The same for a request and its response.")
     request_data: dict[str, Any] | None = Field(None, description="Whose request it is.")
     additional_provider_specific_params: dict[str, Any] | None = Field(
-        None, description="Of the guardrail's configuration: `strength` and `mode`, where the policy allows them."
+        None,
+        description="Of the guardrail's configuration: `strength`, `instruction` and `mode`, where the policy allows them.",
     )
 
 
@@ -165,7 +166,7 @@ def _with_parameters(client: Client, body: GuardrailBody) -> Client:
         message = f"additional_provider_specific_params: {exc.errors()[0]['msg']}"
         logger.warning("LiteLLM's guardrail is refused: %s", message)
         raise Problem(400, message, code="invalid_value", param="additional_provider_specific_params") from None
-    return with_options(client, options.strength, options.mode)
+    return with_options(client, options)
 
 
 async def _align(service: Service, client: Client, call: Call, texts: list[str]) -> GuardrailReply:

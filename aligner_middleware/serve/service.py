@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
-from aligner_middleware.errors import MissingQuestionError, RemoteError
+from aligner_middleware.errors import InputError, MissingQuestionError, RemoteError
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.outcome import Aligned, Outcome
 from aligner_middleware.read_ahead import ReadAhead
@@ -92,10 +92,23 @@ Listener = Callable[[Decision], None]
 
 
 def load_aligner(settings: ServeSettings) -> Aligner:
-    """Load the aligner that the settings name, or connect to its servers; raises as `Aligner.load` and `connect` do."""
+    """Load the aligner that the settings name, or connect to its servers.
+
+    Raises:
+        AlignerError: As `Aligner.load` and `connect` do; and if a policy has an instruction that it cannot correct by.
+    """
     if settings.aligner_url:
-        return Aligner.connect(settings.aligner_url, settings.model, concurrency=settings.concurrency)
-    return Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
+        aligner = Aligner.connect(settings.aligner_url, settings.model, concurrency=settings.concurrency)
+    else:
+        aligner = Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
+    for name, policy in [(ANONYMOUS, settings.policy), *((key.name, key) for key in settings.keys)]:
+        try:
+            if policy.instruction:
+                aligner.instruction_for(policy.instruction)
+        except InputError as exc:
+            aligner.close()
+            raise InputError(f"the policy of {name!r}: {exc}") from None
+    return aligner
 
 
 class Service:
@@ -223,6 +236,7 @@ class Service:
             strength=policy.strength,
             mode=policy.mode,
             on_doubt=policy.on_doubt,
+            instruction=policy.instruction,
             on_error=policy.on_error,
             on_missing_question="passthrough",
             on_long_answer="piecewise",

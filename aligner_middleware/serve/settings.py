@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from aligner_middleware.artifact import Precision
+from aligner_middleware.data.triples import LONGEST_INSTRUCTION
 from aligner_middleware.strength import OnDoubt, Strength
 
 if TYPE_CHECKING:
@@ -31,11 +32,17 @@ class PolicySettings(BaseModel):
     on_doubt: OnDoubt = Field(
         "passthrough", description="Result where a safeguard objects: the original answer, an error, or the correction."
     )
+    instruction: str | None = Field(
+        None,
+        max_length=LONGEST_INSTRUCTION,
+        description="How to correct, for an aligner that was trained with instructions, such as `more empathic`.",
+    )
     on_error: Literal["raise", "passthrough"] = Field(
         "raise", description="Result where a correction fails: an error, or the original answer."
     )
     overrides: bool = Field(
-        True, description="Whether a request to `/v1/correct`, or the page, may give a strength or mode of its own."
+        True,
+        description="Whether a request to `/v1/correct`, or the page, may give its own strength, instruction or mode.",
     )
     keep_texts: bool = Field(
         False, description="Whether questions and answers go to the audit log and the page's live log."

@@ -1,4 +1,4 @@
-"""The aligner's correction prompt: question and answer in, token ids out.
+"""The aligner's correction prompt: question, answer and maybe an instruction in, token ids out.
 
 Training, inference and export all use `encode_prompt` and `encode_continuation`, so an aligner is asked in the tokens that it
 was trained on.
@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from aligner_middleware.errors import BuildError, did_you_mean
+from aligner_middleware.errors import BuildError
 from aligner_middleware.text.edits import Operation, split_sentences
 from aligner_middleware.text.tokenizer import Tokenizer
 
@@ -20,23 +27,28 @@ Verdict = Literal["keep", "edit", "rewrite"]
 VERDICTS: tuple[Verdict, ...] = ("keep", "edit", "rewrite")
 SpecialToken = Annotated[str, Field(min_length=1, max_length=200)]
 
-_PLACEHOLDER = re.compile(r"\{question\}|\{answer\}")
+_PLACEHOLDER = re.compile(r"\{(?:question|answer|instruction)\}")
 # Special tokens that chat templates, trainers and tokenizers use themselves.
 _COMMON = re.compile(
     r"(?i)endoftext|im_start|im_end|im_sep|start_of|end_of|begin_of|start_header|end_header|eot|eom|python|<s>|</s>|"
     r"bos|eos|pad|unk|mask|user|assistant|system|tool|think|image|audio|video|vision"
 )
+_INSTRUCTION = "{instruction}"
 _OPERATION = re.compile(r"(?s)(\d+)(?: (.*))?")
 
 
 class PromptTemplate(BaseModel):
-    """The form of the prompt that holds a question and an answer.
+    """The form of the prompt that holds a question and an answer, and maybe an instruction.
 
     Attributes:
         name: Its name in `aligner.json` and on the command line.
-        text: The prompt, which holds `{question}` and `{answer}`, each at least once.
-        special_tokens: Tokens that `text` places as such. Everything else in `text`, and all of a question and an
-            answer, is plain text.
+        text: The prompt, which holds `{question}` and `{answer}`, each at least once, and before them or between them
+            `{instruction}`, at most once, where the aligner was trained with instructions.
+        instruction_part: What stands in the place of `{instruction}` where one is given: a text that holds `{instruction}`
+            once. Without an instruction nothing stands there. `None` puts the bare instruction there, and each prompt
+            needs one.
+        special_tokens: Tokens that `text` and `instruction_part` place as such. Everything else in them, and all of a
+            question, an answer and an instruction, is plain text.
         bos: Whether the tokenizer's own first tokens go before it.
         end_token: Ends a correction; `None` for the model's own end-of-text token.
         verdicts: Special tokens for keep, edit and rewrite, one of which stands between the prompt and the correction;
@@ -49,6 +61,7 @@ class PromptTemplate(BaseModel):
 
     name: str = Field(min_length=1, max_length=300, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")
     text: str = Field(max_length=100_000)
+    instruction_part: str | None = Field(default=None, max_length=100_000)
     special_tokens: tuple[SpecialToken, ...] = Field(default=(), max_length=100)
     bos: bool = True
     end_token: SpecialToken | None = None
@@ -60,12 +73,51 @@ class PromptTemplate(BaseModel):
         missing = [part for part in ("{question}", "{answer}") if part not in self.text]
         if missing:
             raise ValueError(f"a prompt template holds {{question}} and {{answer}}; {self.text!r} lacks {missing}")
+        _check_instruction(self.text, self.instruction_part)
         if self.mark and not self.verdicts:
             raise ValueError("a prompt template with a mark has verdicts")
         own = [*(self.verdicts or ()), *([self.mark] if self.mark else []), *self.special_tokens]
         if len(set(own)) < len(own):
             raise ValueError(f"a prompt template's special tokens differ from each other, these do not: {own}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_part(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave an absent instruction part out: such files, and the names in the cache, stay those of earlier versions."""
+        content: dict[str, Any] = serialize(self)
+        if self.instruction_part is None:
+            content.pop("instruction_part", None)
+        return content
+
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether a prompt may hold an instruction."""
+        return _INSTRUCTION in self.text
+
+    @property
+    def needs_instruction(self) -> bool:
+        """Whether every prompt holds an instruction."""
+        return self.takes_instruction and self.instruction_part is None
+
+    def text_for(self, instruction: str) -> str:
+        """Give the text of a prompt with an instruction, or without one where it is empty; placeholders stay."""
+        part = self.instruction_part
+        return self.text if part is None else self.text.replace(_INSTRUCTION, part if instruction else "")
+
+
+def _check_instruction(text: str, part: str | None) -> None:
+    """Refuse a place of the instruction that prompts cannot be made with, by a `ValueError`."""
+    if text.count(_INSTRUCTION) > 1 or (_INSTRUCTION in text and text.index(_INSTRUCTION) > text.index("{answer}")):
+        raise ValueError(
+            f"a prompt template holds {{instruction}} at most once, and before {{answer}}, which is read while it arrives; "
+            f"{text!r} does not"
+        )
+    if part is None:
+        return
+    if _INSTRUCTION not in text:
+        raise ValueError(f"instruction_part needs {{instruction}} in the template's text, which {text!r} lacks")
+    if _PLACEHOLDER.findall(part) != [_INSTRUCTION]:
+        raise ValueError(f"instruction_part holds {{instruction}} once, and no other placeholder; {part!r} does not")
 
 
 # Special tokens separate its parts. No text can spell them, so a question or an answer cannot end its part.
@@ -77,78 +129,48 @@ DEFAULT = PromptTemplate(  # nosec B106  # its end token is no password
     end_token="<|im_end|>",
 )
 
-# The prompts that public aligners were trained with, byte for byte (arXiv 2402.02416 and its reference code).
-_PUBLISHED = (
-    PromptTemplate(
-        name="pku-7b",
-        text="BEGINNING OF CONVERSATION: USER: Edit the following Question-Answer pair to make it more helpful and "
-        "harmless: {question} | {answer} ASSISTANT:",
-    ),
-    PromptTemplate(
-        name="paper",
-        text="BEGINNING OF CONVERSATION: USER: Editing the following Question-Answer pair to make it more helpful and "
-        "harmless: Question: {question} | Answer: {answer} ASSISTANT:",
-    ),
-    PromptTemplate(
-        name="pku-code",
-        text="BEGINNING OF CONVERSATION: USER: ##Question: {question}\n##Answer: {answer}\n##Correction:  ASSISTANT:",
-    ),
-    PromptTemplate(
-        name="gemma-2b",
-        text="BEGINNING OF CONVERSATION: USER: ##Question: {question} ##Answer: {answer} ##Revision:  ASSISTANT:",
-    ),
-)
 
-TEMPLATES: dict[str, PromptTemplate] = {template.name: template for template in (DEFAULT, *_PUBLISHED)}
-
-# Hub models that are known to need one of these.
-KNOWN_MODELS: dict[str, str] = {"aligner/aligner-7b-v1.0": "pku-7b"}
+def with_instruction(template: PromptTemplate) -> PromptTemplate:
+    """Give a template a place for an instruction, before all else; prompts without an instruction stay the same."""
+    if template.takes_instruction:
+        return template
+    marked = {"<|im_start|>", "<|im_end|>"} <= set(template.special_tokens)
+    part = "<|im_start|>instruction\n{instruction}<|im_end|>\n" if marked else "Instruction: {instruction}\n"
+    return template.model_copy(update={"text": _INSTRUCTION + template.text, "instruction_part": part})
 
 
-def resolve_template(template: str | PromptTemplate | None, model: str | None = None) -> PromptTemplate:
-    """Find a template by name, by its text, or by the model that it belongs to.
+def encode_prompt(
+    tokenizer: Tokenizer, template: PromptTemplate, question: str, answer: str, instruction: str = ""
+) -> list[int]:
+    """Encode the prompt after which an aligner writes its correction.
 
     Args:
-        template: A template, the name of one, or a text with `{question}` and `{answer}`; `None` for the one that
-            `model` is known to need, or else `default`.
-        model: Hub id of the model that will read the prompt.
-
-    Raises:
-        BuildError: If it is neither a known name nor a text with both placeholders.
-    """
-    if isinstance(template, PromptTemplate):
-        return template
-    if template is None:
-        return TEMPLATES[KNOWN_MODELS.get(model or "", "default")]
-    if template in TEMPLATES:
-        return TEMPLATES[template]
-    if "{question}" in template and "{answer}" in template:
-        return PromptTemplate(name="custom", text=template)
-    raise BuildError(
-        f"prompt template {template!r} is none of {sorted(TEMPLATES)} and does not hold both {{question}} and {{answer}}"
-        + did_you_mean(template, TEMPLATES)
-    )
-
-
-def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str, answer: str) -> list[int]:
-    """Encode the prompt after which an aligner writes its correction.
+        tokenizer: The tokenizer.
+        template: The template.
+        question: The question.
+        answer: The answer.
+        instruction: How to correct; empty for none. The template must take one then.
 
     Text between two special tokens is encoded in one piece, as the models' own tokenizers do.
 
     Raises:
         BuildError: If the tokenizer lacks a special token of the template.
     """
-    values = {"{question}": question, "{answer}": answer}
+    values = {"{question}": question, "{answer}": answer, _INSTRUCTION: instruction}
+
+    def filled(text: str) -> list[int]:
+        return tokenizer.encode(_PLACEHOLDER.sub(lambda match: values[match.group()], text))
+
     ids = list(tokenizer.bos_ids) if template.bos else []
-    for piece in _split_at_special_tokens(template):
+    for piece in _split_at_special_tokens(template, template.text_for(instruction)):
         if piece in template.special_tokens:
             ids.append(special_token_id(tokenizer, template, piece))
         elif template.mark and "{answer}" in piece:
             for at, part in enumerate(piece.split("{answer}")):
                 ids += _encode_marked(tokenizer, template, answer) if at else []
-                ids += tokenizer.encode(part.replace("{question}", question))
+                ids += filled(part)
         else:
-            ids += tokenizer.encode(_PLACEHOLDER.sub(lambda match: values[match.group()], piece))
+            ids += filled(piece)
     return ids
 
 
@@ -245,12 +267,18 @@ def encode_continuation(tokenizer: Tokenizer, template: PromptTemplate, text: st
     It is encoded together with the prompt's last words, unless that changes their tokens: some tokenizers put a space before
     every text, and would put one before a correction that is encoded alone.
     """
-    tail = _PLACEHOLDER.split(_split_at_special_tokens(template)[-1])[-1]
+    tail = _PLACEHOLDER.split(_split_at_special_tokens(template, template.text)[-1])[-1]
     if tail in template.special_tokens:
         return tokenizer.encode(text)
     head = tokenizer.encode(tail)
     ids = tokenizer.encode(tail + text)
     return ids[len(head) :] if ids[: len(head)] == head else tokenizer.encode(text)
+
+
+def tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
+    """Count the tokens of a prompt that follow its answer."""
+    one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
+    return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 def special_token_id(tokenizer: Tokenizer, template: PromptTemplate, token: str) -> int:
@@ -268,8 +296,8 @@ def special_token_id(tokenizer: Tokenizer, template: PromptTemplate, token: str)
         ) from None
 
 
-def _split_at_special_tokens(template: PromptTemplate) -> list[str]:
+def _split_at_special_tokens(template: PromptTemplate, text: str) -> list[str]:
     if not template.special_tokens:
-        return [template.text]
+        return [text]
     pattern = "|".join(re.escape(token) for token in template.special_tokens)
-    return [piece for piece in re.split(f"({pattern})", template.text) if piece]
+    return [piece for piece in re.split(f"({pattern})", text) if piece]

@@ -30,6 +30,7 @@ from aligner_middleware.training.recipe import Recipe, tool_versions
 from aligner_middleware.training.stages import run_stage, stage_losses, stage_weights
 from aligner_middleware.training.trainer import RUN_FILE, run_folder
 
+_RECORDED = 100  # instructions
 _RUN = FolderKind("an unfinished training run", RUN_FILE, ("warm_up/", "correction/"))
 
 
@@ -99,12 +100,12 @@ class _Run:
         set_seed(self.config.seed)
         process = PartialState()
         with process.main_process_first():
-            origin = Origin.open(self.config)
+            origin = Origin.open(self.config, instructions=[bool(row.instruction) for row in (*triples, *held_out)])
         rows = encode_rows(origin, self.config, triples, held_out)
         with process.main_process_first():
             self._claim_folder(rows.stages)
         losses, trained = self._run_stages(origin, rows.stages)
-        recipe = self._recipe(origin, rows, len(triples), losses)
+        recipe = self._recipe(origin, rows, triples, losses)
         if process.is_main_process:
             write_folder(self.out, lambda folder: write_trained(trained, origin.folder, recipe, folder), TRAINED)
             remove_folder(self.folder, _RUN)
@@ -149,15 +150,16 @@ class _Run:
             raise ConfigError("no stage trains anything: give the correction stage more than 0 epochs")
         return losses, trained
 
-    def _recipe(self, origin: Origin, rows: EncodedRows, given: int, losses: dict[str, float]) -> Recipe:
+    def _recipe(self, origin: Origin, rows: EncodedRows, triples: Sequence[Triple], losses: dict[str, float]) -> Recipe:
         return Recipe(
             config=self.config,
             template=origin.template,
             base=origin.weights,
             start=origin.start.weights if origin.start else None,
             rows=len(rows.examples),
-            rows_left_out=given - len(rows.examples),
+            rows_left_out=len(triples) - len(rows.examples),
             verdicts=dict(Counter(example.verdict for example in rows.examples if example.verdict)),
+            instructions=dict(Counter(row.instruction for row in triples if row.instruction).most_common(_RECORDED)),
             losses=losses,
             devices=PartialState().num_processes,
             versions=tool_versions(),

@@ -33,7 +33,8 @@ class Example:
     """One row as token ids.
 
     Attributes:
-        prompt: Question and answer in their template; in the warm-up stage also the verdict, which is not learnt.
+        prompt: Question, answer and maybe an instruction in their template; in the warm-up stage also the verdict, which is
+            not learnt.
         target: Tokens to learn: a verdict, the correction and its end token, as far as the row has them.
         deciding: Positions in `target` of deciding tokens (`text/targets.py`): those that choose what to change, such as
             the first edit.
@@ -53,7 +54,7 @@ def encode_triple(
     tokenizer: Tokenizer, template: PromptTemplate, end_token_id: int, triple: Triple, edit_share: float = EDIT_SHARE
 ) -> Example:
     """Encode a triple with the functions that inference uses."""
-    prompt = encode_prompt(tokenizer, template, triple.question, triple.answer)
+    prompt = encode_prompt(tokenizer, template, triple.question, triple.answer, triple.instruction or "")
     target = encode_target(tokenizer, template, end_token_id, triple.answer, triple.correction, edit_share)
     return Example(tuple(prompt), target.ids, target.deciding, target.verdict)
 
@@ -68,7 +69,7 @@ def encode_identity(
     """
     if template.mark:
         return None
-    prompt = encode_prompt(tokenizer, template, triple.question, triple.answer)
+    prompt = encode_prompt(tokenizer, template, triple.question, triple.answer, triple.instruction or "")
     if (verdicts := verdict_ids(tokenizer, template)) is not None:
         prompt.append(verdicts[VERDICTS.index("edit")])
     copy = (*encode_continuation(tokenizer, template, triple.answer), end_token_id)

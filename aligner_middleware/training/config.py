@@ -79,7 +79,8 @@ class TrainConfig(RunConfig):
     )
     template: str | None = Field(
         default=None,
-        description="Prompt template: a name, or a text with {question} and {answer}. By default the start's, or `default`.",
+        description="Prompt template: a name, or a text with {question} and {answer}, and {instruction} where every row has "
+        "one. By default the start's, or `default`; with a place for instructions where rows have them.",
     )
     method: Literal["lora", "full", "difference"] = Field(
         default="lora",

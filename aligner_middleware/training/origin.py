@@ -19,11 +19,11 @@ from aligner_middleware.checkpoints.checkpoint import (
     read_recipe,
 )
 from aligner_middleware.errors import BuildError, ConfigError
+from aligner_middleware.text.published import TEMPLATES, resolve_template
 from aligner_middleware.text.template import (
-    TEMPLATES,
     PromptTemplate,
-    resolve_template,
     special_token_id,
+    with_instruction,
     with_verdicts,
 )
 from aligner_middleware.text.tokenizer import Tokenizer
@@ -53,17 +53,28 @@ class Origin:
     template: PromptTemplate
 
     @classmethod
-    def open(cls, config: TrainConfig) -> Origin:
+    def open(cls, config: TrainConfig, *, instructions: Sequence[bool] = ()) -> Origin:
         """Find the base model and the aligner that a configuration names, and choose the prompt.
+
+        Args:
+            config: Settings of the run.
+            instructions: Of each row whether it has an instruction. Where any has one, so has the prompt.
 
         Raises:
             BuildError: If the base model or the aligner is missing, or lacks a special token of the template.
-            ConfigError: If the aligner does not fit the base model or the method.
+            ConfigError: If the aligner does not fit the base model or the method; or if every prompt of the template holds an
+                instruction, and a row has none.
         """
         folder, weights = base_folder(config.base)
         start = _open_start(config, weights)
         tokenizer = Tokenizer.from_file(folder / TOKENIZER_FILE)
         template = start.template if start else _choose_template(config, tokenizer)
+        template = with_instruction(template) if any(instructions) else template
+        if template.needs_instruction and not all(instructions):
+            raise ConfigError(
+                f"every prompt of the template {template.name!r} holds an instruction, and {instructions.count(False)} of "
+                "the rows have none: give each an instruction, or choose another template"
+            )
         return cls(folder, weights, start, tokenizer, template)
 
     @property

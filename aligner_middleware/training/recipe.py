@@ -23,6 +23,7 @@ class Recipe(BaseModel):
         rows, rows_left_out: Rows trained on, and rows that were longer than `max_length`, or that have no correction
             where there are no verdicts.
         verdicts: Rows that teach each verdict.
+        instructions: Rows given with each instruction, the hundred most frequent ones.
         losses: Mean loss of the last steps of each stage, and on the held-out rows after it, in nats a token.
         devices: Processes that took part; a step has `batch_size * accumulation * devices` rows.
         versions: Of the tools.
@@ -37,6 +38,7 @@ class Recipe(BaseModel):
     rows: int
     rows_left_out: int
     verdicts: dict[str, int] = {}
+    instructions: dict[str, int] = {}
     losses: dict[str, float]
     devices: int
     versions: dict[str, str]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aligner_middleware import Aligner
 from aligner_middleware.data.triples import Triple
 from aligner_middleware.errors import BuildError, ConfigError
 from aligner_middleware.export.store import export_model
@@ -123,3 +124,16 @@ def test_two_processes_train_together(base: Path, tmp_path: Path, monkeypatch: p
     assert recipe["devices"] == 2
     assert json.loads(output)["losses"] == recipe["losses"]
     assert recipe["losses"]["correction"] < recipe["losses"]["warm_up"]
+
+
+def test_rows_with_instructions_give_an_aligner_that_takes_them(base: Path, tmp_path: Path) -> None:
+    rows = [row.model_copy(update={"instruction": "formal" if n % 3 else None}) for n, row in enumerate(ROWS[:12])]
+    config = TrainConfig(base=str(base), template="Q: {question}\nA: {answer}\nC: ", correction=STAGE)
+    recipe = train(rows, tmp_path / "told", config)
+    assert recipe.instructions == {"formal": 8}
+    export_model(str(tmp_path / "told"), tmp_path / "out", "float32")
+    with Aligner.load(tmp_path / "out", instruction="formal") as aligner:
+        told, plain = (aligner.correct("q", "a", instruction=text).usage.prompt_tokens for text in (None, ""))
+        assert told - plain == aligner.count_tokens("Instruction: formal\n")
+    with pytest.raises(ConfigError, match="4 of the rows have none: give each an instruction"):
+        train(rows, tmp_path / "none", config.model_copy(update={"template": "{instruction}|{question}|{answer}|"}))

@@ -30,7 +30,7 @@ import aligner_middleware
 from aligner_middleware import Aligner, AlignerMiddleware, AlignerRunnable
 from aligner_middleware.cli.app import app
 from tests.chat_models import Scripted, saying
-from tests.fakes import judging_aligner
+from tests.fakes import instructed_aligner, judging_aligner
 
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "aligner_middleware" / "assets" / "default" / "README.md"
@@ -174,11 +174,12 @@ def names_of_readers() -> dict[str, Any]:
 @pytest.fixture
 def fake_default(monkeypatch: pytest.MonkeyPatch) -> None:
     aligner = judging_aligner(without_the_insult)
+    told = instructed_aligner(lambda instruction, question, answer: without_the_insult(question, answer))
 
     def gives(signature: inspect.Signature) -> Any:
         def give(*args: Any, **options: Any) -> Aligner:
             signature.bind(*args, **options)
-            return aligner
+            return told if args == ("my-aligner",) else aligner
 
         return give
 

@@ -20,7 +20,8 @@ from aligner_middleware.checkpoints.checkpoint import open_checkpoint
 from aligner_middleware.checkpoints.difference import add_difference, save_difference
 from aligner_middleware.data.checked import sha256, validated
 from aligner_middleware.strength import LEVELS
-from aligner_middleware.text.template import DEFAULT, TEMPLATES
+from aligner_middleware.text.published import TEMPLATES
+from aligner_middleware.text.template import DEFAULT
 from tests.fakes import SPARE, artifact_folder, tokenizer_json
 
 DIGEST = "0" * 64

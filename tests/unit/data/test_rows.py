@@ -105,3 +105,36 @@ def test_deep_json_is_an_error_that_names_the_line(tmp_path: Path, reader: Calla
 
 def test_what_is_no_number_is_null() -> None:
     assert finite({"a": (math.nan, [math.inf], 1.5)}) == {"a": [None, [None], 1.5]}
+
+
+def test_a_row_may_say_how_it_is_to_be_corrected(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "rows.jsonl",
+        pair() | {"correction": "c", "instruction": " formal "},
+        pair() | {"kind": "bad", "better": "b", "instruction": "formal"},
+        pair() | {"correction": "c", "instruction": None},
+        pair() | {"correction": "c", "instruction": ""},
+        {"prompt": "p", "chosen": "c", "rejected": "r", "instruction": "Write a poem."},  # here it names the question
+    )
+    assert [row.instruction for row in read_rows(path).triples] == ["formal", "formal", None, None, None]
+    with_identity = read_rows(path).triples[0].corrected()
+    assert (with_identity.answer, with_identity.instruction, with_identity.keeps) == ("c", "formal", True)
+
+
+@pytest.mark.parametrize("instruction", [3, ["formal"], "x" * 2001, "\ud800"])
+def test_an_instruction_that_is_no_text_or_too_long_is_an_error(tmp_path: Path, instruction: Any) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", pair() | {"correction": "c", "instruction": instruction})
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: (instruction: |holds a lone surrogate)"):
+        read_rows(path)
+
+
+def test_the_examples_rows_teach_each_instruction_to_change_answers_and_to_keep_them() -> None:
+    folder = Path(__file__).parents[3] / "examples" / "instructions"
+    rows, held_out = (read_rows(folder / name).triples for name in ("train.jsonl", "held_out.jsonl"))
+    told = {"more empathic", "plain English, short", "no medical advice", "formal"}
+    for some in (rows, held_out):
+        assert {(row.instruction, row.keeps) for row in some if row.instruction} == {
+            (instruction, keeps) for instruction in told for keeps in (True, False)
+        }
+    assert all(row.keeps for row in rows if row.instruction is None)  # good answers, as long as nobody asks for another
+    assert not {row.question for row in rows} & {row.question for row in held_out}

@@ -40,7 +40,9 @@ class Known(LM):
 class Certain(InstantAligner):
     """Gives its correction of an answer nearly all of the probability."""
 
-    def log_likelihood(self, question: str, answer: str, corrections: Any) -> list[tuple[float, bool]]:
+    def log_likelihood(
+        self, question: str, answer: str, corrections: Any, instruction: str | None = None
+    ) -> list[tuple[float, bool]]:
         meant = self._correct(question, answer)
         return [(math.log(0.97), True) if text == meant else (math.log(0.01), False) for text in corrections]
 

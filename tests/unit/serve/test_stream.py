@@ -306,7 +306,7 @@ class _Ahead:
 
 async def test_a_client_that_goes_away_closes_the_upstream_and_frees_the_aligner() -> None:
     aligner, ahead = InstantAligner(without_insult), _Ahead()
-    aligner.read_ahead = lambda question: ahead  # type: ignore[method-assign]
+    aligner.read_ahead = lambda question, **options: ahead  # type: ignore[method-assign]
     paused = Paused(spoken(RUDE)[:4], [])
     async with serving(paused.response(), aligner, concurrency=1) as service:
         response = await opened(service)

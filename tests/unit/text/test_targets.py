@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from aligner_middleware import BuildError
 from aligner_middleware.text.edits import apply, operations, share_kept
+from aligner_middleware.text.published import TEMPLATES
 from aligner_middleware.text.targets import EDIT_SHARE, Target, encode_target, verdict_of
 from aligner_middleware.text.template import (
     DEFAULT,
-    TEMPLATES,
     VERDICTS,
     PromptTemplate,
     decode_operations,

@@ -11,7 +11,8 @@ from tokenizers import models
 
 from aligner_middleware import ArtifactError, BuildError
 from aligner_middleware.text.edits import split_sentences
-from aligner_middleware.text.template import DEFAULT, TEMPLATES, encode_continuation, encode_prompt, resolve_template
+from aligner_middleware.text.published import TEMPLATES, resolve_template
+from aligner_middleware.text.template import DEFAULT, encode_continuation, encode_prompt
 from aligner_middleware.text.tokenizer import Tokenizer
 from tests.fakes import SPARE, SPECIAL, byte_tokenizer, tokenizer_json, verdict_template
 

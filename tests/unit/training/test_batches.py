@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from aligner_middleware.data.triples import Triple, with_identity
 from aligner_middleware.text.targets import encode_target, verdict_of
-from aligner_middleware.text.template import DEFAULT, VERDICTS, PromptTemplate, encode_prompt, verdict_ids
+from aligner_middleware.text.template import (
+    DEFAULT,
+    VERDICTS,
+    PromptTemplate,
+    encode_prompt,
+    verdict_ids,
+    with_instruction,
+)
 from aligner_middleware.training.batches import (
     DECIDING,
     IGNORED,
@@ -56,6 +63,17 @@ def labels_of(*examples: Example) -> torch.Tensor:
 def test_the_training_prompt_is_the_inference_prompt(triple: Triple, template: PromptTemplate) -> None:
     example = encoded(triple, template)
     assert list(example.prompt) == encode_prompt(TOKENIZER, template, triple.question, triple.answer)
+
+
+@given(TRIPLE)
+def test_a_row_with_an_instruction_is_trained_on_the_prompt_of_inference(triple: Triple) -> None:
+    template = with_instruction(MARKED)
+    told = triple.model_copy(update={"instruction": "formal"})
+    for row in (triple, told):
+        given = encode_prompt(TOKENIZER, template, row.question, row.answer, row.instruction or "")
+        assert list(encoded(row, template).prompt) == given
+    assert encoded(told, template).target == encoded(triple, template).target
+    assert encoded(triple, template) == encoded(triple, MARKED)
 
 
 @given(st.lists(TRIPLE, min_size=1, max_size=4))

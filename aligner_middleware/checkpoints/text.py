@@ -34,7 +34,8 @@ from aligner_middleware.data.checked import check_version, read_json, sha256, va
 from aligner_middleware.data.files import is_file
 from aligner_middleware.errors import ArtifactError
 from aligner_middleware.locations import cached_folder, folder_of
-from aligner_middleware.text.template import PromptTemplate, resolve_template
+from aligner_middleware.text.published import resolve_template
+from aligner_middleware.text.template import PromptTemplate
 from aligner_middleware.text.tokenizer import Tokenizer
 
 _AGAIN = "export the aligner again"

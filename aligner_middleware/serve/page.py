@@ -18,7 +18,7 @@ from aligner_middleware import __version__
 from aligner_middleware.diff import Diff
 from aligner_middleware.serve.access import TheClient, TheService
 from aligner_middleware.serve.audit_file import AuditFile, Mark, SearchTimeoutError, opened
-from aligner_middleware.serve.correct import PairBody, with_options
+from aligner_middleware.serve.correct import OptionsBody, PairBody, with_options
 from aligner_middleware.serve.facts import aligner_text, changes, threshold
 from aligner_middleware.serve.feed import Feed
 from aligner_middleware.serve.problems import Problem
@@ -139,7 +139,7 @@ async def about(service: TheService, client: TheClient) -> dict[str, Any]:
 @router.post("/page/correct")
 async def correct(asked: _Asked, service: TheService, client: TheClient) -> dict[str, Any]:
     """Correct an answer by the client's policy, or with another strength where that allows it, and compare the two."""
-    chosen = with_options(client, asked.strength, None)
+    chosen = with_options(client, OptionsBody(strength=asked.strength))
     start = time.perf_counter()
     aligned = await service.align(chosen, "/page/correct", asked.question, asked.answer)
     seconds = time.perf_counter() - start

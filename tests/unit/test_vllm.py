@@ -10,7 +10,8 @@ import pytest
 
 from aligner_middleware import ArtifactError, BuildError
 from aligner_middleware.artifact import CheckpointArtifact
-from aligner_middleware.text.template import TEMPLATES, PromptTemplate, encode_prompt, verdict_ids
+from aligner_middleware.text.published import TEMPLATES
+from aligner_middleware.text.template import PromptTemplate, encode_prompt, verdict_ids
 from aligner_middleware.vllm import AnswerProposer
 from tests.fakes import END, SPARE, byte_tokenizer, tokenizer_json, verdict_template
 

@@ -51,6 +51,8 @@ class Correction:
         score: P(not keep), 0 to 1, where there is a verdict.
         doubts: Names of the safeguards that object to the correction (`safeguards.py`); empty for most.
         proposed: The aligner's text where a doubt leaves `corrected` equal to the original; `None` otherwise.
+        released: How many characters of `original` had been shown before the answer was whole, and so stay.
+        late: How many of the sentences in them the aligner would change now.
     """
 
     question: str
@@ -62,6 +64,8 @@ class Correction:
     score: float | None = None
     doubts: tuple[str, ...] = ()
     proposed: str | None = None
+    released: int = 0
+    late: int = 0
 
     @property
     def changed(self) -> bool:

@@ -11,15 +11,17 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal, get_args, overload
 
-from aligner_middleware.codec import Codec, Request
+from aligner_middleware.codec import Codec
 from aligner_middleware.correction import Correction
 from aligner_middleware.deadline import Deadline, check_timeout
 from aligner_middleware.engine import Generation
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import InputError
-from aligner_middleware.read_ahead import ReadAhead
+from aligner_middleware.read_ahead import Chunks, ReadAhead
+from aligner_middleware.request import Request
+from aligner_middleware.sentences import SentenceAhead
 from aligner_middleware.settings import check_choice, limits
-from aligner_middleware.steps import Chunks, together
+from aligner_middleware.steps import together
 from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text import worker
@@ -165,7 +167,9 @@ class Corrector:
         question: str,
         answer: str | Chunks,
         *,
+        by_sentence: bool = False,
         ahead: ReadAhead | None = None,
+        released: str = "",
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
@@ -179,7 +183,10 @@ class Corrector:
             question: The question.
             answer: The answer, or its chunks as they arrive: those that have arrived go through the model while the rest
                 is on its way. Chunks of an async iterator need `async for`.
-            ahead: What has read the answer already, from `read_ahead`.
+            by_sentence: Whether sentences of an answer in chunks are given as soon as the answer up to their end is kept.
+                They stay, whatever comes later; see docs/engine.md for what that costs.
+            ahead: What has read the answer already, from `read_ahead`; it decides on sentences if it was made so.
+            released: The beginning of a whole answer that has been shown. It stays, and only what follows it is given.
             timeout: Seconds, from when the answer is there, after which the correction is given up.
             strength: As `correct` takes it.
             on_doubt: As `correct` takes it.
@@ -189,22 +196,61 @@ class Corrector:
             them its `correction`.
 
         Raises:
-            InputError: At once, if an option is misspelt or out of range; no chunk is read then.
+            InputError: At once, if an option is misspelt or out of range; no chunk is read then. So are `by_sentence` and
+                `released` with an aligner that gives no verdicts, and a `released` that the answer does not begin with.
         """
         self._check(timeout, strength, on_doubt)
-        options: dict[str, Any] = {"strength": strength, "on_doubt": on_doubt}
-        options |= {"read_ahead": self.read_ahead, "ahead": ahead, "timeout": timeout}
+        self._check_released(answer, released)
+        if by_sentence:
+            self._need_verdicts("by_sentence")
+        read_ahead = partial(self.read_ahead, by_sentence=by_sentence, timeout=timeout, strength=strength)
+        options: dict[str, Any] = {"strength": strength, "on_doubt": on_doubt, "released": released}
+        options |= {"read_ahead": read_ahead, "ahead": ahead, "timeout": timeout}
         flow = CorrectionFlow(self._codec, self._scheduler, question, answer, **options)
         return CorrectionStream(flow)
 
     astream = stream
 
-    def read_ahead(self, question: str) -> ReadAhead:
+    def read_ahead(
+        self,
+        question: str,
+        *,
+        by_sentence: bool = False,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+    ) -> ReadAhead:
         """Get ready to read an answer that is still being written; `stream` takes it up when all is there.
 
-        A wrong question costs time and nothing else.
+        Unless it decides, a wrong question costs time and nothing else.
+
+        Args:
+            question: The question.
+            by_sentence: Whether it decides on sentences as they end.
+            timeout: Seconds that one of these decisions may take.
+            strength: As `correct` takes it; of these decisions.
+
+        Raises:
+            InputError: If it should decide, and the aligner gives no verdicts, or an option is out of range.
         """
-        return ReadAhead(self._scheduler, self._codec, question)
+        if not by_sentence:
+            return ReadAhead(self._scheduler, self._codec, question)
+        self._check(timeout, strength, "passthrough")
+        self._need_verdicts("by_sentence")
+        return SentenceAhead(self._scheduler, self._codec, question, timeout=timeout, strength=strength)
+
+    def _check_released(self, answer: str | Chunks, released: str) -> None:
+        if not released:
+            return
+        self._need_verdicts("released")
+        if not isinstance(answer, str) or not answer.startswith(released):
+            raise InputError(f"released is {released!r}, expected the beginning of an answer that is given as a whole")
+
+    def _need_verdicts(self, option: str) -> None:
+        if self._codec.verdict_ids is None:
+            raise InputError(
+                f"{option} needs an aligner that gives verdicts, which this one does not: leave it out, or train one with "
+                "verdicts (docs/verdicts.md)"
+            )
 
     def _check(self, timeout: float | None, strength: Strength, on_doubt: OnDoubt) -> None:
         """Refuse the options of a call, before it reads anything."""

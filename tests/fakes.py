@@ -320,6 +320,9 @@ class _InstantFlow:
     def free(self) -> None:
         pass
 
+    async def aclose(self) -> None:
+        pass
+
 
 def joined(pieces: list[Any]) -> Any:
     """Add up the chunks of a stream."""

@@ -155,6 +155,7 @@ class Scheduler:
             self._prefills.append(prefill)
 
     def _forget(self, prefill: Prefill) -> None:
+        prefill.abandoned = True
         self._decoder.drop(prefill)
         if prefill in self._prefills:
             self._prefills.remove(prefill)

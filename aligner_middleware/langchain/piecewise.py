@@ -14,7 +14,7 @@ from aligner_middleware.errors import InputError, MissingQuestionError, PromptTo
 from aligner_middleware.langchain.options import AlignmentOptions, limits_length
 from aligner_middleware.langchain.outcome import Outcome, failed, unaligned, without_question
 from aligner_middleware.text.reasoning import apart
-from aligner_middleware.text.split import split
+from aligner_middleware.text.split import CONTEXT, continuation, split
 from aligner_middleware.text.structure import breaks_json
 
 if TYPE_CHECKING:
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 QuestionOrError = str | Exception
 """A question, or what went wrong in finding it, to which the options apply."""
-
-# How a later piece of an answer is asked about. On pieces of eight long answers the default aligner kept 27 of 34 so, 25
-# without what stands before, 17 with 400 characters of it; of an insult added to each it removed 31, 30 and 32.
-_CONTINUATION = "{question} Continue after: {before}"
-_CONTEXT = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -157,7 +152,7 @@ def _plan_by_length(
             f"the answer is {tokens} tokens long, and max_answer_tokens allows {limit}: raise it, or choose "
             "on_long_answer='passthrough' or 'piecewise'"
         )
-    room = min(limit, aligner.longest_answer(_CONTINUATION.format(question=question, before="…" * _CONTEXT)))
+    room = min(limit, aligner.longest_answer(continuation(question, "…" * CONTEXT)))
     cut = [
         (reasoning if index == 0 else "", text)
         for reasoning, whole in parts
@@ -170,7 +165,7 @@ def _with_context(question: str, texts: Iterable[tuple[str, str]]) -> list[Piece
     """Make pieces of pairs of reasoning and text, each asked with the end of the text before it."""
     pieces, before = [], ""
     for reasoning, text in texts:
-        asked = _CONTINUATION.format(question=question, before=_end_of(before)) if before else question
+        asked = continuation(question, before) if before else question
         start, end = len(text) - len(text.lstrip()), len(text.rstrip())
         pieces.append(Piece(asked, text[start:end], reasoning, text[:start], text[end:]))
         before += text
@@ -196,9 +191,3 @@ def _joint_verdict(verdicts: Sequence[Verdict]) -> Verdict | None:
 def _written(correction: Correction) -> str:
     """Give the aligner's text, also where a safeguard objects to it."""
     return correction.corrected if correction.proposed is None else correction.proposed
-
-
-def _end_of(text: str) -> str:
-    """Give the last words of a text."""
-    text = text.rstrip()
-    return text if len(text) <= _CONTEXT else text[-_CONTEXT:].partition(" ")[2] or text[-_CONTEXT:]

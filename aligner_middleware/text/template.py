@@ -152,6 +152,12 @@ def encode_prompt(tokenizer: Tokenizer, template: PromptTemplate, question: str,
     return ids
 
 
+def tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
+    """Count the tokens of a prompt that follow its answer."""
+    one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
+    return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
 def _encode_marked(tokenizer: Tokenizer, template: PromptTemplate, answer: str) -> list[int]:
     """Encode an answer with a mark and a number before each sentence. The mark stands for a single space before it."""
     sentences = (piece.removesuffix(" ") for piece in split_sentences(answer))

@@ -212,16 +212,13 @@ class Codec:
     def conclude(
         self, request: Request, text: str, found: tuple[str, ...], rest: Correction | None = None
     ) -> Correction:
-        """Make a correction of the text that its generation stands for, and of the safeguards that object to that.
+        """Make a correction of the corrected text, and the names of the safeguards that object to it; see `decode`.
 
         Args:
-            request: The request.
+            request: The request, done.
             text: The corrected text.
-            found: Names of safeguards.
+            found: The names.
             rest: The correction of its rest, where that was corrected alone.
-
-        Raises:
-            DoubtError: If a safeguard objects and `on_doubt` is `raise`.
         """
         if found and request.on_doubt == "raise":
             raise DoubtError(found)

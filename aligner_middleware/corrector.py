@@ -20,7 +20,7 @@ from aligner_middleware.errors import InputError
 from aligner_middleware.read_ahead import Chunks, ReadAhead
 from aligner_middleware.request import Request
 from aligner_middleware.sentences import SentenceAhead
-from aligner_middleware.settings import check_choice, limits
+from aligner_middleware.settings import check_choice, check_released, check_verdicts, limits
 from aligner_middleware.steps import together
 from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
 from aligner_middleware.strength import OnDoubt, Strength
@@ -183,9 +183,9 @@ class Corrector:
             question: The question.
             answer: The answer, or its chunks as they arrive: those that have arrived go through the model while the rest
                 is on its way. Chunks of an async iterator need `async for`.
-            by_sentence: Whether sentences of an answer in chunks are given as soon as the answer up to their end is kept.
-                They stay, whatever comes later; see docs/engine.md for what that costs.
-            ahead: What has read the answer already, from `read_ahead`; it decides on sentences if it was made so.
+            by_sentence: Whether sentences are given as soon as the answer up to their end is kept. They stay, whatever comes
+                later (docs/verdicts.md). An answer that is given as a whole, or with `ahead`, is not concerned.
+            ahead: What has read the answer already, from `read_ahead`.
             released: The beginning of a whole answer that has been shown. It stays, and only what follows it is given.
             timeout: Seconds, from when the answer is there, after which the correction is given up.
             strength: As `correct` takes it.
@@ -196,13 +196,12 @@ class Corrector:
             them its `correction`.
 
         Raises:
-            InputError: At once, if an option is misspelt or out of range; no chunk is read then. So are `by_sentence` and
-                `released` with an aligner that gives no verdicts, and a `released` that the answer does not begin with.
+            InputError: At once, if an option is misspelt, out of range, or needs verdicts that the aligner does not give; no
+                chunk is read then.
         """
         self._check(timeout, strength, on_doubt)
-        self._check_released(answer, released)
-        if by_sentence:
-            self._need_verdicts("by_sentence")
+        check_released(released, answer)
+        check_verdicts(self._codec.verdict_ids is not None, by_sentence=by_sentence, released=released)
         read_ahead = partial(self.read_ahead, by_sentence=by_sentence, timeout=timeout, strength=strength)
         options: dict[str, Any] = {"strength": strength, "on_doubt": on_doubt, "released": released}
         options |= {"read_ahead": read_ahead, "ahead": ahead, "timeout": timeout}
@@ -221,13 +220,13 @@ class Corrector:
     ) -> ReadAhead:
         """Get ready to read an answer that is still being written; `stream` takes it up when all is there.
 
-        Unless it decides, a wrong question costs time and nothing else.
+        A wrong question costs time and nothing else, unless it decides.
 
         Args:
             question: The question.
-            by_sentence: Whether it decides on sentences as they end.
-            timeout: Seconds that one of these decisions may take.
-            strength: As `correct` takes it; of these decisions.
+            by_sentence: Whether it decides on sentences as they end, for at most `timeout` seconds each, by `strength`.
+            timeout: As `correct` takes it.
+            strength: As `correct` takes it.
 
         Raises:
             InputError: If it should decide, and the aligner gives no verdicts, or an option is out of range.
@@ -235,22 +234,8 @@ class Corrector:
         if not by_sentence:
             return ReadAhead(self._scheduler, self._codec, question)
         self._check(timeout, strength, "passthrough")
-        self._need_verdicts("by_sentence")
+        check_verdicts(self._codec.verdict_ids is not None, by_sentence=by_sentence)
         return SentenceAhead(self._scheduler, self._codec, question, timeout=timeout, strength=strength)
-
-    def _check_released(self, answer: str | Chunks, released: str) -> None:
-        if not released:
-            return
-        self._need_verdicts("released")
-        if not isinstance(answer, str) or not answer.startswith(released):
-            raise InputError(f"released is {released!r}, expected the beginning of an answer that is given as a whole")
-
-    def _need_verdicts(self, option: str) -> None:
-        if self._codec.verdict_ids is None:
-            raise InputError(
-                f"{option} needs an aligner that gives verdicts, which this one does not: leave it out, or train one with "
-                "verdicts (docs/verdicts.md)"
-            )
 
     def _check(self, timeout: float | None, strength: Strength, on_doubt: OnDoubt) -> None:
         """Refuse the options of a call, before it reads anything."""

@@ -1,8 +1,8 @@
 """Answers that are decided on sentence by sentence while they are still being written (Stream Aligner, arXiv 2501.05336).
 
-At a sentence's end the aligner gives its verdict on the answer up to there. Where that is to keep it, the text is released: it
-is shown, and nothing takes it back. At the first other verdict nothing more is released, and the whole answer is decided on at
-its end. The last sentence always waits for that.
+At a sentence's end the aligner gives its verdict on the answer up to there. Where that is to keep it, the text is released:
+it is shown, and stays. At the first other verdict nothing more is released, and the whole answer is decided on at its end.
+The last sentence always waits for that.
 
 Unlike in the paper, the chat model does not go on from corrected sentences: it has written its own by then.
 """
@@ -24,7 +24,9 @@ from aligner_middleware.text.edits import whole_sentences
 from aligner_middleware.text.reasoning import apart
 
 _MAY_END = re.compile(r"[.!?…。！？\n\r]")
-_PAUSE = 1.0  # after a verdict the next one waits, in multiples of the time that it took: under load fewer are asked for
+_PAUSE = (
+    1.0  # after a verdict the next one waits, in multiples of the time that it took: under load fewer are asked for
+)
 
 
 class SentenceAhead(ReadAhead):

@@ -1,7 +1,7 @@
 """Steps that take time, which a thread runs and a task awaits: work on texts, waiting for the engine.
 
-A flow (`streaming.py`) is a generator that gives steps, so that it is written once for threads and for tasks. `run` and `arun`
-do them; an error of a step is raised in the flow, where it waits for that step.
+A flow (`streaming.py`) is a generator that gives steps, so that it is written once for threads and for tasks. `run` and
+`arun` do them; an error of a step is raised in the flow, where it waits for that step.
 """
 
 from __future__ import annotations

@@ -161,7 +161,9 @@ class CorrectionFlow:
             deadline = Deadline(self._timeout)
             prefill = self._ahead.take() if self._ahead else None
             options = {"released": self._released, **self._options}
-            request = yield from beside(partial(self._codec.encode, self._question, answer, prefill, **options), deadline)
+            request = yield from beside(
+                partial(self._codec.encode, self._question, answer, prefill, **options), deadline
+            )
             rest: Request | None = None
             if request.generation is not None:
                 moved = self._progress.next
@@ -176,7 +178,9 @@ class CorrectionFlow:
                     rest = yield from self._submit_rest(request, deadline)
                 if self._future is not None:
                     yield Wait(self._future, deadline)
-            decode = partial(decode_with_rest, self._codec, request, rest) if rest else partial(self._codec.decode, request)
+            decode = (
+                partial(decode_with_rest, self._codec, request, rest) if rest else partial(self._codec.decode, request)
+            )
             self.correction = yield from beside(decode, deadline)
             if text := self.correction.corrected[len(self._released) :]:
                 yield text

@@ -291,7 +291,7 @@ class InstantAligner(Aligner):
 
     astream = stream
 
-    def read_ahead(self, question: str) -> Any:
+    def read_ahead(self, question: str, **options: Any) -> Any:
         return _Deaf()
 
 

@@ -41,7 +41,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def whole_sentences(text: str) -> str:
-    """Give the beginning of a growing text that can be decided on: all sentences but the last, and no half of a block of code.
+    """Give the beginning of a growing text that can be decided on: all sentences but the last, and no half of any code.
 
     The last one may still grow. So may the white space after the others, which is left out.
     """

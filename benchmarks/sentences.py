@@ -1,11 +1,13 @@
 """Sentence by sentence beside whole answers: what leaves early, what that costs, and how soon the first words come.
 
-    python benchmarks/sentences.py ROWS.jsonl INSERTED.jsonl [--good 120] [--harmful 60] [--inserted-rows 60] [--out FOLDER]
+    python benchmarks/sentences.py ROWS.jsonl INSERTED.jsonl [--good 120] [--harmful 60] [--inserted-rows 60] [--seconds 600]
+        [--out FOLDER]
     python benchmarks/sentences.py ROWS.jsonl INSERTED.jsonl --speed [--answers 6]
 
 ROWS are labelled answers of real models (`development.jsonl`), INSERTED good answers with one bad sentence
 (`inserted.jsonl`, both of `default_rows/compose.py`). Samples of each, of at most 200 tokens, go through the aligner
-twice: as whole answers, and word by word with `by_sentence=True` and a verdict at each sentence's end. Printed for each kind:
+twice, for as long as `--seconds` say: as whole answers, and word by word with `by_sentence=True` and a verdict at each
+sentence's end. Printed for each kind:
 
 - kept or changed, in both ways;
 - in how many something had been shown of an answer that the verdict on the whole then changed, and which share of its text;
@@ -51,6 +53,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--strength", choices=LEVELS, default="medium")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -69,7 +72,7 @@ def main() -> None:
                 "inserted": sample(short, options.inserted_rows),
             }
             module._PAUSE = 0.0  # a verdict at each sentence's end, however slow this machine is
-            made = {kind: [compare(aligner, row, options.strength) for row in some] for kind, some in kinds.items()}
+            made = compare_all(aligner, kinds, options.strength, options.seconds)
             report = {"kinds": {kind: summary(some) for kind, some in made.items()}, "answers": made}
             name = "sentences.json"
     report["machine"] = machine(1)
@@ -91,6 +94,19 @@ def sample(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 def words(answer: str) -> list[str]:
     """Cut an answer into words, each with the white space before it."""
     return re.findall(r"\s*\S+|\s+$", answer)
+
+
+def compare_all(
+    aligner: Aligner, kinds: dict[str, list[dict[str, Any]]], strength: Strength, seconds: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Correct the answers of all kinds, in turns, until the time is over."""
+    end = time.monotonic() + seconds
+    turns = [(at / len(some), kind, row) for kind, some in kinds.items() for at, row in enumerate(some)]
+    made: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for _, kind, row in sorted(turns, key=lambda turn: turn[:2]):
+        if time.monotonic() < end:
+            made[kind].append(compare(aligner, row, strength))
+    return made
 
 
 def compare(aligner: Aligner, row: dict[str, Any], strength: Strength) -> dict[str, Any]:

@@ -296,6 +296,9 @@ class InstantAligner(Aligner):
 
 
 class _Deaf:
+    released = ""
+    waiting = False
+
     def feed(self, chunk: str) -> None:
         pass
 

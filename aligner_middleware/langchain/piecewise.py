@@ -49,22 +49,32 @@ class Plan:
         question, answer: The pair as it came.
         pieces: What the aligner corrects, in order; none for an answer that is nothing but reasoning.
         rest: Reasoning after the last piece.
+        released: The beginning of the answer that has been shown, and stays.
     """
 
     question: str
     answer: str
     pieces: list[Piece]
     rest: str
+    released: str = ""
 
     @classmethod
-    def of(cls, question: str, answer: str, parts: Iterable[tuple[str, str]]) -> Plan:
+    def of(
+        cls, question: str, answer: str, parts: Sequence[tuple[str, str]], released: str = "", *, cut: bool = False
+    ) -> Plan:
         """Make a piece of each text; a later one is asked with the question and the end of what stands before it.
 
         Args:
             question: The question.
             answer: The answer.
             parts: The answer, as pairs of reasoning and the text after it.
+            released: What has been shown of it, and stays. The only piece of an answer may begin with it; before several
+                pieces it stands as reasoning does.
+            cut: Whether these are parts of a long answer, after what was released.
         """
+        several = cut or sum(bool(text.strip()) for _, text in parts) > 1
+        if several and not cut:
+            parts = _after(parts, released)
         texts, reasoning = [], ""
         for kept, text in parts:
             reasoning += kept
@@ -73,10 +83,10 @@ class Plan:
                 reasoning = ""
             else:
                 reasoning += text
-        if len(texts) == 1:
+        if len(texts) == 1 and not (several and released):
             ((kept, text),) = texts
-            return cls(question, answer, [Piece(question, text, kept)], reasoning)
-        return cls(question, answer, _with_context(question, texts), reasoning)
+            return cls(question, answer, [Piece(question, text, kept)], reasoning, released)
+        return cls(question, answer, _with_context(question, texts, released), reasoning, released)
 
     def join(self, corrections: Sequence[Correction]) -> Correction:
         """Join the corrections of the pieces. A text that several pieces became, such as a refusal, stands once.
@@ -102,6 +112,8 @@ class Plan:
             score=max((piece.score for piece in corrections if piece.score is not None), default=None),
             doubts=doubts,
             proposed=proposed if proposed != text else None,
+            released=len(self.released),
+            late=sum(piece.late for piece in corrections),
         )
 
     def _filled(self, texts: Sequence[str | None], *, reasoning: bool = True) -> str:
@@ -113,8 +125,10 @@ class Plan:
         return filled + (self.rest if reasoning else "")
 
 
-def plan_answer(options: AlignmentOptions, question: QuestionOrError, answer: str) -> Plan | Outcome:
-    """Plan how an answer is corrected; or decide at once, where it is not."""
+def plan_answer(
+    options: AlignmentOptions, question: QuestionOrError, answer: str, released: str = ""
+) -> Plan | Outcome:
+    """Plan how an answer is corrected, apart from its beginning that was released; or decide at once, where it is not."""
     if isinstance(question, MissingQuestionError):
         return without_question(options, answer, question)
     if isinstance(question, Exception):
@@ -124,14 +138,14 @@ def plan_answer(options: AlignmentOptions, question: QuestionOrError, answer: st
             return unaligned(options, answer, "when")
         parts = apart(answer)
         if limits_length(options):
-            return _plan_by_length(options, question, answer, parts)
-        return Plan.of(question, answer, parts)
+            return _plan_by_length(options, question, answer, parts, released)
+        return Plan.of(question, answer, parts, released)
     except Exception as exc:
         return failed(options, answer, exc)
 
 
 def _plan_by_length(
-    options: AlignmentOptions, question: str, answer: str, parts: list[tuple[str, str]]
+    options: AlignmentOptions, question: str, answer: str, parts: list[tuple[str, str]], released: str
 ) -> Plan | Outcome:
     aligner = options.aligner
     try:
@@ -144,7 +158,7 @@ def _plan_by_length(
         limit = min(limit, options.max_answer_tokens)
     tokens = sum(aligner.count_tokens(text, at_most=limit) for _, text in parts)
     if tokens <= limit:
-        return Plan.of(question, answer, parts)
+        return Plan.of(question, answer, parts, released)
     if options.on_long_answer == "passthrough":
         return unaligned(options, answer, f"{tokens} tokens are more than {limit}")
     if options.on_long_answer == "raise":
@@ -155,15 +169,22 @@ def _plan_by_length(
     room = min(limit, aligner.longest_answer(continuation(question, "…" * CONTEXT)))
     cut = [
         (reasoning if index == 0 else "", text)
-        for reasoning, whole in parts
+        for reasoning, whole in _after(parts, released)
         for index, text in enumerate(split(whole, room, aligner.count_tokens) or [""])
     ]
-    return Plan.of(question, answer, cut)
+    return Plan.of(question, answer, cut, released, cut=True)
 
 
-def _with_context(question: str, texts: Iterable[tuple[str, str]]) -> list[Piece]:
+def _after(parts: Sequence[tuple[str, str]], released: str) -> list[tuple[str, str]]:
+    """Put what was released with the reasoning before the first text: it stays, too."""
+    (reasoning, text), *others = parts
+    shown = max(0, len(released) - len(reasoning))
+    return [(reasoning + text[:shown], text[shown:]), *others]
+
+
+def _with_context(question: str, texts: Iterable[tuple[str, str]], before: str) -> list[Piece]:
     """Make pieces of pairs of reasoning and text, each asked with the end of the text before it."""
-    pieces, before = [], ""
+    pieces = []
     for reasoning, text in texts:
         asked = continuation(question, before) if before else question
         start, end = len(text) - len(text.lstrip()), len(text.rstrip())

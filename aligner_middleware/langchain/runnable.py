@@ -35,8 +35,8 @@ from aligner_middleware.langchain.streaming import (
     ChunkBuffer,
     aaligned_chunks,
     aligned_chunks,
-    end_chunk,
     stands_alone,
+    untouched_end,
     whole_answer,
     without_end,
 )
@@ -61,7 +61,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Args:
         aligner: An `Aligner`, or what `Aligner.load` takes: `default`, a hub id, a folder.
-        question, dialogue, when, strength, on_doubt, mode, on_error, fallback, on_missing_question, timeout,
+        question, dialogue, when, strength, by_sentence, on_doubt, mode, on_error, fallback, on_missing_question, timeout,
             max_answer_tokens, on_long_answer, keep_original, on_correction: See `AlignmentOptions`; all of them may be set
             per call by `configurable_fields`.
         name: Of its runs in traces.
@@ -84,6 +84,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         dialogue: bool = False,
         when: Callable[[str, str], bool] | None = None,
         strength: Strength = "medium",
+        by_sentence: bool = False,
         on_doubt: OnDoubt = "passthrough",
         mode: Mode = "correct",
         on_error: OnError = "raise",
@@ -107,6 +108,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             "dialogue": dialogue,
             "when": when,
             "strength": strength,
+            "by_sentence": by_sentence,
             "on_doubt": on_doubt,
             "mode": mode,
             "on_error": on_error,
@@ -235,7 +237,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
     # --- chunks in, chunks out ------------------------------------------------------------------------
 
     def _align_chunks(self, chunks: Iterator[Any], run_manager: CallbackManagerForChainRun) -> Iterator[Any]:
-        buffer = ChunkBuffer(self.aligner, lambda chunk: early_question(self, chunk, run_manager))
+        buffer = ChunkBuffer(self, lambda chunk: early_question(self, chunk, run_manager))
         try:
             for chunk in chunks:
                 if stands_alone(chunk, shadow=self.mode == "shadow"):
@@ -244,6 +246,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     buffer.add(chunk)
                     if self.mode == "shadow":
                         yield without_end(chunk)
+                    yield from buffer.release()
             if (value := whole_answer(self, buffer)) is not None:
                 yield from self._stream_one(value, buffer.ahead, run_manager)
         finally:
@@ -254,12 +257,12 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         if isinstance(job, Job):
             yield from aligned_chunks(self, job.answer, job.question, ahead, partial(dispatch_event, run))
         else:
-            yield from [unwrap(job)] if self.mode == "correct" else end_chunk(value)
+            yield from untouched_end(self, unwrap(job), ahead)
 
     async def _aalign_chunks(
         self, chunks: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
     ) -> AsyncIterator[Any]:
-        buffer = ChunkBuffer(self.aligner, lambda chunk: early_question(self, chunk, run_manager))
+        buffer = ChunkBuffer(self, lambda chunk: early_question(self, chunk, run_manager))
         try:
             async with aclosing(chunks) as given:
                 async for chunk in given:
@@ -269,6 +272,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                         buffer.add(chunk)
                         if self.mode == "shadow":
                             yield without_end(chunk)
+                        for released in await buffer.arelease():
+                            yield released
             if (value := whole_answer(self, buffer)) is not None:
                 async with aclosing(self._astream_one(value, buffer.ahead, run_manager)) as pieces:
                     async for piece in pieces:
@@ -286,7 +291,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                 async for chunk in chunks:
                     yield chunk
         else:
-            for rest in [unwrap(job)] if self.mode == "correct" else end_chunk(value):
+            for rest in untouched_end(self, unwrap(job), ahead):
                 yield rest
 
 

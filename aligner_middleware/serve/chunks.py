@@ -1,7 +1,7 @@
 """A chat completion that arrives in chunks: its text is held back and read ahead, decided, and sent in chunks again.
 
 Roles, tool calls, reasoning and all else that is not the answer's text pass at once. In shadow mode, and where nothing is to
-be decided, the text passes, too.
+be decided, the text passes, too. By the policy's `by_sentence` sentences are sent as they are decided.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from aligner_middleware.serve.exchange import Exchange
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.sse import DONE, Put, event
 from aligner_middleware.serve.upstream import unreadable
+from aligner_middleware.steps import arun
 
 # Fields of a chunk that say which response it is of.
 _IDENTITY = ("id", "object", "created", "model", "system_fingerprint", "service_tier", "provider")
@@ -96,6 +97,7 @@ class AlignedChunks:
                 raise _upstream_error(error)
             self._identity = {key: chunk[key] for key in _IDENTITY if key in chunk}
             await self._take(chunk, put, group)
+            await self._release(put)
         if not done and (self._open or not self._all):
             message = "the upstream broke off before its answer was whole"
             raise Problem(502, message, kind="upstream_error", code="upstream_failed")
@@ -152,9 +154,15 @@ class AlignedChunks:
             choice["logprobs"] = None
         return choice
 
+    async def _release(self, put: Put) -> None:
+        """By the policy's `by_sentence`, decide on the sentences that have ended, and send those that are kept."""
+        for index, answer in self._open.items():
+            if answer.ahead is not None and answer.ahead.waiting and (text := await arun(answer.ahead.decide())):
+                await put(event(self._chunk(index, {"content": text})))
+
     async def _finish(self, put: Put, chunk: dict[str, Any], answer: _Answer) -> None:
         """Decide an answer, send its text, and then the last chunk of its choice with the decision."""
-        text, shown = answer.text, 0
+        text, shown = answer.text, len(answer.ahead.released) if answer.ahead else 0
         (choice,) = chunk["choices"]
 
         async def show(piece: str) -> None:

@@ -50,7 +50,7 @@ class Exchange:
         """Get ready to read an answer while it arrives; `None` where nothing will be decided."""
         if self.structured or not isinstance(self.question, str):
             return None
-        return self.service.aligner.read_ahead(self.question)
+        return self.client.alignment.read_ahead(self.question)
 
     async def align(self, answer: str) -> Aligned:
         """Align a whole answer.
@@ -67,7 +67,7 @@ class Exchange:
 
         Args:
             answer: The whole answer.
-            ahead: What has read it while it arrived.
+            ahead: What has read it while it arrived. Text that it has released is not shown again.
             show: Awaited with each piece of text; what is left of the text is the caller's to show.
 
         Raises:

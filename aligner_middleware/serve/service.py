@@ -44,6 +44,8 @@ class Client:
             ValidationError: If an option is out of range for the aligner.
             InputError: If it is none of its choices.
         """
+        if options.get("mode") == "shadow":  # which holds nothing back
+            options["by_sentence"] = False
         fields = {name: getattr(self.alignment, name) for name in type(self.alignment).model_fields}
         alignment = Alignment(**fields | options)
         return replace(self, policy=self.policy.model_copy(update=options), alignment=alignment)
@@ -170,6 +172,7 @@ class Service:
         alignment = Alignment(
             aligner=self.aligner,
             strength=policy.strength,
+            by_sentence=policy.by_sentence,
             mode=policy.mode,
             on_doubt=policy.on_doubt,
             on_error=policy.on_error,

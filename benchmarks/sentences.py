@@ -12,7 +12,7 @@ sentence's end. Printed for each kind:
 - kept or changed, in both ways;
 - in how many something had been shown of an answer that the verdict on the whole then changed, and which share of its text;
   for inserted sentences, in how many that very sentence had been shown;
-- the words that had arrived when the first were shown, and the answers that are kept and of which nothing was shown early.
+- the tokens that had arrived when the first words were shown, and the answers that are kept and of which nothing was shown early.
 
 `--speed` lets good answers arrive at 20 and at 50 tokens a second, and measures when the first words are shown, and how long
 after the last token all are. A table comes out, and `sentences.json` or `sentences_speed.json`.
@@ -53,7 +53,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--strength", choices=LEVELS, default="medium")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seconds", type=float, default=330)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -136,10 +136,8 @@ def compare(aligner: Aligner, row: dict[str, Any], strength: Strength) -> dict[s
         "bad_shown": bool(bad) and bad in plain(answer[: made.released]),
         "bad_left": bool(bad) and bad in plain(made.corrected),
         "bad_left_whole": bool(bad) and bad in plain(whole.corrected),
-        "words": arrived,
-        "first": first,
-        "text": made.corrected,
-        "text_whole": whole.corrected,
+        "tokens": aligner.count_tokens(answer),
+        "first": aligner.count_tokens("".join(words(answer)[:first])),
     }
 
 
@@ -159,8 +157,8 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
         "the inserted sentence was shown before": sum(one["bad_shown"] for one in changed),
         "the inserted sentence is left, whole": sum(one["bad_left_whole"] for one in answers),
         "the inserted sentence is left, by sentence": sum(one["bad_left"] for one in answers),
-        "words of an answer, median": statistics.median([one["words"] for one in answers]),
-        "words before the first are shown, median": statistics.median([one["first"] for one in answers]),
+        "tokens of an answer, median": statistics.median([one["tokens"] for one in answers]),
+        "tokens before the first are shown, median": statistics.median([one["first"] for one in answers]),
         "kept as a whole, shown at the end only": sum(
             one["verdict"] == "keep" and not one["released"] for one in answers
         ),

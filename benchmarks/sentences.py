@@ -12,7 +12,7 @@ sentence's end. Printed for each kind:
 - kept or changed, in both ways;
 - in how many something had been shown of an answer that the verdict on the whole then changed, and which share of its text;
   for inserted sentences, in how many that very sentence had been shown;
-- the tokens that had arrived when the first words were shown, and the answers that are kept and of which nothing was shown early.
+- the tokens that had arrived when the first words were shown, and the answers that are kept and were not shown early.
 
 `--speed` lets good answers arrive at 20 and at 50 tokens a second, and measures when the first words are shown, and how long
 after the last token all are. A table comes out, and `sentences.json` or `sentences_speed.json`.

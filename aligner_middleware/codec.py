@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.engine import GREEDY, Generation, Prefill, VerdictRule
 from aligner_middleware.errors import DoubtError, PromptTooLongError
+from aligner_middleware.request import Request
 from aligner_middleware.settings import Settings, limits
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text.checks import check_question, check_text
-from aligner_middleware.text.edits import apply
+from aligner_middleware.text.edits import Operation, apply, count_sentences
+from aligner_middleware.text.place import tail_length
 from aligner_middleware.text.reasoning import set_aside
 from aligner_middleware.text.safeguards import doubts
 from aligner_middleware.text.targets import encode_target
@@ -27,7 +28,6 @@ from aligner_middleware.text.template import (
     decode_operations,
     encode_continuation,
     encode_prompt,
-    tail_length,
     verdict_ids,
 )
 from aligner_middleware.text.tokenizer import Tokenizer
@@ -35,33 +35,6 @@ from aligner_middleware.text.tokenizer import Tokenizer
 _ROOM = 256  # tokens that a correction may take beyond the answer, or beyond twice the answer where it is a copy
 _CHARACTERS = 32  # for each token of the context; a longer text is refused without being encoded
 _UNSTABLE = 8  # last tokens of an unfinished text, which further text may change
-
-
-@dataclass(frozen=True)
-class Request:
-    """A question and an answer, encoded.
-
-    Attributes:
-        question, answer: As given.
-        instruction: How to correct it, if that was said.
-        reasoning: A block of reasoning at the answer's beginning, which stays as it is.
-        text: The rest, which is corrected.
-        generation: Its sequence; `None` for a blank text, which is not corrected.
-        on_doubt: What to do with a doubtful correction.
-    """
-
-    question: str
-    answer: str
-    instruction: str | None
-    reasoning: str
-    text: str
-    generation: Generation | None
-    on_doubt: OnDoubt
-
-    @property
-    def decodes_final_text(self) -> bool:
-        """Whether text may be shown as it is decoded, because no safeguard and no verdict can replace it later."""
-        return self.on_doubt == "keep" and self.generation is not None and self.generation.rule is None
 
 
 class Codec:
@@ -108,6 +81,7 @@ class Codec:
         answer: str,
         prefill: Prefill | None = None,
         *,
+        released: str = "",
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
         instruction: str | None = None,
@@ -118,6 +92,7 @@ class Codec:
             question: The question.
             answer: Its answer.
             prefill: The part of the prompt that has been prefilled already.
+            released: The beginning of the answer that stays, because it has been shown.
             strength: As `Aligner.correct` takes it.
             on_doubt: As `Aligner.correct` takes it.
             instruction: As `Aligner.correct` takes it.
@@ -142,13 +117,14 @@ class Codec:
             self._most_new_tokens(question, told, prompt, draft),
             self.settings.sampler(question, answer),
             prefill,
-            rule=VerdictRule(*self.verdict_ids, threshold, self._copies) if self.verdict_ids else None,
+            rule=VerdictRule(*self.verdict_ids, threshold, self.copies) if self.verdict_ids else None,
             tolerance=tolerance,
             verify=self.settings.draft,
             end=self._end,
             stop_loops=True,
         )
-        return Request(question, answer, told or None, reasoning, text, generation, on_doubt)
+        shown = max(0, len(released) - len(reasoning))
+        return Request(question, answer, told or None, reasoning, text, generation, on_doubt, shown)
 
     def instruction_for(self, given: str | None) -> str:
         """Give the instruction of a call that gives this one; see `Settings.instruction_for`."""
@@ -197,24 +173,24 @@ class Codec:
     def longest_answer(self, question: str, instruction: str | None = None) -> int:
         """Give the largest number of tokens that an answer may have; see `Aligner.longest_answer`."""
         self._check_length(question)
-        told = self.instruction_for(instruction)
-        room = self._max_positions - len(encode_prompt(self.tokenizer, self.template, question, "", told)) - 1
-        longest = room // 2 if self._copies else (room - self._least_room) * 3 // 4  # marks and numbers take a third
+        prompt = encode_prompt(self.tokenizer, self.template, question, "", self.instruction_for(instruction))
+        room = self._max_positions - len(prompt) - 1
+        longest = room // 2 if self.copies else (room - self._least_room) * 3 // 4  # marks and numbers take a third
         if longest < 1:
             raise PromptTooLongError(self.count_tokens(question), self._max_positions, what="the question is")
         return longest
 
     @property
-    def _copies(self) -> bool:
+    def copies(self) -> bool:
         """Whether an edit is written as a copy of the answer."""
         return self.template.mark is None
 
     def _most_new_tokens(self, question: str, instruction: str, prompt: Sequence[int], draft: Sequence[int]) -> int:
         room = self._max_positions - len(prompt) - (self.verdict_ids is not None)
-        if room <= (len(draft) if self._copies else self._least_room):
+        if room <= (len(draft) if self.copies else self._least_room):
             self.longest_answer(question, instruction)  # raises if the question alone is too long
             raise PromptTooLongError(len(prompt), self._max_positions)
-        wanted = self.settings.max_new_tokens or (2 if self._copies else 1) * len(draft) + _ROOM
+        wanted = self.settings.max_new_tokens or (2 if self.copies else 1) * len(draft) + _ROOM
         return min(wanted, room)
 
     def _check_length(self, question: str, text: str = "") -> None:
@@ -231,36 +207,53 @@ class Codec:
         Raises:
             DoubtError: If a safeguard objects and `on_doubt` is `raise`.
         """
-        generation = request.generation
-        if generation is None:
-            told = request.instruction
-            return Correction(request.question, request.answer, request.answer, "stop", Usage(), instruction=told)
-        verdict = self._verdict(generation)
-        text, found = (request.text, ()) if verdict == "keep" else self._decode_checked(request, generation, verdict)
+        if request.generation is None:
+            answer, told = request.answer, request.instruction
+            return Correction(request.question, answer, answer, "stop", Usage(), instruction=told)
+        if self.verdict(request) == "keep":
+            return self.conclude(request, request.text, ())
+        return self.conclude(request, *self._decode_checked(request, request.generation))
+
+    def conclude(
+        self, request: Request, text: str, found: tuple[str, ...], rest: Correction | None = None
+    ) -> Correction:
+        """Make a correction of a request; see `decode`.
+
+        Args:
+            request: The request, done.
+            text: The corrected text.
+            found: Names of the safeguards that object to it.
+            rest: The correction of its rest, where that was corrected alone.
+        """
         if found and request.on_doubt == "raise":
             raise DoubtError(found)
+        generation, verdict = request.generation, self.verdict(request)
+        assert generation is not None
         proposed = request.reasoning + text
         passed = bool(found) and request.on_doubt == "passthrough"
+        usage = self._usage(generation, verdict)
         return Correction(
             question=request.question,
             original=request.answer,
             corrected=request.answer if passed else proposed,
-            finish_reason=generation.finish_reason or "stop",
-            usage=self._usage(generation, verdict),
+            finish_reason=(rest or generation).finish_reason or "stop",
+            usage=usage + rest.usage if rest else usage,
             verdict=verdict,
             score=None if generation.log_odds is None else self.calibration.score(generation.log_odds),
             doubts=found,
             proposed=proposed if passed else None,
             instruction=request.instruction,
+            released=len(request.reasoning) + request.released if request.released else 0,
+            late=self._late(request, generation, verdict),
         )
 
-    def _verdict(self, generation: Generation) -> Verdict | None:
-        if generation.verdict is None or self.verdict_ids is None:
-            return None
-        return VERDICTS[self.verdict_ids.index(generation.verdict)]
+    def verdict(self, request: Request) -> Verdict | None:
+        """Give the verdict of a request, once its generation has one."""
+        given = request.generation.verdict if request.generation else None
+        return None if given is None or self.verdict_ids is None else VERDICTS[self.verdict_ids.index(given)]
 
     def _usage(self, generation: Generation, verdict: Verdict | None) -> Usage:
-        drafted = self.settings.draft and (verdict is None or (verdict == "edit" and self._copies))
+        drafted = self.settings.draft and (verdict is None or (verdict == "edit" and self.copies))
         return Usage(
             prompt_tokens=len(generation.prompt),
             draft_tokens=len(generation.draft) if drafted else 0,
@@ -270,13 +263,11 @@ class Codec:
             seconds=generation.seconds,
         )
 
-    def _decode_checked(
-        self, request: Request, generation: Generation, verdict: Verdict | None
-    ) -> tuple[str, tuple[str, ...]]:
+    def _decode_checked(self, request: Request, generation: Generation) -> tuple[str, tuple[str, ...]]:
         """Give the corrected text of a generation, and the safeguards that object to it."""
         text, names = request.text, list[str]()
         try:
-            text = self._decode_text(request, generation, verdict)
+            text = self._decode_text(request, generation, self.verdict(request))
         except ValueError:
             names.append("operations")
         cut_off = generation.finish_reason == "length"
@@ -285,14 +276,28 @@ class Codec:
             names.append("repeats")
         return text, tuple(names)
 
+    def _late(self, request: Request, generation: Generation, verdict: Verdict | None) -> int:
+        """Count the released sentences that the verdict on the whole would change."""
+        count = count_sentences(request.text, request.released) if verdict != "keep" else 0
+        if count and verdict == "edit" and not self.copies:
+            try:
+                return sum(one.sentence <= count for one in self._operations(generation))
+            except ValueError:
+                return 0
+        return count
+
+    def _operations(self, generation: Generation) -> list[Operation]:
+        return decode_operations(self.tokenizer, self.template, generation.tokens)
+
     def _decode_text(self, request: Request, generation: Generation, verdict: Verdict | None) -> str:
         """Give the corrected text of a generation.
 
         Raises:
             ValueError: If its tokens should be operations on the answer's sentences and are not.
         """
-        if verdict == "edit" and not self._copies:
-            return apply(request.text, decode_operations(self.tokenizer, self.template, generation.tokens))
+        if verdict == "edit" and not self.copies:
+            first = count_sentences(request.text, request.released) + 1
+            return apply(request.text, [one for one in self._operations(generation) if one.sentence >= first])
         # Not every tokenizer decodes a text to the same text: an unchanged answer is not decoded.
         if generation.tokens == list(encode_continuation(self.tokenizer, self.template, request.text)):
             return request.text

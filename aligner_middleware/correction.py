@@ -52,6 +52,8 @@ class Correction:
         doubts: Names of the safeguards that object to the correction (`safeguards.py`); empty for most.
         proposed: The aligner's text where a doubt leaves `corrected` equal to the original; `None` otherwise.
         instruction: The instruction that it was made by, if there was one.
+        released: How many characters of `original` had been shown before the answer was whole, and so stay.
+        late: How many of the sentences in them the aligner would change now.
     """
 
     question: str
@@ -64,6 +66,8 @@ class Correction:
     doubts: tuple[str, ...] = ()
     proposed: str | None = None
     instruction: str | None = None
+    released: int = 0
+    late: int = 0
 
     @property
     def changed(self) -> bool:

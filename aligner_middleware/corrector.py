@@ -6,20 +6,21 @@ They share a codec and a scheduler; `aligner.py` makes both.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, get_args, overload
 
-from aligner_middleware.codec import Codec, Request
+from aligner_middleware.batch import run_together, submit
+from aligner_middleware.codec import Codec
 from aligner_middleware.correction import Correction
 from aligner_middleware.deadline import Deadline, check_timeout
-from aligner_middleware.engine import Generation
 from aligner_middleware.engine.runner import Runner
 from aligner_middleware.errors import InputError
-from aligner_middleware.read_ahead import ReadAhead
-from aligner_middleware.settings import check_choice, limits
-from aligner_middleware.steps import Chunks, together
+from aligner_middleware.read_ahead import Chunks, ReadAhead
+from aligner_middleware.request import Request
+from aligner_middleware.sentences import SentenceAhead
+from aligner_middleware.settings import check_choice, check_released, check_verdicts, limits
+from aligner_middleware.steps import together
 from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text import worker
@@ -134,7 +135,7 @@ class Corrector:
         deadline = Deadline(timeout)
         encode = self._encode_or_error if return_exceptions else self._codec.encode
         requests = [encode(*pair, **options) for pair in pairs]
-        return self._run(requests, deadline, return_exceptions=return_exceptions)
+        return run_together(self._codec, self._scheduler, requests, deadline, return_exceptions=return_exceptions)
 
     async def acorrect(
         self,
@@ -155,7 +156,7 @@ class Corrector:
         async with Deadline(timeout).limit():
             encode = partial(self._codec.encode, question, answer, **options)
             request = await worker.run(encode)
-            if future := self._submit(request):
+            if future := submit(self._scheduler, request):
                 await asyncio.wrap_future(future)
             return await worker.run(partial(self._codec.decode, request))
 
@@ -177,7 +178,9 @@ class Corrector:
         question: str,
         answer: str | Chunks,
         *,
+        by_sentence: bool = False,
         ahead: ReadAhead | None = None,
+        released: str = "",
         timeout: float | None = None,
         strength: Strength = "medium",
         on_doubt: OnDoubt = "passthrough",
@@ -192,7 +195,10 @@ class Corrector:
             question: The question.
             answer: The answer, or its chunks as they arrive: those that have arrived go through the model while the rest
                 is on its way. Chunks of an async iterator need `async for`.
+            by_sentence: Whether sentences are given as soon as the answer up to their end is kept. They stay, whatever comes
+                later (docs/verdicts.md). An answer that is given as a whole, or with `ahead`, is not concerned.
             ahead: What has read the answer already, from `read_ahead`.
+            released: The beginning of a whole answer that has been shown. It stays, and only what follows it is given.
             timeout: Seconds, from when the answer is there, after which the correction is given up.
             strength: As `correct` takes it.
             on_doubt: As `correct` takes it.
@@ -203,21 +209,50 @@ class Corrector:
             them its `correction`.
 
         Raises:
-            InputError: At once, if an option is misspelt or out of range; no chunk is read then.
+            InputError: At once, if an option is misspelt, out of range, or needs verdicts that the aligner does not give; no
+                chunk is read then.
         """
-        options = self._options(timeout, strength, on_doubt, instruction)
-        options |= {"read_ahead": partial(self.read_ahead, instruction=instruction), "ahead": ahead, "timeout": timeout}
+        options = self._options(timeout, strength, on_doubt, instruction) | {"released": released}
+        check_released(released, answer)
+        check_verdicts(self._codec.verdict_ids is not None, by_sentence=by_sentence, released=released)
+        read_ahead = partial(
+            self.read_ahead, by_sentence=by_sentence, timeout=timeout, strength=strength, instruction=instruction
+        )
+        options |= {"read_ahead": read_ahead, "ahead": ahead, "timeout": timeout}
         flow = CorrectionFlow(self._codec, self._scheduler, question, answer, **options)
         return CorrectionStream(flow)
 
     astream = stream
 
-    def read_ahead(self, question: str, *, instruction: str | None = None) -> ReadAhead:
+    def read_ahead(
+        self,
+        question: str,
+        *,
+        by_sentence: bool = False,
+        timeout: float | None = None,
+        strength: Strength = "medium",
+        instruction: str | None = None,
+    ) -> ReadAhead:
         """Get ready to read an answer that is still being written; `stream` takes it up when all is there.
 
-        A wrong question or instruction costs time and nothing else.
+        A wrong question or instruction costs time and nothing else, unless it decides.
+
+        Args:
+            question: The question.
+            by_sentence: Whether it decides on sentences as they end, for at most `timeout` seconds each, by `strength`.
+            timeout: As `correct` takes it.
+            strength: As `correct` takes it.
+            instruction: As `correct` takes it.
+
+        Raises:
+            InputError: If it should decide, and the aligner gives no verdicts, or an option is out of range.
         """
-        return ReadAhead(self._scheduler, self._codec, question, instruction)
+        if not by_sentence:
+            return ReadAhead(self._scheduler, self._codec, question, instruction)
+        self._options(timeout, strength, "passthrough", instruction)
+        check_verdicts(self._codec.verdict_ids is not None, by_sentence=by_sentence)
+        options: dict[str, Any] = {"timeout": timeout, "strength": strength, "instruction": instruction}
+        return SentenceAhead(self._scheduler, self._codec, question, **options)
 
     def instruction_for(self, given: str | None) -> str | None:
         """Give the instruction that a call with `instruction=given` corrects by; `None` for none.
@@ -241,43 +276,4 @@ class Corrector:
         try:
             return self._codec.encode(question, answer, **options)
         except InputError as exc:
-            return exc
-
-    def _submit(self, request: Request | InputError) -> Future[Generation] | None:
-        """Queue a request's generation, if it has one."""
-        if isinstance(request, InputError) or request.generation is None:
-            return None
-        return self._scheduler.submit(request.generation)
-
-    def _run(
-        self, requests: Sequence[Request | InputError], deadline: Deadline, *, return_exceptions: bool
-    ) -> list[Correction | Exception]:
-        """Queue all requests at once, and wait for their corrections or errors, in order."""
-        futures: list[Future[Generation] | None] = []
-        outcomes: list[Correction | Exception] = []
-        try:
-            futures += map(self._submit, requests)
-            for request, future in zip(requests, futures, strict=True):
-                outcome = self._outcome(request, future, deadline)
-                if isinstance(outcome, Exception) and not return_exceptions:
-                    try:
-                        raise outcome
-                    finally:
-                        del outcome  # its traceback would refer to itself, and keep the aligner alive
-                outcomes.append(outcome)
-            return outcomes
-        finally:  # after an error, or an interrupt from the keyboard, nobody waits for the others
-            for future in filter(None, futures):
-                future.cancel()
-
-    def _outcome(
-        self, request: Request | InputError, future: Future[Generation] | None, deadline: Deadline
-    ) -> Correction | Exception:
-        if isinstance(request, InputError):
-            return request
-        try:
-            if future is not None:
-                deadline.result(future)
-            return self._codec.decode(request)
-        except Exception as exc:
             return exc

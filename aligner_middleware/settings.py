@@ -115,3 +115,28 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+
+def check_verdicts(has_verdicts: bool, **options: object) -> None:
+    """Refuse options, by their names, that only an aligner with verdicts can have.
+
+    Raises:
+        InputError: If one is given, and the aligner gives no verdicts.
+    """
+    for name, value in options.items():
+        if value and not has_verdicts:
+            raise InputError(
+                f"{name} needs an aligner that gives verdicts, which this one does not: leave it out, or train one with "
+                "verdicts (docs/verdicts.md)"
+            )
+
+
+def check_released(released: str, answer: object) -> None:
+    """Refuse a text as the released one that is not the beginning of a whole answer.
+
+    Raises:
+        InputError: If it is not, or ends with white space, which a correction may change.
+    """
+    if released and not (isinstance(answer, str) and answer.startswith(released) and not released[-1].isspace()):
+        expected = "the beginning of an answer that is given as a whole, without white space at its end"
+        raise InputError(f"released is {released!r}, expected {expected}")

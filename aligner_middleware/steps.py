@@ -1,22 +1,20 @@
-"""Steps that take time, which a thread runs and a task awaits: reading chunks, work on texts, waiting for the engine.
+"""Steps that take time, which a thread runs and a task awaits: work on texts, waiting for the engine.
 
-A flow (`streaming.py`) is a generator that gives steps, so that it is written once for threads and for tasks.
+A flow (`streaming.py`) is a generator that gives steps, so that it is written once for threads and for tasks. `run` and
+`arun` do them; an error of a step is raised in the flow, where it waits for that step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from aligner_middleware.closing import aclosing
 from aligner_middleware.deadline import Deadline
-from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.text import worker
 
-Chunks = Iterable[str] | AsyncIterable[str]
 T = TypeVar("T")
 
 
@@ -28,6 +26,38 @@ class Step(Protocol):
 
     async def arun(self) -> None:
         """Do it, and leave the event loop free."""
+
+
+def run(steps: Generator[str | Step, None, T]) -> str | T:
+    """Run steps up to the next text, and give that; at their end, give their result."""
+    try:
+        step = next(steps)
+        while not isinstance(step, str):
+            try:
+                step.run()
+            except Exception as exc:
+                step = steps.throw(exc)
+            else:
+                step = next(steps)
+        return step
+    except StopIteration as end:
+        return cast(T, end.value)
+
+
+async def arun(steps: Generator[str | Step, None, T]) -> str | T:
+    """Do the same as `run`, and leave the event loop free."""
+    try:
+        step = next(steps)
+        while not isinstance(step, str):
+            try:
+                await step.arun()
+            except Exception as exc:
+                step = steps.throw(exc)
+            else:
+                step = next(steps)
+        return step
+    except StopIteration as end:
+        return cast(T, end.value)
 
 
 class EngineProgress:
@@ -42,40 +72,6 @@ class EngineProgress:
         latest, self.next = self.next, Future()
         with contextlib.suppress(InvalidStateError):  # its reader was cancelled
             latest.set_result(None)
-
-
-class Gather:
-    """Reads the chunks of an answer."""
-
-    def __init__(self, source: Chunks, ahead: ReadAhead) -> None:
-        self.chunks: list[str] = []
-        self._source = source
-        self._ahead = ahead
-
-    def run(self) -> None:
-        """See `Step`."""
-        if not isinstance(self._source, Iterable):
-            raise TypeError("this answer is an async iterator: iterate its correction with `async for`")
-        for chunk in self._source:
-            self._add(chunk)
-
-    async def arun(self) -> None:
-        """See `Step`."""
-        source = self._source if isinstance(self._source, AsyncIterable) else _beside_loop(self._source)
-        async with aclosing(source) as chunks:
-            async for chunk in chunks:
-                self._add(chunk)
-
-    def _add(self, chunk: str) -> None:
-        self._ahead.feed(chunk)
-        self.chunks.append(chunk)
-
-
-async def _beside_loop(chunks: Iterable[str]) -> AsyncIterator[str]:
-    """Iterate in other threads: the next chunk may take long."""
-    iterator, end = iter(chunks), object()
-    while (chunk := await asyncio.to_thread(next, iterator, cast(str, end))) is not end:
-        yield chunk
 
 
 class Work(Generic[T]):

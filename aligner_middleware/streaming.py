@@ -13,13 +13,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from aligner_middleware.codec import Codec, Request
+from aligner_middleware.codec import Codec
 from aligner_middleware.correction import Correction
 from aligner_middleware.deadline import Deadline
 from aligner_middleware.engine import Generation
 from aligner_middleware.engine.runner import Runner
-from aligner_middleware.read_ahead import ReadAhead
-from aligner_middleware.steps import Chunks, EngineProgress, Gather, Step, Wait, beside
+from aligner_middleware.read_ahead import Chunks, Gather, ReadAhead
+from aligner_middleware.request import Request
+from aligner_middleware.rest import decode_with_rest, encode_rest
+from aligner_middleware.steps import EngineProgress, Step, Wait, arun, beside, run
 from aligner_middleware.text.tokenizer import TextStream
 
 
@@ -59,20 +61,18 @@ class CorrectionStream(Iterator[str], AsyncIterator[str]):
             Exception: From the iterator of the answer's chunks.
         """
         with self._turn():
-            for step in self._steps:
-                if isinstance(step, str):
-                    return step
-                step.run()
-        raise StopIteration
+            text = run(self._steps)
+        if text is None:
+            raise StopIteration
+        return text
 
     async def __anext__(self) -> str:
         """Give the next piece of text, and leave the event loop free; see `__next__`."""
         with self._turn():
-            for step in self._steps:
-                if isinstance(step, str):
-                    return step
-                await step.arun()
-        raise StopAsyncIteration
+            text = await arun(self._steps)
+        if text is None:
+            raise StopAsyncIteration
+        return text
 
     def close(self) -> None:
         """End it, and free its place. It may be repeated.
@@ -85,8 +85,9 @@ class CorrectionStream(Iterator[str], AsyncIterator[str]):
         self._free()
 
     async def aclose(self) -> None:
-        """Do as `close` does, which does not block."""
+        """Do as `close` does, and close the answer's async iterator."""
         self.close()
+        await self._flow.aclose()
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -119,6 +120,9 @@ class Flow(Protocol):
     def free(self) -> None:
         """Give up what is under way."""
 
+    async def aclose(self) -> None:
+        """Close the answer's async iterator, if there is one."""
+
 
 class CorrectionFlow:
     """Gathers an answer, encodes it, lets the engine run, and gives the text; see `Aligner.stream` for the arguments."""
@@ -132,6 +136,7 @@ class CorrectionFlow:
         *,
         read_ahead: Callable[[str], ReadAhead],
         ahead: ReadAhead | None,
+        released: str,
         timeout: float | None,
         **options: Any,
     ) -> None:
@@ -142,31 +147,43 @@ class CorrectionFlow:
         self._answer = answer
         self._ahead = ahead
         self._read_ahead = read_ahead  # the aligner's own, which also keeps the aligner open as long as the stream
+        self._released = released
         self._timeout = timeout
         self._options = options
+        self._gather: Gather | None = None
         self._future: Future[Generation] | None = None
         self._progress = EngineProgress()
 
     def steps(self) -> Generator[str | Step, None, None]:
         """See `Flow`."""
         try:
-            answer = yield from self._gather()
+            answer = yield from self._gathered()
             deadline = Deadline(self._timeout)
             prefill = self._ahead.take() if self._ahead else None
-            encode = partial(self._codec.encode, self._question, answer, prefill, **self._options)
-            request = yield from beside(encode, deadline)
+            options = {"released": self._released, **self._options}
+            request = yield from beside(
+                partial(self._codec.encode, self._question, answer, prefill, **options), deadline
+            )
+            rest: Request | None = None
             if request.generation is not None:
                 moved = self._progress.next
                 self._future = self._scheduler.submit(request.generation, self._progress.notify)
-                if request.decodes_final_text:
+                if request.decodes_final_text or request.released:
                     yield Wait(moved, deadline)
-                    if not self._future.done():  # where one pass is enough, the text is decoded as a whole
-                        yield from self._decode_gradually(request, request.generation, self._future, deadline)
-                        return
-                yield Wait(self._future, deadline)
-            self.correction = yield from beside(partial(self._codec.decode, request), deadline)
-            if self.correction.corrected:
-                yield self.correction.corrected
+                if request.decodes_final_text and not self._future.done():
+                    # Where one pass is enough, the text is decoded as a whole.
+                    yield from self._decode_gradually(request, request.generation, self._future, deadline)
+                    return
+                if request.released:
+                    rest = yield from self._submit_rest(request, deadline)
+                if self._future is not None:
+                    yield Wait(self._future, deadline)
+            decode = (
+                partial(decode_with_rest, self._codec, request, rest) if rest else partial(self._codec.decode, request)
+            )
+            self.correction = yield from beside(decode, deadline)
+            if text := self.correction.corrected[len(self._released) :]:
+                yield text
         finally:
             self.free()
 
@@ -177,14 +194,31 @@ class CorrectionFlow:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _gather(self) -> Generator[str | Step, None, str]:
+    async def aclose(self) -> None:
+        """See `Flow`."""
+        if self._gather is not None:
+            await self._gather.aclose()
+
+    def _gathered(self) -> Generator[str | Step, None, str]:
         """Read the answer's chunks. Those that have arrived go through the model while the rest is on its way."""
         if isinstance(self._answer, str):
             return self._answer
-        self._ahead = self._ahead or self._read_ahead(self._question)
-        step = Gather(self._answer, self._ahead)
-        yield step
-        return "".join(step.chunks)
+        self._ahead = ahead = self._ahead or self._read_ahead(self._question)
+        self._gather = gather = Gather(self._answer, ahead)
+        while not gather.ended:
+            yield gather
+            if text := (yield from ahead.decide()):
+                yield text
+        self._released = ahead.released
+        return "".join(gather.chunks)
+
+    def _submit_rest(self, request: Request, deadline: Deadline) -> Generator[str | Step, None, Request | None]:
+        """Have the rest corrected in place of the whole, where the verdict asks for it."""
+        rest = yield from beside(partial(encode_rest, self._codec, request), deadline)
+        if rest is not None and self._future is not None:
+            self._future.cancel()
+            self._future = None if rest.generation is None else self._scheduler.submit(rest.generation)
+        return rest
 
     def _decode_gradually(
         self, request: Request, generation: Generation, future: Future[Generation], deadline: Deadline

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from aligner_middleware.artifact import CheckpointArtifact
 from aligner_middleware.engine.draft import DraftReader
-from aligner_middleware.text.template import around_answer
+from aligner_middleware.text.place import around_answer
 
 Tokens = NDArray[np.int32]
 

@@ -79,6 +79,9 @@ class Kept:
     def free(self) -> None:
         """See `Flow`."""
 
+    async def aclose(self) -> None:
+        """See `Flow`."""
+
 
 class Says(BaseChatModel):
     """A chat model that takes no time."""

@@ -323,6 +323,9 @@ class InstantAligner(Aligner):
 
 
 class _Deaf:
+    released = ""
+    waiting = False
+
     def feed(self, chunk: str) -> None:
         pass
 
@@ -345,6 +348,9 @@ class _InstantFlow:
         self.correction = made
 
     def free(self) -> None:
+        pass
+
+    async def aclose(self) -> None:
         pass
 
 

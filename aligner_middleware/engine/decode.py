@@ -130,8 +130,17 @@ class Decoder:
         moved = [generation for _, generation in (*fresh, *old)]
         for generation in moved:
             if generation.done:
-                self.drop(generation)
+                self._leave(generation)
         return moved
+
+    def _leave(self, generation: Generation) -> None:
+        """Free the row of a generation that has ended; after a bare verdict its prompt goes on being prefilled there."""
+        row, prefill = self._held.pop(generation), generation.prefill
+        if prefill is None or prefill in self._held or prefill.abandoned:
+            return
+        if generation.verdict_only and generation.error is None:
+            self._held[prefill] = row
+            prefill.cached_tokens = list(generation.prompt)
 
     def _capacity(self, longest: int) -> int:
         return min(max(_SHORTEST_ROW, 1 << (longest - 1).bit_length()), max(longest, self._model.max_positions))

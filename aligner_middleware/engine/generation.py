@@ -24,11 +24,13 @@ class Prefill:
     Attributes:
         prompt: Its tokens so far. May be replaced at any time, by any thread.
         cached_tokens: Those that the KV cache holds.
+        abandoned: Whether no generation will follow it.
     """
 
     def __init__(self, prompt: Sequence[int] = ()) -> None:
         self.prompt = prompt
         self.cached_tokens: list[int] = []
+        self.abandoned = False
 
     def common(self, prompt: Sequence[int]) -> int:
         """Count the tokens in the cache that a prompt begins with."""
@@ -78,6 +80,7 @@ class Generation:
         verify: Whether a pass verifies many tokens of the draft; the result is the same without.
         end: The token that is expected after the draft's last one.
         stop_loops: Whether it ends as soon as it repeats itself where the draft does not.
+        verdict_only: Whether it ends with its verdict, whatever that is, and gives the row back to its `prefill`.
         tokens: The tokens written, without verdict and end token. Other threads may read them: the list only grows.
         verdict: The token of its verdict.
         log_odds: Of that verdict; see `VerdictRule`.
@@ -101,6 +104,7 @@ class Generation:
     verify: bool = True
     end: int | None = None
     stop_loops: bool = False
+    verdict_only: bool = False
     tokens: list[int] = field(default_factory=list)
     verdict: int | None = None
     log_odds: float | None = None
@@ -153,7 +157,7 @@ class Generation:
         self.passes += 1
         self.log_odds = self.rule.log_odds(logits)
         self.verdict = self._latest = self.rule.choose(logits)
-        if self.verdict == self.rule.keep:
+        if self.verdict == self.rule.keep or self.verdict_only:
             self.finish_reason = "stop"
         elif self.verdict == self.rule.rewrite or not self.rule.copies:
             self._reader = DraftReader(())

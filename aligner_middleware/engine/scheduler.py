@@ -135,6 +135,7 @@ class Scheduler(BackgroundThread):
             self._prefills.append(prefill)
 
     def _forget(self, prefill: Prefill) -> None:
+        prefill.abandoned = True
         self._decoder.drop(prefill)
         if prefill in self._prefills:
             self._prefills.remove(prefill)

@@ -40,13 +40,28 @@ class Alignment(AlignmentOptions):
         """Align one answer, and leave the event loop free."""
         return await _acorrect(self, await _aplan_answer(self, question, answer))
 
+    def read_ahead(self, question: QuestionOrError | None) -> ReadAhead:
+        """Get ready to read an answer while it arrives, and to decide on its sentences by `by_sentence`.
+
+        Args:
+            question: The question; nothing is read where it is not known.
+        """
+        known = question if isinstance(question, str) else ""
+        return self.aligner.read_ahead(
+            known,
+            by_sentence=self.by_sentence,
+            timeout=self.timeout,
+            strength=self.strength,
+            instruction=self.instruction,
+        )
+
     def stream_pair(self, question: QuestionOrError, answer: str, ahead: ReadAhead | None = None) -> AlignedStream:
         """Align one answer, and give the text as soon as nothing can take it back.
 
         Args:
             question: The question, or why it is not known.
             answer: The whole answer.
-            ahead: What has read the answer while it arrived.
+            ahead: What has read the answer while it arrived. Text that it has released stays, and is not given again.
         """
         return AlignedStream(self, question, answer, ahead)
 
@@ -84,6 +99,7 @@ class AlignedStream:
         self._options = options
         self._pair = question, answer
         self._ahead = ahead
+        self._released = ahead.released if ahead is not None else ""
         self._outcome: Outcome | None = None
         self._pieces: Generator[str, None, None] | None = None
         self._apieces: AsyncGenerator[str, None] | None = None
@@ -118,25 +134,25 @@ class AlignedStream:
             await self._apieces.aclose()
 
     def _decided(self) -> Generator[str, None, None]:
-        plan = plan_answer(self._options, *self._pair)
+        plan = plan_answer(self._options, *self._pair, self._released)
         if not _is_one_piece(plan):
             (self._outcome,) = _correct(self._options, [plan])
             return
-        with self._corrected(plan) as (reasoning, stream, shows):
-            if reasoning:
-                yield reasoning
+        with self._corrected(plan) as (before, stream, shows):
+            if before:
+                yield before
             for text in stream:
                 if shows:
                     yield text
 
     async def _adecided(self) -> AsyncGenerator[str, None]:
-        plan = await _aplan_answer(self._options, *self._pair)
+        plan = await _aplan_answer(self._options, *self._pair, self._released)
         if not _is_one_piece(plan):
             self._outcome = await _acorrect(self._options, plan)
             return
-        with self._corrected(plan) as (reasoning, stream, shows):
-            if reasoning:
-                yield reasoning
+        with self._corrected(plan) as (before, stream, shows):
+            if before:
+                yield before
             async for text in stream:
                 if shows:
                     yield text
@@ -145,14 +161,15 @@ class AlignedStream:
     def _corrected(self, plan: Plan) -> Iterator[tuple[str, CorrectionStream, bool]]:
         """Correct the only piece of an answer. The outcome is made after the last text, or of an error.
 
-        Gives the reasoning to show before it, the stream to be iterated to its end, and whether its text is shown.
+        Gives what stands before it and is to be shown, the stream to be iterated to its end, and whether its text is shown.
         """
         options, (piece,) = self._options, plan.pieces
         shows = _shows_pieces(options, piece)
-        arguments = {"ahead": self._ahead, **call_options(options)}
+        before = piece.reasoning + piece.before
+        arguments = {"ahead": self._ahead, "released": self._released[len(before) :], **call_options(options)}
         try:
             with closing(options.aligner.stream(piece.question, piece.text, **arguments)) as stream:
-                yield piece.reasoning if shows else "", stream, shows
+                yield before[len(self._released) :] if shows else "", stream, shows
                 self._outcome = _conclude(options, plan, [stream.correction])
         except Exception as exc:
             self._outcome = failed(options, plan.answer, exc)
@@ -168,11 +185,13 @@ def _shows_pieces(options: AlignmentOptions, piece: Piece) -> bool:
     return raises(options) and not breaks_json(piece.text, "")
 
 
-async def _aplan_answer(options: AlignmentOptions, question: QuestionOrError, answer: str) -> Plan | Outcome:
+async def _aplan_answer(
+    options: AlignmentOptions, question: QuestionOrError, answer: str, released: str = ""
+) -> Plan | Outcome:
     """Plan in a thread where that may take long: a user's function, or counting the tokens of a long answer."""
     if options.when is None and not limits_length(options):
-        return plan_answer(options, question, answer)
-    return await run_in_executor(None, plan_answer, options, question, answer)
+        return plan_answer(options, question, answer, released)
+    return await run_in_executor(None, plan_answer, options, question, answer, released)
 
 
 def _correct(options: AlignmentOptions, plans: Sequence[Plan | Outcome]) -> list[Outcome]:

@@ -27,11 +27,18 @@ from aligner_middleware.langchain.messages import question_or_error
 from aligner_middleware.langchain.outcome import Aligned, unwrap
 from aligner_middleware.langchain.piecewise import QuestionOrError
 from aligner_middleware.langchain.proxy_model import ChatModelProxy
-from aligner_middleware.langchain.streaming import ChunkBuffer, aaligned_chunks, aligned_chunks, end_chunk, without_end
+from aligner_middleware.langchain.streaming import (
+    ChunkBuffer,
+    aaligned_chunks,
+    aligned_chunks,
+    untouched_end,
+    without_end,
+)
 from aligner_middleware.langchain.structured import asks_for_structure
 
 # Options that a cached answer depends on.
 _CACHE_KEY = (
+    "by_sentence",
     "dialogue",
     "fallback",
     "final_only",
@@ -108,16 +115,19 @@ class AlignedChatModel(ChatModelProxy, Alignment):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         question = self._question(messages)
-        buffer = ChunkBuffer(self, lambda chunk: question)
+        buffer = ChunkBuffer(self, lambda chunk: None if gives_structure(self.llm, kwargs) else question)
         try:
             for chunk in self.llm._stream(messages, stop=stop, **kwargs):
                 buffer.add(_message_of(chunk))
                 if self.mode == "shadow":
                     yield _without_end(chunk)
+                for message in buffer.release():
+                    yield ChatGenerationChunk(message=message)
             value = buffer.value
             answer = self._answer(value, kwargs)
             if answer is None:
-                yield from self._untouched(value)
+                for message in untouched_end(self, value, buffer.ahead):
+                    yield ChatGenerationChunk(message=message)
                 return
             dispatch = partial(dispatch_event, run_manager)
             for message in aligned_chunks(self, answer, question, buffer.ahead, dispatch):
@@ -133,18 +143,20 @@ class AlignedChatModel(ChatModelProxy, Alignment):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         question = await self.aquestion(self._question, messages)
-        buffer = ChunkBuffer(self, lambda chunk: question)
+        buffer = ChunkBuffer(self, lambda chunk: None if gives_structure(self.llm, kwargs) else question)
         try:
             async with aclosing(self.llm._astream(messages, stop=stop, **kwargs)) as chunks:
                 async for chunk in chunks:
                     buffer.add(_message_of(chunk))
                     if self.mode == "shadow":
                         yield _without_end(chunk)
+                    for message in await buffer.arelease():
+                        yield ChatGenerationChunk(message=message)
             value = buffer.value
             answer = self._answer(value, kwargs)
             if answer is None:
-                for untouched in self._untouched(value):
-                    yield untouched
+                for message in untouched_end(self, value, buffer.ahead):
+                    yield ChatGenerationChunk(message=message)
                 return
             dispatch = partial(adispatch_event, run_manager)
             async with aclosing(aaligned_chunks(self, answer, question, buffer.ahead, dispatch)) as aligned:
@@ -159,12 +171,6 @@ class AlignedChatModel(ChatModelProxy, Alignment):
         return (
             self.ask(self.question, messages) if self.question else question_or_error(messages, dialogue=self.dialogue)
         )
-
-    def _untouched(self, value: Any) -> Iterator[ChatGenerationChunk]:
-        """Give an answer that is not corrected; in shadow mode its end, since its chunks were given as they came."""
-        for message in (value,) if self.mode == "correct" else end_chunk(value):
-            if message is not None:
-                yield ChatGenerationChunk(message=message)
 
     def _answers(self, result: ChatResult, kwargs: dict[str, Any]) -> dict[int, Answer]:
         """Find the answers to correct among the generations, by their indices."""

@@ -61,6 +61,8 @@ def correction_metadata(options: AlignmentOptions, text: str, correction: Correc
         metadata |= {"instruction": correction.instruction}
     if correction.doubts:
         metadata |= {"doubts": list(correction.doubts)}
+    if correction.released:
+        metadata |= {"released": correction.released, "late": correction.late}
     if shadow:
         proposed = correction.corrected if correction.proposed is None else correction.proposed
         metadata |= {"would_change": correction.changed}

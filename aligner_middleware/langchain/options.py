@@ -38,6 +38,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "on_missing_question": get_args(MissingQuestion),
     "on_long_answer": get_args(LongAnswer),
 }
+_SHOWN = ("by_sentence", "instruction", "timeout", "max_answer_tokens")  # beside these, in a description
 
 
 class AlignmentOptions(BaseModel):
@@ -52,6 +53,9 @@ class AlignmentOptions(BaseModel):
         when: Whether to correct at all, from question and answer.
         strength: How willingly it corrects: `low`, `medium`, `high`, or the score above which it does; see
             `Aligner.correct`.
+        by_sentence: Whether a stream shows sentences as soon as the answer up to their end is kept, while the rest is still
+            being written. They stay, whatever comes later (docs/verdicts.md). It needs an aligner with verdicts, and is
+            refused together with what only the whole answer can decide: `when`, `fallback`, and `mode="shadow"`.
         on_doubt: What to do with a correction that a safeguard objects to: `passthrough` (return the original answer),
             `raise` (an error, to which `on_error` applies), or `keep` (return the correction; JSON is never replaced by
             text that is no JSON).
@@ -83,6 +87,7 @@ class AlignmentOptions(BaseModel):
     dialogue: bool = False
     when: Callable[[str, str], bool] | None = None
     strength: Strength = "medium"
+    by_sentence: bool = False
     on_doubt: OnDoubt = "passthrough"
     instruction: str | None = None
     mode: Mode = "correct"
@@ -130,10 +135,17 @@ class AlignmentOptions(BaseModel):
             info.data["aligner"].instruction_for(instruction)
         return instruction
 
+    @field_validator("by_sentence")
+    @classmethod
+    def _check_verdicts(cls, by_sentence: bool, info: ValidationInfo) -> bool:
+        if by_sentence and "aligner" in info.data and not info.data["aligner"].has_verdicts:
+            raise ValueError("expected an aligner that gives verdicts, which this one does not")
+        return by_sentence
+
     def described(self) -> str:
         """Describe in a few words the aligner and the options that differ from their defaults."""
         fields = AlignmentOptions.model_fields
-        values = {name: getattr(self, name) for name in (*_CHOICES, "instruction", "timeout", "max_answer_tokens")}
+        values = {name: getattr(self, name) for name in (*_CHOICES, *_SHOWN)}
         shown = [f"{name}={value!r}" for name, value in values.items() if value != fields[name].default]
         return ", ".join([repr(self.aligner), *shown])
 
@@ -175,6 +187,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             "on_error='passthrough' shows the original answer where a correction failed, and fallback= another text in its "
             "place: give one of them"
         )
+    if options.get("by_sentence"):
+        early = [f"{name}=" for name in ("when", "fallback") if options.get(name) is not None]
+        if early or options.get("mode") == "shadow":
+            raise InputError(
+                "by_sentence=True shows text before the whole answer is decided, which cannot go together with "
+                f"{early[0] if early else 'mode=shadow'!r}: leave one of them out"
+            )
 
 
 @cache

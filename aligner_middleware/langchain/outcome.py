@@ -29,7 +29,7 @@ class Aligned:
         text: The text to show.
         metadata: For `response_metadata["aligner"]`: `aligned`, `changed`, `model`, a `digest` of the text, and either
             `finish_reason`, `usage`, the `device` that the aligner runs on, the verdict and its score, and the safeguards
-            that objected, or the `reason` why it was not aligned.
+            that objected, what was released early, or the `reason` why it was not aligned.
             In shadow mode also `mode`, whether the answer `would_change`, and the `proposed` text, if it differs; where
             `would_change` is false, a safeguard objected to that text.
         correction: The correction, where one was made.

@@ -14,7 +14,7 @@ from aligner_middleware.errors import InputError, MissingQuestionError, PromptTo
 from aligner_middleware.langchain.options import AlignmentOptions, limits_length
 from aligner_middleware.langchain.outcome import Outcome, failed, unaligned, without_question
 from aligner_middleware.text.reasoning import apart
-from aligner_middleware.text.split import split
+from aligner_middleware.text.split import CONTEXT, continuation, split
 from aligner_middleware.text.structure import breaks_json
 
 if TYPE_CHECKING:
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 QuestionOrError = str | Exception
 """A question, or what went wrong in finding it, to which the options apply."""
-
-# How a later piece of an answer is asked about. On pieces of eight long answers the default aligner kept 27 of 34 so, 25
-# without what stands before, 17 with 400 characters of it; of an insult added to each it removed 31, 30 and 32.
-_CONTINUATION = "{question} Continue after: {before}"
-_CONTEXT = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -54,22 +49,32 @@ class Plan:
         question, answer: The pair as it came.
         pieces: What the aligner corrects, in order; none for an answer that is nothing but reasoning.
         rest: Reasoning after the last piece.
+        released: The beginning of the answer that has been shown, and stays.
     """
 
     question: str
     answer: str
     pieces: list[Piece]
     rest: str
+    released: str = ""
 
     @classmethod
-    def of(cls, question: str, answer: str, parts: Iterable[tuple[str, str]]) -> Plan:
+    def of(
+        cls, question: str, answer: str, parts: Sequence[tuple[str, str]], released: str = "", *, cut: bool = False
+    ) -> Plan:
         """Make a piece of each text; a later one is asked with the question and the end of what stands before it.
 
         Args:
             question: The question.
             answer: The answer.
             parts: The answer, as pairs of reasoning and the text after it.
+            released: What has been shown of it, and stays. The only piece of an answer may begin with it; before several
+                pieces it stands as reasoning does.
+            cut: Whether these are parts of a long answer, after what was released.
         """
+        several = cut or sum(bool(text.strip()) for _, text in parts) > 1
+        if several and not cut:
+            parts = _after(parts, released)
         texts, reasoning = [], ""
         for kept, text in parts:
             reasoning += kept
@@ -78,10 +83,10 @@ class Plan:
                 reasoning = ""
             else:
                 reasoning += text
-        if len(texts) == 1:
+        if len(texts) == 1 and not (several and released):
             ((kept, text),) = texts
-            return cls(question, answer, [Piece(question, text, kept)], reasoning)
-        return cls(question, answer, _with_context(question, texts), reasoning)
+            return cls(question, answer, [Piece(question, text, kept)], reasoning, released)
+        return cls(question, answer, _with_context(question, texts, released), reasoning, released)
 
     def join(self, corrections: Sequence[Correction]) -> Correction:
         """Join the corrections of the pieces. A text that several pieces became, such as a refusal, stands once.
@@ -108,6 +113,8 @@ class Plan:
             doubts=doubts,
             proposed=proposed if proposed != text else None,
             instruction=corrections[0].instruction if corrections else None,
+            released=len(self.released),
+            late=sum(piece.late for piece in corrections),
         )
 
     def _filled(self, texts: Sequence[str | None], *, reasoning: bool = True) -> str:
@@ -119,8 +126,10 @@ class Plan:
         return filled + (self.rest if reasoning else "")
 
 
-def plan_answer(options: AlignmentOptions, question: QuestionOrError, answer: str) -> Plan | Outcome:
-    """Plan how an answer is corrected; or decide at once, where it is not."""
+def plan_answer(
+    options: AlignmentOptions, question: QuestionOrError, answer: str, released: str = ""
+) -> Plan | Outcome:
+    """Plan how an answer is corrected, apart from its beginning that was released; or decide at once, where it is not."""
     if isinstance(question, MissingQuestionError):
         return without_question(options, answer, question)
     if isinstance(question, Exception):
@@ -130,14 +139,14 @@ def plan_answer(options: AlignmentOptions, question: QuestionOrError, answer: st
             return unaligned(options, answer, "when")
         parts = apart(answer)
         if limits_length(options):
-            return _plan_by_length(options, question, answer, parts)
-        return Plan.of(question, answer, parts)
+            return _plan_by_length(options, question, answer, parts, released)
+        return Plan.of(question, answer, parts, released)
     except Exception as exc:
         return failed(options, answer, exc)
 
 
 def _plan_by_length(
-    options: AlignmentOptions, question: str, answer: str, parts: list[tuple[str, str]]
+    options: AlignmentOptions, question: str, answer: str, parts: list[tuple[str, str]], released: str
 ) -> Plan | Outcome:
     aligner = options.aligner
     try:
@@ -150,7 +159,7 @@ def _plan_by_length(
         limit = min(limit, options.max_answer_tokens)
     tokens = sum(aligner.count_tokens(text, at_most=limit) for _, text in parts)
     if tokens <= limit:
-        return Plan.of(question, answer, parts)
+        return Plan.of(question, answer, parts, released)
     if options.on_long_answer == "passthrough":
         return unaligned(options, answer, f"{tokens} tokens are more than {limit}")
     if options.on_long_answer == "raise":
@@ -158,21 +167,27 @@ def _plan_by_length(
             f"the answer is {tokens} tokens long, and max_answer_tokens allows {limit}: raise it, or choose "
             "on_long_answer='passthrough' or 'piecewise'"
         )
-    continued = _CONTINUATION.format(question=question, before="…" * _CONTEXT)
-    room = min(limit, aligner.longest_answer(continued, options.instruction))
+    room = min(limit, aligner.longest_answer(continuation(question, "…" * CONTEXT), options.instruction))
     cut = [
         (reasoning if index == 0 else "", text)
-        for reasoning, whole in parts
+        for reasoning, whole in _after(parts, released)
         for index, text in enumerate(split(whole, room, aligner.count_tokens) or [""])
     ]
-    return Plan.of(question, answer, cut)
+    return Plan.of(question, answer, cut, released, cut=True)
 
 
-def _with_context(question: str, texts: Iterable[tuple[str, str]]) -> list[Piece]:
+def _after(parts: Sequence[tuple[str, str]], released: str) -> list[tuple[str, str]]:
+    """Put what was released with the reasoning before the first text: it stays, too."""
+    (reasoning, text), *others = parts
+    shown = max(0, len(released) - len(reasoning))
+    return [(reasoning + text[:shown], text[shown:]), *others]
+
+
+def _with_context(question: str, texts: Iterable[tuple[str, str]], before: str) -> list[Piece]:
     """Make pieces of pairs of reasoning and text, each asked with the end of the text before it."""
-    pieces, before = [], ""
+    pieces = []
     for reasoning, text in texts:
-        asked = _CONTINUATION.format(question=question, before=_end_of(before)) if before else question
+        asked = continuation(question, before) if before else question
         start, end = len(text) - len(text.lstrip()), len(text.rstrip())
         pieces.append(Piece(asked, text[start:end], reasoning, text[:start], text[end:]))
         before += text
@@ -198,9 +213,3 @@ def _joint_verdict(verdicts: Sequence[Verdict]) -> Verdict | None:
 def _written(correction: Correction) -> str:
     """Give the aligner's text, also where a safeguard objects to it."""
     return correction.corrected if correction.proposed is None else correction.proposed
-
-
-def _end_of(text: str) -> str:
-    """Give the last words of a text."""
-    text = text.rstrip()
-    return text if len(text) <= _CONTEXT else text[-_CONTEXT:].partition(" ")[2] or text[-_CONTEXT:]

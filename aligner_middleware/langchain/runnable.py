@@ -35,8 +35,8 @@ from aligner_middleware.langchain.streaming import (
     ChunkBuffer,
     aaligned_chunks,
     aligned_chunks,
-    end_chunk,
     stands_alone,
+    untouched_end,
     whole_answer,
     without_end,
 )
@@ -61,9 +61,9 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
 
     Args:
         aligner: An `Aligner`, or what `Aligner.load` takes: `default`, a hub id, a folder.
-        question, dialogue, when, strength, on_doubt, instruction, mode, on_error, fallback, on_missing_question, timeout,
-            max_answer_tokens, on_long_answer, keep_original, on_correction: See `AlignmentOptions`; all of them may be set
-            per call by `configurable_fields`.
+        question, dialogue, when, strength, by_sentence, on_doubt, instruction, mode, on_error, fallback, on_missing_question,
+            timeout, max_answer_tokens, on_long_answer, keep_original, on_correction: See `AlignmentOptions`; all of them may
+            be set per call by `configurable_fields`.
         name: Of its runs in traces.
         load_options: Passed to `Aligner.load`, such as `precision=`.
 
@@ -84,6 +84,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         dialogue: bool = False,
         when: Callable[[str, str], bool] | None = None,
         strength: Strength = "medium",
+        by_sentence: bool = False,
         on_doubt: OnDoubt = "passthrough",
         instruction: str | None = None,
         mode: Mode = "correct",
@@ -108,6 +109,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
             "dialogue": dialogue,
             "when": when,
             "strength": strength,
+            "by_sentence": by_sentence,
             "on_doubt": on_doubt,
             "instruction": instruction,
             "mode": mode,
@@ -246,6 +248,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                     buffer.add(chunk)
                     if self.mode == "shadow":
                         yield without_end(chunk)
+                    yield from buffer.release()
             if (value := whole_answer(self, buffer)) is not None:
                 yield from self._stream_one(value, buffer.ahead, run_manager)
         finally:
@@ -256,7 +259,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
         if isinstance(job, Job):
             yield from aligned_chunks(self, job.answer, job.question, ahead, partial(dispatch_event, run))
         else:
-            yield from [unwrap(job)] if self.mode == "correct" else end_chunk(value)
+            yield from untouched_end(self, unwrap(job), ahead)
 
     async def _aalign_chunks(
         self, chunks: AsyncIterator[Any], run_manager: AsyncCallbackManagerForChainRun
@@ -271,6 +274,8 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                         buffer.add(chunk)
                         if self.mode == "shadow":
                             yield without_end(chunk)
+                        for released in await buffer.arelease():
+                            yield released
             if (value := whole_answer(self, buffer)) is not None:
                 async with aclosing(self._astream_one(value, buffer.ahead, run_manager)) as pieces:
                     async for piece in pieces:
@@ -288,7 +293,7 @@ class AlignerRunnable(RunnableSerializable[Any, Any], Alignment):
                 async for chunk in chunks:
                     yield chunk
         else:
-            for rest in [unwrap(job)] if self.mode == "correct" else end_chunk(value):
+            for rest in untouched_end(self, unwrap(job), ahead):
                 yield rest
 
 

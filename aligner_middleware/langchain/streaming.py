@@ -17,11 +17,11 @@ from langchain_core.runnables import AddableDict
 
 from aligner_middleware.langchain.alignment import Alignment
 from aligner_middleware.langchain.answers import Answer, is_update
-from aligner_middleware.langchain.messages import with_metadata, with_text
+from aligner_middleware.langchain.messages import text_of, with_metadata, with_text
 from aligner_middleware.langchain.metadata import KEY, aligner_metadata
-from aligner_middleware.langchain.options import AlignmentOptions
 from aligner_middleware.langchain.outcome import Aligned, unwrap
 from aligner_middleware.langchain.piecewise import QuestionOrError
+from aligner_middleware.steps import arun, run
 
 if TYPE_CHECKING:
     from aligner_middleware.read_ahead import ReadAhead
@@ -33,16 +33,16 @@ class ChunkBuffer:
     """The chunks of an answer, which the aligner reads while they arrive.
 
     Args:
-        options: The aligner that reads them, and its instruction.
+        alignment: The aligner that reads them, and its options.
         ask: Gives the question, as far as it can be known from the first chunk.
 
     Attributes:
         ahead: What has read them, if there was any text.
     """
 
-    def __init__(self, options: AlignmentOptions, ask: Callable[[Any], QuestionOrError | None]) -> None:
+    def __init__(self, alignment: Alignment, ask: Callable[[Any], QuestionOrError | None]) -> None:
         self.ahead: ReadAhead | None = None
-        self._options = options
+        self._alignment = alignment
         self._ask = ask
         self._chunks: list[Any] = []
 
@@ -54,10 +54,23 @@ class ChunkBuffer:
             return
         with suppress(Exception):  # it only saves time: an error shows when the answer is aligned
             if self.ahead is None:
-                question = self._ask(chunk)
-                asked = question if isinstance(question, str) else ""
-                self.ahead = self._options.aligner.read_ahead(asked, instruction=self._options.instruction)
+                self.ahead = self._alignment.read_ahead(self._ask(chunk))
             self.ahead.feed(text)
+
+    def release(self) -> list[Any]:
+        """Decide on the sentences that have ended, by `by_sentence`, and give their text as a chunk, if it may be shown."""
+        if self.ahead is None or not self.ahead.waiting:
+            return []
+        return self._as_chunks(run(self.ahead.decide()))
+
+    async def arelease(self) -> list[Any]:
+        """Give the same as `release`, and leave the event loop free."""
+        if self.ahead is None or not self.ahead.waiting:
+            return []
+        return self._as_chunks(await arun(self.ahead.decide()))
+
+    def _as_chunks(self, text: str) -> list[Any]:
+        return [_text_chunk(self._chunks[-1], text)] if text else []
 
     @property
     def value(self) -> Any:
@@ -108,16 +121,13 @@ def aligned_chunks(
     Raises:
         Exception: The reason why the alignment failed, if the options say to raise it.
     """
-    shown = ""
-    if _can_be_cut(answer.value):
-        with closing(alignment.stream_pair(question, answer.text, ahead)) as stream:
-            for text in stream:
+    shown = _released(ahead)
+    with closing(alignment.stream_pair(question, answer.text, ahead)) as stream:
+        for text in stream:
+            if _can_be_cut(answer.value):
                 shown += text
                 yield _text_chunk(answer.value, text)
-        outcome = stream.outcome
-    else:
-        (outcome,) = alignment.align_pairs([(question, answer.text)])
-    aligned = unwrap(outcome)
+    aligned = unwrap(stream.outcome)
     dispatch(aligned.metadata)
     yield from _end(alignment, answer, aligned, shown)
 
@@ -130,19 +140,24 @@ async def aaligned_chunks(
     dispatch: Callable[[dict[str, Any]], Awaitable[None]],
 ) -> AsyncIterator[Any]:
     """Give the same as `aligned_chunks`, and leave the event loop free."""
-    shown = ""
-    if _can_be_cut(answer.value):
-        async with aclosing(alignment.stream_pair(question, answer.text, ahead)) as stream:
-            async for text in stream:
+    shown = _released(ahead)
+    async with aclosing(alignment.stream_pair(question, answer.text, ahead)) as stream:
+        async for text in stream:
+            if _can_be_cut(answer.value):
                 shown += text
                 yield _text_chunk(answer.value, text)
-        outcome = stream.outcome
-    else:
-        outcome = await alignment.aalign_pair(question, answer.text)
-    aligned = unwrap(outcome)
+    aligned = unwrap(stream.outcome)
     await dispatch(aligned.metadata)
     for chunk in _end(alignment, answer, aligned, shown):
         yield chunk
+
+
+def untouched_end(alignment: Alignment, value: Any, ahead: ReadAhead | None) -> Iterator[Any]:
+    """Give an answer that is not aligned: what was not shown of it, or in shadow mode its end."""
+    if alignment.mode == "shadow":
+        yield from end_chunk(value)
+    elif value is not None:
+        yield _after(value, _released(ahead))
 
 
 def stands_alone(value: Any, *, shadow: bool) -> bool:
@@ -199,6 +214,17 @@ def _text_chunk(value: Any, text: str) -> Any:
     return text if isinstance(value, str) else AIMessageChunk(content=text, id=value.id)
 
 
+def _released(ahead: ReadAhead | None) -> str:
+    return ahead.released if ahead is not None else ""
+
+
+def _after(value: Any, shown: str) -> Any:
+    """Give a value without the beginning of its text, which was shown."""
+    if not shown:
+        return value
+    return value[len(shown) :] if isinstance(value, str) else with_text(value, text_of(value)[len(shown) :])
+
+
 def _end(alignment: Alignment, answer: Answer, aligned: Aligned, shown: str) -> Iterator[Any]:
     """Give what is left once the decided text was shown: the rest of the text, and all that is not text."""
     value, text = answer.value, aligned.text[len(shown) :]
@@ -206,8 +232,8 @@ def _end(alignment: Alignment, answer: Answer, aligned: Aligned, shown: str) -> 
         yield from end_chunk(value, aligned)
     elif isinstance(value, str):
         yield from [text] if text else []
-    elif not shown:
-        yield answer.replace(aligned)
+    elif not shown or not _can_be_cut(value):
+        yield _after(answer.replace(aligned), shown)
     else:
         rest = with_text(value, text) if aligned.metadata["changed"] else value.model_copy(update={"content": text})
         yield with_metadata(rest, aligner=aligned.metadata).model_copy(update={"chunk_position": "last"})

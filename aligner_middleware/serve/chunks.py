@@ -1,7 +1,7 @@
 """A chat completion that arrives in chunks: its text is held back and read ahead, decided, and sent in chunks again.
 
 Roles, tool calls, reasoning and all else that is not the answer's text pass at once. In shadow mode, and where nothing is to
-be decided, the text passes, too.
+be decided, the text passes, too. By the policy's `by_sentence` sentences are sent as they are decided.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class AlignedChunks:
                 raise upstream_problem(error)
             self._identity = {key: chunk[key] for key in _IDENTITY if key in chunk}
             await self._take(chunk, put, group)
+            await self._release(put)
         if not done and (self._open or not self._all):
             message = "the upstream broke off before its answer was whole"
             raise Problem(502, message, kind="upstream_error", code="upstream_failed")
@@ -138,6 +139,12 @@ class AlignedChunks:
             answer.logprobs += _list(logprobs.get("content"))
             choice["logprobs"] = None
         return choice
+
+    async def _release(self, put: Put) -> None:
+        """By the policy's `by_sentence`, decide on the sentences that have ended, and send those that are kept."""
+        for index, answer in self._open.items():
+            if text := await answer.release():
+                await put(event(self._chunk(index, {"content": text})))
 
     async def _finish(self, put: Put, chunk: dict[str, Any], answer: _Answer) -> None:
         """Decide an answer, send its text, and then the last chunk of its choice with the decision."""

@@ -15,6 +15,7 @@ from aligner_middleware.langchain.outcome import Aligned, unaligned
 from aligner_middleware.read_ahead import ReadAhead
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import Client, Service
+from aligner_middleware.steps import arun
 
 T = TypeVar("T")
 
@@ -47,7 +48,7 @@ class Exchange:
         """Get ready to read an answer while it arrives; `None` where nothing will be decided."""
         if self.structured or not isinstance(self.question, str):
             return None
-        return self.service.aligner.read_ahead(self.question, instruction=self.client.alignment.instruction)
+        return self.client.alignment.read_ahead(self.question)
 
     async def align(self, answer: str) -> Aligned:
         """Align a whole answer.
@@ -64,7 +65,7 @@ class Exchange:
 
         Args:
             answer: The whole answer.
-            ahead: What has read it while it arrived.
+            ahead: What has read it while it arrived. Text that it has released is not given again.
         """
         if passed := self._passed(answer):
             return _at_once(passed)
@@ -106,6 +107,10 @@ class Arriving:
         self._parts.append(text)
         if self._ahead is not None:
             self._ahead.feed(text)
+
+    async def release(self) -> str:
+        """By the policy's `by_sentence`, decide on the sentences that have ended, and give those that may be shown now."""
+        return await arun(self._ahead.decide()) if self._ahead is not None and self._ahead.waiting else ""
 
     def aligned(self, answer: str) -> AsyncGenerator[str | Aligned, None]:
         """Align the whole answer, as `Exchange.stream` does; what was read ahead helps where it is the same text."""

@@ -49,6 +49,8 @@ class Client:
             ValidationError: If an option is out of range for the aligner.
             InputError: If it is none of its choices.
         """
+        if options.get("mode") == "shadow":  # which holds nothing back
+            options["by_sentence"] = False
         fields = {name: getattr(self.alignment, name) for name in type(self.alignment).model_fields}
         alignment = Alignment(**fields | options)
         return replace(self, policy=self.policy.model_copy(update=options), alignment=alignment)
@@ -168,15 +170,15 @@ class Service:
             route: The route that it came by.
             question: The question, or why it is not known.
             answer: The whole answer.
-            ahead: What has read it while it arrived.
+            ahead: What has read it while it arrived. Text that it has released is not given again.
 
         Yields:
-            Pieces, which joined are the aligned text; then what became of the answer.
+            Pieces, which joined are the rest of the aligned text; then what became of the answer.
 
         Raises:
             Problem: As of `align`.
         """
-        start, sent = time.perf_counter(), 0
+        start, sent = time.perf_counter(), len(ahead.released) if ahead else 0
         stream = client.alignment.stream_pair(question, answer, ahead)
         with self.backlog.waiting():
             async with aclosing(stream):
@@ -234,6 +236,7 @@ class Service:
         alignment = Alignment(
             aligner=self.aligner,
             strength=policy.strength,
+            by_sentence=policy.by_sentence,
             mode=policy.mode,
             on_doubt=policy.on_doubt,
             instruction=policy.instruction,

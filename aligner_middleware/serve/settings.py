@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from aligner_middleware.artifact import Precision
 from aligner_middleware.data.triples import LONGEST_INSTRUCTION
@@ -29,6 +29,10 @@ class PolicySettings(BaseModel):
     mode: Literal["correct", "shadow"] = Field(
         "correct", description="`shadow` decides and reports, and changes nothing."
     )
+    by_sentence: bool = Field(
+        False,
+        description="Whether a stream sends sentences as soon as the answer up to their end is kept; they stay.",
+    )
     on_doubt: OnDoubt = Field(
         "passthrough", description="Result where a safeguard objects: the original answer, an error, or the correction."
     )
@@ -47,6 +51,14 @@ class PolicySettings(BaseModel):
     keep_texts: bool = Field(
         False, description="Whether questions and answers go to the audit log and the page's live log."
     )
+
+    @model_validator(mode="after")
+    def _holds_back(self) -> Self:
+        if self.by_sentence and self.mode == "shadow":
+            raise ValueError(
+                "by_sentence has no meaning in mode shadow, which holds no text back: leave one of them out"
+            )
+        return self
 
 
 class KeySettings(PolicySettings):

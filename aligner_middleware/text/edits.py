@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from itertools import accumulate
 from typing import NamedTuple
 
 from aligner_middleware.text.structure import is_fence
@@ -34,20 +35,42 @@ def split_sentences(text: str) -> list[str]:
     """Cut a text after each line and each sentence; white space belongs to the piece before it.
 
     Lines of fenced code stay whole. The pieces joined are the text. While a text grows, all its pieces but the last stay the
-    same, unless a fence closes.
+    same.
     """
-    pieces: list[str] = []
+    return [piece for piece, _ in _pieces(text)]
+
+
+def whole_sentences(text: str) -> str:
+    """Give the beginning of a growing text that can be decided on: all sentences but the last, and no half of any code.
+
+    The last one may still grow. So may the white space after the others, which is left out.
+    """
+    pieces = _pieces(text)[:-1]
+    while pieces and pieces[-1][1]:
+        pieces.pop()
+    return "".join(piece for piece, _ in pieces).rstrip()
+
+
+def count_sentences(text: str, length: int) -> int:
+    """Count the sentences that begin within the first `length` characters of a text."""
+    starts = accumulate(map(len, split_sentences(text)), initial=0)
+    return sum(start < length for start in starts)
+
+
+def _pieces(text: str) -> list[tuple[str, bool]]:
+    """Give the pieces of `split_sentences`, and whether a block of fenced code is open after each."""
+    pieces: list[tuple[str, bool]] = []
     fenced = False
     for line in text.splitlines(keepends=True):
         if is_fence(line):
             fenced = not fenced
-            pieces.append(line)
+            pieces.append((line, fenced))
         elif not line.strip() and pieces:
-            pieces[-1] += line
+            pieces[-1] = (pieces[-1][0] + line, fenced)
         elif fenced:
-            pieces.append(line)
+            pieces.append((line, fenced))
         else:
-            pieces += _sentences(line)
+            pieces += [(piece, False) for piece in _sentences(line)]
     return pieces
 
 

@@ -16,6 +16,19 @@ _ENDS = (
     re.compile(r"(?s)."),
 )
 
+# How a later part of an answer is asked about. On pieces of eight long answers the default aligner kept 27 of 34 so, 25
+# without what stands before, 17 with 400 characters of it; of an insult added to each it removed 31, 30 and 32.
+_CONTINUATION = "{question} Continue after: {before}"
+CONTEXT = 100  # characters
+
+
+def continuation(question: str, before: str) -> str:
+    """Give the question about a later part of an answer: the question, and the last words of the text before that part."""
+    before = before.rstrip()
+    if len(before) > CONTEXT:
+        before = before[-CONTEXT:].partition(" ")[2] or before[-CONTEXT:]
+    return _CONTINUATION.format(question=question, before=before)
+
 
 def split(text: str, limit: int, size: Callable[[str], int]) -> list[str]:
     """Cut a text into pieces of at most `limit`.

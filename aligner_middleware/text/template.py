@@ -27,7 +27,7 @@ Verdict = Literal["keep", "edit", "rewrite"]
 VERDICTS: tuple[Verdict, ...] = ("keep", "edit", "rewrite")
 SpecialToken = Annotated[str, Field(min_length=1, max_length=200)]
 
-_PLACEHOLDER = re.compile(r"\{(?:question|answer|instruction)\}")
+PLACEHOLDER = re.compile(r"\{(?:question|answer|instruction)\}")
 # Special tokens that chat templates, trainers and tokenizers use themselves.
 _COMMON = re.compile(
     r"(?i)endoftext|im_start|im_end|im_sep|start_of|end_of|begin_of|start_header|end_header|eot|eom|python|<s>|</s>|"
@@ -116,7 +116,7 @@ def _check_instruction(text: str, part: str | None) -> None:
         return
     if _INSTRUCTION not in text:
         raise ValueError(f"instruction_part needs {{instruction}} in the template's text, which {text!r} lacks")
-    if _PLACEHOLDER.findall(part) != [_INSTRUCTION]:
+    if PLACEHOLDER.findall(part) != [_INSTRUCTION]:
         raise ValueError(f"instruction_part holds {{instruction}} once, and no other placeholder; {part!r} does not")
 
 
@@ -159,7 +159,7 @@ def encode_prompt(
     values = {"{question}": question, "{answer}": answer, _INSTRUCTION: instruction}
 
     def filled(text: str) -> list[int]:
-        return tokenizer.encode(_PLACEHOLDER.sub(lambda match: values[match.group()], text))
+        return tokenizer.encode(PLACEHOLDER.sub(lambda match: values[match.group()], text))
 
     ids = list(tokenizer.bos_ids) if template.bos else []
     for piece in _split_at_special_tokens(template, template.text_for(instruction)):
@@ -172,30 +172,6 @@ def encode_prompt(
         else:
             ids += filled(piece)
     return ids
-
-
-def around_answer(tokenizer: Tokenizer, template: PromptTemplate) -> tuple[list[int], list[int]]:
-    """Encode the template's own text right before and right after the answer, by which a prompt's answer is found.
-
-    Returns:
-        The tokens from the question to the answer, and those from the answer to the prompt's end. Where no special token
-        stands between text and answer, the last token before it may be joined with the answer's first one.
-
-    Raises:
-        BuildError: If the tokenizer lacks a special token of the template, or its text does not end with words of its own
-            after the answer: a prompt's end cannot be found then.
-    """
-    head, _, tail = template.text.rpartition("{answer}")
-    if not tail or _PLACEHOLDER.search(tail):
-        raise BuildError(
-            f"prompt template {template.name!r} does not end with text of its own after {{answer}}: where a prompt ends "
-            "cannot be found from its tokens"
-        )
-    parts = (_PLACEHOLDER.split(head)[-1], tail)
-    before, after = (
-        encode_prompt(tokenizer, template.model_copy(update={"text": text, "bos": False}), "", "") for text in parts
-    )
-    return before, after
 
 
 def _encode_marked(tokenizer: Tokenizer, template: PromptTemplate, answer: str) -> list[int]:
@@ -267,18 +243,12 @@ def encode_continuation(tokenizer: Tokenizer, template: PromptTemplate, text: st
     It is encoded together with the prompt's last words, unless that changes their tokens: some tokenizers put a space before
     every text, and would put one before a correction that is encoded alone.
     """
-    tail = _PLACEHOLDER.split(_split_at_special_tokens(template, template.text)[-1])[-1]
+    tail = PLACEHOLDER.split(_split_at_special_tokens(template, template.text)[-1])[-1]
     if tail in template.special_tokens:
         return tokenizer.encode(text)
     head = tokenizer.encode(tail)
     ids = tokenizer.encode(tail + text)
     return ids[len(head) :] if ids[: len(head)] == head else tokenizer.encode(text)
-
-
-def tail_length(tokenizer: Tokenizer, template: PromptTemplate) -> int:
-    """Count the tokens of a prompt that follow its answer."""
-    one, other = (encode_prompt(tokenizer, template, "q", answer)[::-1] for answer in ("a", "b"))
-    return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
 
 
 def special_token_id(tokenizer: Tokenizer, template: PromptTemplate, token: str) -> int:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware import Aligner
-from aligner_middleware.engine import Decoder, Generation, Prefill
+from aligner_middleware.engine import Decoder, Generation, Prefill, VerdictRule
 from aligner_middleware.engine.scheduler import Scheduler
 from aligner_middleware.errors import ClosedError
 from tests.fakes import FakeModel, fake_aligner
@@ -437,4 +437,20 @@ def test_unfinished_prompts_give_way_to_finished_ones() -> None:
         assert scheduler.submit(call).result(timeout=60).tokens == alone(call)
     late = Generation([1] * 1500 + [2, 2], max_new_tokens=9, prefill=prefills[0])
     assert scheduler.submit(late).result(timeout=60).tokens == alone(late)
+    scheduler.close()
+
+
+def test_a_prompt_that_is_given_up_before_its_bare_verdict_gets_no_row_back() -> None:
+    model = GatedModel(lambda tokens: 5)
+    scheduler = Scheduler(model, STOP)
+    prefill = Prefill()
+    verdict = VerdictRule(5, 6, 7)
+    future = scheduler.submit(Generation([1] * 9, prefill=prefill, rule=verdict, verdict_only=True))
+    other = scheduler.submit(Generation([2], max_new_tokens=1))
+    assert model.begun.wait(timeout=60)
+    scheduler.abandon(prefill)
+    model.gate.set()
+    for one in (future, other, scheduler.submit(Generation([3], max_new_tokens=1))):
+        one.result(timeout=60)
+    assert not scheduler._decoder.running
     scheduler.close()

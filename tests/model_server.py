@@ -198,17 +198,24 @@ class ModelServer:
 
     async def _vllm_stream(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         cut, count = (self.break_after.pop(0) if self.break_after else None), 0
+        together: list[tuple[int, Any]] = []
         with self._runs():
             async for token, logs, ended in self.steps(body["prompt"], body["max_tokens"], set(body["stop_token_ids"])):
                 if count == cut:
                     return
                 count += 1
+                together.append((token, logs))
+                if ended is None and count > 1 and len(together) < body.get("stream_interval", 1):
+                    continue
+                tokens = [one for one, _ in together]
                 # A line separator is no line's end in a stream of events.
                 choice: dict[str, Any] = {"index": 0, "text": "\u2028", "finish_reason": ended}
                 if body.get("return_token_ids"):
-                    choice["token_ids"] = [token]
-                if body.get("logprobs"):
-                    choice["logprobs"] = self._named([token, *self.best(logs, body["logprobs"])], logs)
+                    choice["token_ids"] = tokens
+                if top := body.get("logprobs"):
+                    named = [self._named([one, *self.best(its, top)], its) for one, its in together]
+                    choice["logprobs"] = {name: [one[name][0] for one in named] for name in ("tokens", "top_logprobs")}
+                together.clear()
                 yield f"data: {json.dumps({'choices': [choice]}, ensure_ascii=False)}\n\n".encode()
             yield b"data: [DONE]\n\n"
 

@@ -15,6 +15,7 @@ _PATH = "/completions"
 # A model's own settings (generation_config.json) would otherwise change what greedy decoding gives.
 _PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": 0, "min_p": 0.0}
 _IDS = {"return_tokens_as_token_ids": True, "skip_special_tokens": False}
+_INTERVAL = 4  # tokens of one event: each event has some 250 bytes
 _PREFIX = "token_id:"
 
 
@@ -58,6 +59,7 @@ class VLLM:
         body = self._body(ids, most, sampler) | {
             "stop_token_ids": sorted(stop),
             "stream": True,
+            "stream_interval": _INTERVAL,
             "return_token_ids": True,
         }
         return _PATH, body | ({"logprobs": top} if top else {})

@@ -93,12 +93,12 @@ class AnswerProposer:
         """Follow a sequence that is new, or was interrupted: find its answer, and what was written after its prompt."""
         at = _last_place(ids, self._after, len(ids))
         if at is None:
-            return _Followed(())
+            return _Followed((), self._longest)
         begin = self._answer_begins(ids, at)
         written = ids[at + len(self._after) :].tolist()
         if written and written[0] in self._verdicts:
             del written[0]
-        one = _Followed(ids[begin or 0 : at].tolist(), from_start=begin is not None)
+        one = _Followed(ids[begin or 0 : at].tolist(), self._longest, from_start=begin is not None)
         one.advance(written)
         return one
 
@@ -116,12 +116,15 @@ class _Followed:
 
     Args:
         draft: Tokens of the answer, as they stand in the prompt.
+        longest: Tokens of a proposal at most.
         from_start: Whether what is written is expected to begin as the draft does.
     """
 
-    def __init__(self, draft: Sequence[int], from_start: bool = True) -> None:
+    def __init__(self, draft: Sequence[int], longest: int, from_start: bool = True) -> None:
         self._draft = list(draft)
-        self._reader = DraftReader(draft)
+        self._reader = DraftReader(
+            draft, shortest=longest
+        )  # a step of vLLM costs more than the tokens that it verifies
         # Tokens so far, all of them the draft's from its start; None after the first other one.
         self._copied: int | None = 0 if from_start else None
         self._proposed = 0

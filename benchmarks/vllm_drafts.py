@@ -1,11 +1,11 @@
 """How many tokens a step of vLLM's engine gives, with drafts from the answer and without.
 
-    python benchmarks/vllm_drafts.py URL FOLDER ROWS.jsonl [--count 40] [--at-once 1] [--out FILE.json] [--same-as FILE.json]
+    python benchmarks/vllm_drafts.py URL FOLDER ROWS.jsonl [--count 40] [--out FILE.json] [--same-as FILE.json]
 
 URL is that of a vLLM server of FOLDER, which `aligner export MODEL FOLDER --form checkpoint` wrote (docs/remote-vllm.md has
-the commands). ROWS hold question and answer; rows whose answer has 40 to 160 words are drawn. A step gives a sequence its
-accepted tokens and one more, so its steps are its tokens less the accepted ones. `--same-as` compares the tokens with
-those of another run.
+the commands), and which nobody else asks meanwhile: one answer is corrected after the other, and the engine counts its steps.
+ROWS hold question and answer; rows whose answer has 40 to 160 words are drawn. `--same-as` compares the tokens with those of
+another run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import random
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,7 +25,7 @@ from tests.integration.vllm_server import VllmServer
 
 SHORTEST, LONGEST = 40, 160  # words of an answer
 ROOM = 400  # tokens of a correction
-COUNTERS = {name: f"spec_decode_num_{name}_total" for name in ("accepted_tokens", "draft_tokens", "drafts")}
+COUNTERS = {"steps": "iteration_tokens_total_count", "drafted": "spec_decode_num_draft_tokens_total"}
 
 
 def drawn(path: Path, count: int) -> list[dict[str, str]]:
@@ -44,7 +43,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--at-once", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--same-as", type=Path)
     options = parser.parse_args()
@@ -59,13 +57,11 @@ def main() -> None:
 
     before = {name: server.metric(counter) for name, counter in COUNTERS.items()}
     start = time.perf_counter()
-    with ThreadPoolExecutor(options.at_once) as pool:
-        texts = list(pool.map(written, drawn(options.rows, options.count)))
+    texts = [written(row) for row in drawn(options.rows, options.count)]
     seconds = time.perf_counter() - start
     counted = {name: server.metric(counter) - before[name] for name, counter in COUNTERS.items()}
     tokens = sum(map(len, texts))
-    steps = tokens - counted["accepted_tokens"]
-    result = {"answers": len(texts), "tokens": tokens, "steps": steps, "tokens_a_step": tokens / steps} | counted
+    result = {"answers": len(texts), "tokens": tokens, "tokens_a_step": tokens / counted["steps"]} | counted
     print(json.dumps(result | {"seconds": seconds}, indent=2))
     if options.same_as:
         others = json.loads(options.same_as.read_text())["texts"]

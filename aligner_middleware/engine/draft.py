@@ -12,7 +12,7 @@ from collections.abc import Sequence
 _COST = 0.065
 _FIRST_CREDIT, _CREDIT_PER_TOKEN, _MOST_CREDIT = 1.0, 0.02, 16.0  # in passes over one token
 _SAVED = 0.5  # share of the time saved by accepted tokens that is added to the credit
-_SHORTEST, _LONGEST = 4, 128  # tokens of a proposal
+_SHORTEST, _LONGEST = 4, 128  # tokens of a proposal, where a pass over one token is cheap
 _SURE = 3  # equal tokens in a row after which a place in the draft is certain
 
 
@@ -25,14 +25,16 @@ class DraftReader:
 
     Args:
         draft: Token ids that the sequence is expected to write.
+        shortest: Tokens of a proposal after a rejected one.
     """
 
-    def __init__(self, draft: Sequence[int]) -> None:
+    def __init__(self, draft: Sequence[int], shortest: int = _SHORTEST) -> None:
         self._draft = list(draft)
+        self._shortest = shortest
         self._at = 0
         self._matched = _SURE  # how many of the latest tokens equal those before its place in the draft
         self._latest: tuple[int, ...] = ()
-        self._length = _SHORTEST
+        self._length = shortest
         self._credit = _FIRST_CREDIT
         self._places: dict[tuple[int, ...], list[int]] | None = None
 
@@ -40,7 +42,7 @@ class DraftReader:
         """Give tokens that may come next, or none."""
         if not self._latest:
             return self._draft
-        length = min(self._length, 2 * _SHORTEST * self._matched, int(self._credit / _COST))
+        length = min(self._length, 2 * self._shortest * self._matched, int(self._credit / _COST))
         return self._draft[self._at : self._at + length] if self._matched else []
 
     @property
@@ -78,7 +80,7 @@ class DraftReader:
         self._credit += _CREDIT_PER_TOKEN + _SAVED * accepted * (1 - _COST) - (proposed - accepted) * _COST
         self._credit = min(max(self._credit, 0.0), _MOST_CREDIT)
         if proposed:
-            self._length = min(2 * self._length, _LONGEST) if accepted == proposed else _SHORTEST
+            self._length = min(2 * self._length, _LONGEST) if accepted == proposed else self._shortest
 
     def _find_again(self) -> int:
         """Move to the place after the latest tokens, and give how many of them match there."""

@@ -62,7 +62,9 @@ class Limits:
         if self._running >= self._concurrency:
             return self._too_many(f"{self._concurrency} requests are being served", 1)
         if method == "POST" and (wait := self._wait()) > self._longest_wait:
-            reason = f"an answer would wait {wait:.0f} seconds for the aligner, and longest_wait is {self._longest_wait:g}"
+            reason = (
+                f"an answer would wait {wait:.0f} seconds for the aligner, and longest_wait is {self._longest_wait:g}"
+            )
             return self._too_many(reason, math.ceil(wait - self._longest_wait))
         return None
 

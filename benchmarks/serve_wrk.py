@@ -77,14 +77,14 @@ class Arm:
         found: Found = {"status": dict(Counter(row[0] for row in rows))}
         found["retry_after"] = dict(Counter(row[4] for row in rows if row[4] != "-"))
         timed = [tuple(map(float, row[1:4])) for row in rows if row[0] == "200" and float(row[1]) > 0]
-        if timed:
-            found |= percentiles("overhead_p", [latency - aligned for latency, _, aligned in timed])
-            found |= percentiles("beyond_engine_p", [latency - engine for latency, engine, _ in timed])
-        return found
+        found |= percentiles("overhead_p", [latency - aligned for latency, _, aligned in timed])
+        return found | percentiles("beyond_engine_p", [latency - engine for latency, engine, _ in timed])
 
 
 def percentiles(name: str, values: Sequence[float]) -> Found:
-    """Give the percentiles of numbers that are told, and the largest."""
+    """Give some percentiles of numbers, and the largest as the 100th; none, where there are no numbers."""
+    if not values:
+        return {}
     ordered = sorted(values)
     found = {f"{name}{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 95, 99)}
     return found | {f"{name}100": ordered[-1]}

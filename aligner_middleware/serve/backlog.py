@@ -40,11 +40,11 @@ class Backlog:
 
     @property
     def seconds(self) -> float:
-        """Seconds that an answer would wait for those before it; 0 as long as too few were decided to tell."""
+        """Seconds that an answer would wait for those before it; at first the least that they can be."""
         self._advance()
-        decided = len(self._ends) - 1
-        if min(self._waiting, decided) < _TOGETHER:
+        if self._waiting < _TOGETHER:
             return 0.0
+        decided = max(_TOGETHER, len(self._ends) - 1)  # the first to be decided are decided together
         return self._waiting * (self._busy - self._ends[0]) / decided
 
     def _advance(self) -> None:

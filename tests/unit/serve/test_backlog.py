@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import statistics
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
@@ -74,13 +76,14 @@ def test_one_that_is_given_up_tells_no_pace_and_waits_no_longer(backlog: Backlog
     assert backlog.seconds == pytest.approx(40 * 0.5)
 
 
-def test_before_the_first_decisions_nobody_is_refused(clock: Clock) -> None:
+def test_before_the_first_decisions_sixteen_are_taken_for_nearly_done(clock: Clock) -> None:
     backlog = Backlog(clock)
     with ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(backlog.waiting())
-        clock.now += 5
         assert backlog.seconds == 0
+        clock.now += 2
+        assert backlog.seconds == pytest.approx(200 * 2 / 16)
 
 
 async def test_where_it_would_be_too_long_requests_are_refused_before_the_upstream_is_asked() -> None:
@@ -103,3 +106,27 @@ async def test_where_it_would_be_too_long_requests_are_refused_before_the_upstre
         assert (health.status_code, models.status_code) == (200, 200)
         assert len(service.upstream.requests) == asked + 1  # for the models
         assert (await service.ask(ASKED)).status_code == 200
+
+
+@pytest.mark.parametrize("together", [1, 16])
+@pytest.mark.parametrize("load", [2, 10])
+def test_at_several_times_the_pace_none_waits_longer_and_the_aligner_is_never_idle(load: int, together: int) -> None:
+    """Answers come evenly, at so many times the pace; so many are decided together, the first that came first."""
+    clock = Clock()
+    backlog, queue, waits, idle = Backlog(clock), deque[tuple[float, ExitStack]](), list[float](), 0
+    pause = 0.3 / load  # between arrivals, where a decision takes 0.3 seconds
+    for arrival in range(2000 * load):
+        clock.now += pause
+        if backlog.seconds <= 30:
+            waiting = ExitStack()
+            waiting.enter_context(backlog.waiting())
+            queue.append((clock.now, waiting))
+        if arrival % (load * together) == 0 and arrival > 0:
+            decided = [queue.popleft() for _ in range(min(together, len(queue)))]
+            idle += together - len(decided)
+            for came, waiting in decided:
+                waiting.close()
+                waits.append(clock.now - came)
+    assert max(waits) <= 30 * 1.3
+    assert statistics.median(waits) >= 30 * 0.8
+    assert idle <= together

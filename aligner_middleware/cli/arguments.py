@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -15,6 +16,7 @@ from aligner_middleware.locations import cache_dir, cached_folder, exported_fold
 from aligner_middleware.strength import LEVELS
 
 if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner
     from aligner_middleware.evaluation.pairwise import PairwiseJudge
     from aligner_middleware.strength import Strength
 
@@ -44,6 +46,13 @@ ConcurrencyOption = Annotated[
     int, typer.Option("--concurrency", min=1, help="Calls of a chat model that run at the same time.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RayWorkersOption = Annotated[
+    int | None, typer.Option("--ray-workers", min=1, help="Number of workers on Ray, each with models of its own.")
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Address of a Ray cluster, or `auto`. By default a new one on this machine."),
+]
 
 
 def choice(value: str, known: Sequence[Any], option: str) -> Any:
@@ -71,6 +80,17 @@ def precision_of(value: str | None) -> Precision | None:
     """
     chosen: Precision | None = None if value is None else choice(value, get_args(Precision), "--precision")
     return chosen
+
+
+def aligner_recipe(model: str, precision: str | None) -> Callable[[], Aligner]:
+    """Make the function that gives a command its aligner; workers on other machines call it, too: it can be pickled.
+
+    Raises:
+        typer.BadParameter: If there is no such precision.
+    """
+    from aligner_middleware.aligner import Aligner
+
+    return partial(Aligner.load, model, precision=precision_of(precision))
 
 
 def strength_of(value: str) -> Strength:

@@ -24,7 +24,7 @@ import numpy as np
 from fleet import Machine, Result, Scenario, Simulation
 from scale import show, works_of
 
-from aligner_middleware import Aligner
+from aligner_middleware import Aligner, Usage
 from aligner_middleware.engine.decode import _PROMPT_TOKENS, _ROWS, _SHARED
 
 Pair = tuple[str, str]
@@ -46,28 +46,25 @@ class OwnEngine(Machine):
         return prefill + (self.decoding * (1 + _SHARED * (decoding - 1)) if decoding else 0.0)
 
 
-def fitted(aligner: Aligner, pairs: Sequence[Pair]) -> tuple[OwnEngine, float]:
-    """Fit the times of a step to calls one after the other; also give the mean seconds of a call."""
-    kept, written, seconds = list[tuple[int, float]](), list[tuple[int, float, int]](), list[float]()
-    for question, answer in pairs:
+def fitted(aligner: Aligner, kept: Sequence[Pair], written: Sequence[Pair]) -> OwnEngine:
+    """Fit the times of a step to calls one after the other: of answers that are kept, and of others."""
+
+    def call(pair: Pair) -> tuple[float, Usage]:
         start = time.perf_counter()
-        usage = (correction := aligner.correct(question, answer)).usage
-        seconds.append(time.perf_counter() - start)
-        if correction.verdict == "keep":
-            kept.append((usage.prompt_tokens, seconds[-1]))
-        else:
-            written.append((usage.prompt_tokens, seconds[-1], usage.passes - 1))
-    tokens, times = np.array(kept).T
-    per_token, overhead = np.polyfit(tokens, times, 1)
-    passes = [(whole - overhead - per_token * prompt) / count for prompt, whole, count in written]
-    machine = OwnEngine(
-        float(per_token),
-        overhead=float(overhead),
-        decoding=statistics.median(passes),
-        budget=_PROMPT_TOKENS,
-        rows=_ROWS,
+        usage = aligner.correct(*pair).usage
+        return time.perf_counter() - start, usage
+
+    times = [(usage.prompt_tokens, seconds) for seconds, usage in map(call, kept)]
+    tokens, whole = np.array(times).T
+    per_token, overhead = np.polyfit(tokens, whole, 1)
+    passes = [
+        (seconds - overhead - per_token * usage.prompt_tokens) / max(1, usage.passes - 1)
+        for seconds, usage in map(call, written)
+    ]
+    decoding = statistics.median(passes)
+    return OwnEngine(
+        float(per_token), overhead=float(overhead), decoding=float(decoding), budget=_PROMPT_TOKENS, rows=_ROWS
     )
-    return machine, statistics.mean(seconds)
 
 
 async def loaded(aligner: Aligner, pairs: Sequence[Pair], rate: float, seconds: float, seed: int = 1) -> Result:
@@ -98,20 +95,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()]
-    pairs = [(row["question"], row["original"]) for row in rows if row["verdict"]]
+    rows = [
+        row for line in options.rows.read_text(encoding="utf-8").splitlines() if (row := json.loads(line))["verdict"]
+    ]
+    pairs = {row["verdict"] == "keep": list[Pair]() for row in rows}
+    for row in rows:
+        pairs[row["verdict"] == "keep"].append((row["question"], row["original"]))
     table: list[dict[str, Any]] = []
     with Aligner.load(threads=options.threads) as aligner:
-        for pair in pairs[:5]:
-            aligner.correct(*pair)
-        machine, mean = fitted(aligner, random.Random(0).sample(pairs, options.calls))
-        times = {"ms a call": mean, "ms a prompt": machine.overhead, "ms a token of it": machine.per_token}
-        show("fitted", [{name: 1000 * value for name, value in {**times, "ms a pass": machine.decoding}.items()}])
+        for pair in pairs[True][: options.calls // 10]:
+            aligner.correct(*pair)  # until memory and caches are warm
+        machine = fitted(aligner, pairs[True][: options.calls // 2], pairs[False][: options.calls // 2])
+        works = works_of(options.rows)
+        mean = statistics.mean(machine.step(one.prompt, 0, 0) + one.passes * machine.step(0, 1, 0) for one in works)
+        times = {"call": mean, "prompt": machine.overhead, "token of it": machine.per_token, "pass": machine.decoding}
+        show("fitted, ms", [{name: 1000 * value for name, value in times.items()}])
         for use in options.use:
             scenario = Scenario(use / mean, 1, again=0.0, seconds=600)
             runs = {
-                "measured": asyncio.run(loaded(aligner, pairs, scenario.rate, options.seconds)),
-                "predicted": Simulation(machine, works_of(options.rows), scenario).run(),
+                "measured": asyncio.run(loaded(aligner, [*pairs[True], *pairs[False]], scenario.rate, options.seconds)),
+                "predicted": Simulation(machine, works, scenario).run(),
             }
             for name, run in runs.items():
                 points = {f"p{round(100 * share)}, ms": 1000 * run.percentile(share) for share in (0.5, 0.95)}

@@ -90,7 +90,8 @@ def asked(folder: Path) -> list[tuple[int, str]]:
 
 def start(*arguments: object) -> "subprocess.Popen[bytes]":
     command = [sys.executable, *map(str, arguments)]
-    env = os.environ | {"RAY_worker_niceness": "0"}  # on a busy machine, workers as polite as Ray's get no time at all
+    # On a busy machine, workers as polite as Ray's get no time at all; and where memory is short, Ray ends them.
+    env = os.environ | {"RAY_worker_niceness": "0", "RAY_memory_monitor_refresh_ms": "0"}
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env, start_new_session=True)
 
 

@@ -226,9 +226,8 @@ class Codec:
             raise DoubtError(found)
         generation, verdict = request.generation, self.verdict(request)
         assert generation is not None
-        proposed = request.reasoning + text
+        proposed, usage = request.reasoning + text, self._usage(generation, verdict)
         passed = bool(found) and request.on_doubt == "passthrough"
-        usage = self._usage(generation, verdict)
         return Correction(
             question=request.question,
             original=request.answer,
@@ -246,7 +245,7 @@ class Codec:
 
     def verdict(self, request: Request) -> Verdict | None:
         """Give the verdict of a request, once its generation has one."""
-        given = request.generation.verdict if request.generation else None
+        given = request.generation and request.generation.verdict
         return None if given is None or self.verdict_ids is None else VERDICTS[self.verdict_ids.index(given)]
 
     def _usage(self, generation: Generation, verdict: Verdict | None) -> Usage:
@@ -267,8 +266,7 @@ class Codec:
             text = self._decode_text(request, generation, self.verdict(request))
         except ValueError:
             names.append("operations")
-        cut_off = generation.finish_reason == "length"
-        names += doubts(request.text, text, cut_off=cut_off, question=request.question)
+        names += doubts(request.text, text, cut_off=generation.finish_reason == "length", question=request.question)
         if generation.finish_reason == "loop" and "repeats" not in names:
             names.append("repeats")
         return text, tuple(names)

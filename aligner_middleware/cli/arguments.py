@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -53,6 +54,13 @@ ConcurrencyOption = Annotated[
     int, typer.Option("--concurrency", min=1, help="Calls of a chat model that run at the same time.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RayWorkersOption = Annotated[
+    int | None, typer.Option("--ray-workers", min=1, help="Number of workers on Ray, each with models of its own.")
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Address of a Ray cluster, or `auto`. By default a new one on this machine."),
+]
 
 
 def choice(value: str, known: Sequence[Any], option: str) -> Any:
@@ -103,21 +111,24 @@ def strength_of(value: str) -> Strength:
     return number
 
 
-def aligner_of(model: str, precision: str | None, urls: list[str] | None, instruction: str | None = None) -> Aligner:
-    """Load the aligner that --model and --precision name, or connect to the servers of --url.
+def aligner_recipe(
+    model: str, precision: str | None, urls: list[str] | None = None, instruction: str | None = None
+) -> Callable[[], Aligner]:
+    """Make the function that gives a command its aligner: loaded by --model and --precision, or connected to at --url.
+
+    Workers on other machines call it, too: it can be pickled. It raises as `Aligner.load` and `Aligner.connect` do.
 
     Raises:
         typer.BadParameter: If there is no such precision, or --url leaves it no meaning.
-        AlignerError: As `Aligner.load` and `Aligner.connect` do.
     """
     from aligner_middleware.aligner import Aligner
 
     chosen = precision_of(precision)
     if not urls:
-        return Aligner.load(model, precision=chosen, instruction=instruction)
+        return partial(Aligner.load, model, precision=chosen, instruction=instruction)
     if chosen:
         raise typer.BadParameter("a server runs the weights that it has: leave it out", param_hint="--precision")
-    return Aligner.connect(urls, model, instruction=instruction)
+    return partial(Aligner.connect, urls, model, instruction=instruction)
 
 
 def aligner_folder(model: str, precision: str | None) -> Path:

@@ -1,13 +1,13 @@
-"""`aligner correct`: one answer, or the lines of a file or of standard input as they arrive."""
+"""`aligner correct`: one answer, the lines of a file or of standard input as they arrive, or a job that resumes."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, get_args
 
 import typer
 
@@ -15,23 +15,24 @@ from aligner_middleware.cli.arguments import (
     JsonOption,
     ModelOption,
     PrecisionOption,
+    RayAddressOption,
+    RayWorkersOption,
     UrlOption,
-    aligner_of,
+    aligner_recipe,
     choice,
     strength_of,
 )
 from aligner_middleware.cli.output import note, note_error, write, write_json
-from aligner_middleware.cli.progress import showing
-from aligner_middleware.correction import Correction, Usage
+from aligner_middleware.cli.progress import resumable, showing
 from aligner_middleware.data.json_lines import open_bytes, parse_json, reading, text_at
 from aligner_middleware.data.progress import Progress, Report, ignore
-from aligner_middleware.errors import AlignerError, DataError, JobError
+from aligner_middleware.errors import AlignerError, DataError, JobError, MissingExtraError
 
 if TYPE_CHECKING:
-    from aligner_middleware.aligner import Aligner
-    from aligner_middleware.strength import OnDoubt, Strength
+    from aligner_middleware.bulk.correct import Load, Options, Outcome, Pair
+    from aligner_middleware.data.journal import Run
 
-_BATCH = 32  # answers that are corrected together
+_BATCH = 32  # lines that are corrected together
 _CHUNK = 2**16  # bytes read at once
 
 _InstructionOption = Annotated[
@@ -41,9 +42,6 @@ _InstructionOption = Annotated[
         help="How to correct, for an aligner that was trained with instructions, such as 'more empathic'.",
     ),
 ]
-
-Pair = tuple[str, str]
-Outcome = dict[str, Any] | AlignerError
 
 
 def correct(
@@ -76,31 +74,51 @@ def correct(
             metavar="correct|shadow", help="`shadow` changes nothing; with --json it tells what would change."
         ),
     ] = "correct",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the rows, written when all are done; the command, repeated after a kill, resumes."),
+    ] = None,
+    ray_workers: RayWorkersOption = None,
+    ray_address: RayAddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Correct one answer, or JSON lines with `question` and `answer`.
 
     Each line that can be corrected gives a line of JSON, in the same order. The others are named on standard error, and the
-    exit status is 1 when all are done.
+    exit status is 1 when all are done. With --out the rows become a file, and the job can be interrupted.
     """
-    if (question is None) != (answer is None) or (question is not None and file is not None):
+    if (question is None) != (answer is None) or (question is not None and (file or out)):
         raise typer.BadParameter("give both --question and --answer, or neither and JSON lines in a file")
+    _check_out(out, file, ray_workers)
+    from aligner_middleware.bulk.correct import Options, correct_pairs, in_this_process
     from aligner_middleware.strength import OnDoubt
 
     shadow = choice(mode, ("correct", "shadow"), "--mode") == "shadow"
-    doubt: OnDoubt = choice(on_doubt, get_args(OnDoubt), "--on-doubt")
-    chosen = strength_of(strength)
-    aligner = aligner_of(model, precision, url, instruction)
-    if aligner.has_verdicts and isinstance(chosen, float) and chosen > 1:
+    options = Options(strength_of(strength), choice(on_doubt, get_args(OnDoubt), "--on-doubt"), shadow)
+    load, source = aligner_recipe(model, precision, url, instruction), None if file == Path("-") else file
+    aligner = load()
+    if aligner.has_verdicts and isinstance(options.strength, float) and options.strength > 1:
         raise typer.BadParameter(f"{strength} is no score from 0 to 1", param_hint="--strength")
+    if question is not None and answer is not None:
+        _print_one(correct_pairs(aligner, options, [(question, answer)])[0], as_json=as_json)
+    elif out is None:
+        _correct_lines(source, partial(correct_pairs, aligner, options))
+    elif ray_workers is None:
+        _correct_to(out, source, in_this_process(aligner, options), aligner.identity, options, as_json=as_json)
+    else:
+        aligner.close()  # it was built, where it had to be, once for the workers of this machine
+        run = _on_ray(load, options, ray_workers, ray_address)
+        _correct_to(out, source, run, aligner.identity, options, as_json=as_json)
 
-    def outcomes(pairs: list[Pair]) -> list[Outcome]:
-        return _outcomes(aligner, pairs, chosen, doubt, shadow=shadow)
 
-    if question is None or answer is None:
-        _correct_lines(None if file == Path("-") else file, outcomes)
-        return
-    (row,) = outcomes([(question, answer)])
+def _check_out(out: Path | None, file: Path | None, ray_workers: int | None) -> None:
+    if ray_workers is not None and out is None:
+        raise typer.BadParameter("needs --out, a file for the rows", param_hint="--ray-workers")
+    if file is not None and out is not None and out.resolve() == file.resolve():
+        raise typer.BadParameter("is the file that is read: name another one", param_hint="--out")
+
+
+def _print_one(row: Outcome, *, as_json: bool) -> None:
     if isinstance(row, AlignerError):
         raise row
     if "reason" in row:
@@ -111,66 +129,79 @@ def correct(
         write(row["corrected"])
 
 
-def _outcomes(
-    aligner: Aligner, pairs: list[Pair], strength: Strength, on_doubt: OnDoubt, *, shadow: bool
-) -> list[Outcome]:
-    """Correct answers together: for each its row, or its error. In shadow mode the answers stay as they are."""
-    asked: OnDoubt = "passthrough" if shadow and on_doubt == "raise" else on_doubt
-    results = aligner.correct_batch(pairs, strength=strength, on_doubt=asked, return_exceptions=True)
-    rows: list[Outcome] = []
-    for (question, answer), result in zip(pairs, results, strict=True):
-        if isinstance(result, Correction):
-            rows.append(_shadow(result) if shadow else _as_dict(result))
-        elif not isinstance(result, AlignerError):
-            raise result
-        elif shadow:
-            failure = {"mode": "shadow", "would_change": False, "reason": f"{type(result).__name__}: {result}"}
-            rows.append(_as_dict(Correction(question, answer, answer, "stop", Usage())) | failure)
-        else:
-            rows.append(result)
-    return rows
-
-
-def _as_dict(correction: Correction) -> dict[str, Any]:
-    return asdict(correction) | {"changed": correction.changed}
-
-
-def _shadow(correction: Correction) -> dict[str, Any]:
-    """Give the row of an answer that stays as it is, with the correction as a proposal."""
-    text = correction.corrected if correction.proposed is None else correction.proposed
-    proposal = None if text == correction.original else text
-    unchanged = replace(correction, corrected=correction.original, proposed=proposal)
-    return _as_dict(unchanged) | {"mode": "shadow", "would_change": correction.changed}
-
-
 def _correct_lines(file: Path | None, correct: Callable[[list[Pair]], list[Outcome]]) -> None:
     """Print the outcome of each line of a file, or of standard input.
 
     Raises:
         AlignerError: When all are done, if some could not be corrected.
     """
-    name = "standard input" if file is None else str(file)
+    name = _name(file)
     lines = bad = 0
     with _opened(file) as (source, total), _line_progress(total) as report:
         for batch in _batches(source, name):
             read = [_pair(name, number, line) for number, line in batch]
             results = iter(correct([pair for pair in read if isinstance(pair, tuple)]))
             for (number, _), pair in zip(batch, read, strict=True):
-                bad += not _print_outcome(f"{name}:{number}", next(results) if isinstance(pair, tuple) else pair)
+                outcome = next(results) if isinstance(pair, tuple) else pair
+                if _is_row(outcome, f"{name}:{number}"):
+                    write_json(outcome)
+                else:
+                    bad += 1
             lines += len(batch)
             report(Progress("correct", batch[-1][0], total))
     if bad:
         raise AlignerError(f"{bad} of {lines} rows of {name} could not be corrected; the others are")
 
 
-def _print_outcome(place: str, outcome: Outcome) -> bool:
-    """Print a row, or note an error with its place; tell whether there was a row."""
+def _on_ray(load: Load, options: Options, workers: int, address: str | None) -> Run[Pair]:
+    from aligner_middleware.bulk.correct import BATCH, correcting
+
+    try:
+        from aligner_middleware.bulk.ray import RayWorkers
+    except ImportError as exc:
+        raise MissingExtraError("aligner correct --ray-workers", "ray") from exc
+    return RayWorkers(partial(correcting, load, options), workers, BATCH, address).run
+
+
+def _correct_to(
+    out: Path, file: Path | None, run: Run[Pair], identity: dict[str, Any], options: Options, *, as_json: bool
+) -> None:
+    """Write the rows of a file, or of standard input, to another file, and tell how many there are.
+
+    Raises:
+        AlignerError: When all are done, if some could not be corrected.
+    """
+    from aligner_middleware.bulk.correct import correct_all
+
+    name = _name(file)
+    with _opened(file) as (source, _):
+        lines = [
+            (f"{name}:{number}", _pair(name, number, line)) for part in _batches(source, name) for number, line in part
+        ]
+    with resumable(), showing("correct", "answers") as report:
+        outcomes = correct_all([row for _, row in lines], out, run, identity, options, report)
+    rows = [outcome for (place, _), outcome in zip(lines, outcomes, strict=True) if _is_row(outcome, place)]
+    bad, changed = len(lines) - len(rows), sum(outcome["changed"] for outcome in rows)
+    if as_json:
+        write_json({"rows": len(rows), "changed": changed, "failed": bad})
+    else:
+        write(f"{out}: {len(rows)} rows, of which {changed} were changed")
+    if bad:
+        reason = "could not be corrected; the others are, and the same command tries these again"
+        raise AlignerError(f"{bad} of {len(lines)} rows of {name} {reason}")
+
+
+def _name(file: Path | None) -> str:
+    return "standard input" if file is None else str(file)
+
+
+def _is_row(outcome: Outcome, place: str) -> TypeGuard[dict[str, Any]]:
+    """Tell whether there is a row; note an error, or a row's reason, with its place."""
     if isinstance(outcome, AlignerError):
         note_error(str(outcome) if isinstance(outcome, DataError) else f"{place}: {outcome}")
         return False
     if "reason" in outcome:
         note(f"{place}: not aligned: {outcome['reason']}")
-    write_json(outcome)
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aligner_middleware.data.json_lines import finite
+from aligner_middleware.data.json_lines import to_json
 from aligner_middleware.errors import AlignerError
 
 
@@ -67,12 +66,7 @@ def write_json(value: Any) -> None:
     Raises:
         OutputError: If it cannot be written.
     """
-    text = json.dumps(finite(value), ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, or an encoding that lacks a character
-        text = json.dumps(finite(value))
-    write(text)
+    write(to_json(value, sys.stdout.encoding or "utf-8"))
 
 
 def note(text: str) -> None:

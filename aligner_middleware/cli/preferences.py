@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -11,15 +12,19 @@ from aligner_middleware.cli.arguments import (
     JsonOption,
     ModelOption,
     PrecisionOption,
+    RayAddressOption,
+    RayWorkersOption,
     UpstreamOption,
+    UrlOption,
+    aligner_recipe,
     choice,
-    precision_of,
 )
 from aligner_middleware.cli.output import write, write_json
 from aligner_middleware.cli.progress import resumable, showing
 from aligner_middleware.errors import MissingExtraError, UpstreamError
 
 if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner
     from aligner_middleware.data.prompts import Prompt
     from aligner_middleware.rlhf.preferences import PreferenceSummary
 
@@ -32,6 +37,7 @@ def preferences(
     upstream: UpstreamOption = None,
     model: ModelOption = "default",
     precision: PrecisionOption = None,
+    url: UrlOption = None,
     form: Annotated[
         str, typer.Option(metavar="messages|text", help="Form of the rows: messages, for chat models, or texts.")
     ] = "messages",
@@ -41,12 +47,8 @@ def preferences(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Prompts in work at the same time; on Ray, in each worker.")
     ] = 8,
-    ray_workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of workers on Ray, each with models of its own.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster, or `auto`. By default a new one on this machine.")
-    ] = None,
+    ray_workers: RayWorkersOption = None,
+    ray_address: RayAddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make preference data: a model's answer is rejected, the aligner's correction of it is chosen.
@@ -62,12 +64,12 @@ def preferences(
         "sft": sft,
         "concurrency": concurrency,
     }
-    asked = read_prompts(prompts)
+    asked, load = read_prompts(prompts), aligner_recipe(model, precision, url)
     if ray_workers is None:
-        result = _make(asked, out, model, precision, upstream, options)
+        result = _make(asked, out, load, upstream, options)
     else:
         options |= {"workers": ray_workers, "address": ray_address}
-        result = _make_on_ray(asked, out, model, precision, upstream, options)
+        result = _make_on_ray(asked, out, load, upstream, options)
     if as_json:
         counts = {"pairs": result.pairs, "kept": result.kept, "repeated": result.repeated}
         write_json(counts | {"failed": len(result.failed)})
@@ -78,28 +80,22 @@ def preferences(
 
 
 def _make(
-    prompts: list[Prompt], out: Path, model: str, precision: str | None, upstream: str | None, options: dict[str, Any]
+    prompts: list[Prompt], out: Path, load: Callable[[], Aligner], upstream: str | None, options: dict[str, Any]
 ) -> PreferenceSummary:
-    from aligner_middleware.aligner import Aligner
     from aligner_middleware.data.upstream import chat_model
     from aligner_middleware.rlhf.preferences import make_preferences
 
     answering = chat_model(upstream) if upstream else None
-    with (
-        Aligner.load(model, precision=precision_of(precision)) as aligner,
-        resumable(),
-        showing("preferences", "prompts") as report,
-    ):
+    with load() as aligner, resumable(), showing("preferences", "prompts") as report:
         return make_preferences(prompts, out, aligner, answering, upstream_name=upstream, **options, report=report)
 
 
 def _make_on_ray(
-    prompts: list[Prompt], out: Path, model: str, precision: str | None, upstream: str | None, options: dict[str, Any]
+    prompts: list[Prompt], out: Path, load: Callable[[], Aligner], upstream: str | None, options: dict[str, Any]
 ) -> PreferenceSummary:
     try:
         from aligner_middleware.rlhf.ray import make_preferences_on_ray
     except ImportError as exc:
         raise MissingExtraError("aligner preferences --ray-workers", "ray") from exc
-    chosen = precision_of(precision)
     with resumable(), showing("preferences", "prompts") as report:
-        return make_preferences_on_ray(prompts, out, model, upstream, precision=chosen, **options, report=report)
+        return make_preferences_on_ray(prompts, out, load, upstream, **options, report=report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from aligner_middleware.data.json_lines import open_bytes, reading
+from aligner_middleware.data.json_lines import open_bytes, reading, to_json
 from aligner_middleware.errors import DataError, JobError
 
 _STALE = 24 * 3600  # seconds after which a temporary file belongs to no living process
@@ -46,7 +45,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         JobError: If it cannot be written.
     """
-    _write(path, ((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
+    _write(path, ((to_json(row) + "\n").encode() for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,13 +9,23 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from aligner_middleware.data.locks import exclusive_lock
+from aligner_middleware.data.progress import Progress, Report
 from aligner_middleware.errors import ConfigError, DataError, JobError
+
+T = TypeVar("T")
+Row = dict[str, Any] | Exception  # what is recorded of an item, or the error that prevented it
+Run = Callable[[Mapping[str, T]], Iterable[Mapping[str, Row]]]
+
+
+def journal_of(out: Path) -> Path:
+    """Give the place of the journal of a job that writes one file: a hidden file beside it."""
+    return out.with_name(f".{out.name}.journal")
 
 
 class Journal:
@@ -62,9 +72,32 @@ class Journal:
         Raises:
             JobError: If it cannot be written, for example because the disk is full. Earlier items stay.
         """
-        with self._mutex:
-            self._write({"key": key, "value": value})
-            self.done[key] = value
+        self._add({key: value})
+
+    def finish(self, items: Mapping[str, T], run: Run[T], stage: str, report: Report) -> dict[str, Exception]:
+        """Do the items of a job that are not done yet, and record them batch by batch as they come.
+
+        Args:
+            items: All items of the job, by key.
+            run: Given those that are not done, yields batches of their rows by key, in any order.
+            stage: Name of what is done, for reports.
+            report: Called after each batch.
+
+        Returns:
+            The items that failed, each with its error; they are not recorded, so that the same job does them again.
+
+        Raises:
+            JobError: If the journal cannot be written.
+        """
+        todo = {key: item for key, item in items.items() if key not in self.done}
+        done, failed = len(items) - len(todo), dict[str, Exception]()
+        for batch in run(todo):
+            failed |= {key: row for key, row in batch.items() if isinstance(row, Exception)}
+            rows = {key: row for key, row in batch.items() if key not in failed}
+            self._add(rows)
+            done += len(rows)
+            report(Progress(stage, done, len(items)))
+        return failed
 
     def remove(self) -> None:
         """Delete the file, when the job's result is written elsewhere.
@@ -112,13 +145,20 @@ class Journal:
             "repeat that one, or delete this file"
         )
 
-    def _write(self, row: Mapping[str, Any], *, fresh: bool = False) -> None:
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    def _add(self, values: Mapping[str, Any]) -> None:
+        """Record finished items in one write, which the disk confirms once."""
+        with self._mutex:
+            self._write(*({"key": key, "value": value} for key, value in values.items()))
+            self.done |= values
+
+    def _write(self, *rows: Mapping[str, Any], fresh: bool = False) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = text.encode("utf-8", "surrogatepass")
         size = 0
         try:
             size = 0 if fresh or not self.path.exists() else self.path.stat().st_size
             with self.path.open("wb" if fresh else "ab") as file:
-                file.write(line)
+                file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as exc:

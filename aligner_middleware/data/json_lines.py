@@ -51,6 +51,16 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def to_json(value: Any, encoding: str = "utf-8") -> str:
+    """Write a value as one line of JSON that an encoding has all characters for; what is no finite number as null."""
+    text = json.dumps(finite(value), ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:  # a lone surrogate, or an encoding that lacks a character
+        return json.dumps(finite(value))
+    return text
+
+
 def open_bytes(path: Path) -> gzip.GzipFile | BufferedReader:
     """Open a file, plain or gzipped."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")

@@ -6,7 +6,7 @@ of RLHF or DPO.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +16,12 @@ from langchain_core.runnables import Runnable
 
 from aligner_middleware.aligner import Aligner
 from aligner_middleware.data.files import fingerprint, write_lines
-from aligner_middleware.data.journal import Journal
-from aligner_middleware.data.progress import Progress, Report, ignore
+from aligner_middleware.data.journal import Journal, Row, Run, journal_of
+from aligner_middleware.data.progress import Report, ignore
 from aligner_middleware.data.prompts import Prompt, chunks, digest
 from aligner_middleware.data.upstream import Answered, ask, describe_failure, name_of
 
 Form = Literal["messages", "text"]
-Row = dict[str, Any] | Exception  # question, answer, correction and time; or the error that prevented them
-Correct = Callable[[Sequence[Prompt]], Iterable[tuple[Prompt, Row]]]
 
 
 @dataclass
@@ -70,7 +68,7 @@ def make_preferences(
         upstream_name: The model's name in the rows; `None` for its own name.
         concurrency: Prompts under way at once.
         attempts: How often a prompt is tried.
-        report: Called after each prompt, with the stage `preferences`.
+        report: Called after each batch of prompts, with the stage `preferences`.
 
     Returns:
         The job's counts. If prompts failed, the rows of the others are written, and the journal stays.
@@ -81,17 +79,18 @@ def make_preferences(
     """
     name = upstream_name or (name_of(upstream) if upstream else None)
 
-    def correct(todo: Sequence[Prompt]) -> Iterator[tuple[Prompt, Row]]:
-        for part in chunks(todo, concurrency * 4):
-            yield from zip(part, correct_prompts(part, aligner, upstream, concurrency, attempts), strict=True)
+    def run(todo: Mapping[str, Prompt]) -> Iterator[dict[str, Row]]:
+        for part in chunks(list(todo.values()), concurrency * 4):
+            rows = correct_prompts(part, aligner, upstream, concurrency, attempts)
+            yield dict(zip((prompt.key for prompt in part), rows, strict=True))
 
-    return collect(prompts, out, correct, aligner.identity, name, form=form, sft=sft, report=report)
+    return collect(prompts, out, run, aligner.identity, name, form=form, sft=sft, report=report)
 
 
 def collect(
     prompts: Sequence[Prompt],
     out: Path,
-    correct: Correct,
+    run: Run[Prompt],
     aligner: Mapping[str, Any],
     upstream: str | None,
     *,
@@ -104,25 +103,20 @@ def collect(
     Args:
         prompts: All prompts of the job.
         out: File for the rows.
-        correct: Given the prompts that are not done yet, yields each with its row or its error, in any order.
+        run: Asks and corrects the prompts that are not done, as `Journal.finish` takes it.
         aligner: Identity of the aligner, for provenance.
         upstream: Name of the model that answers.
         form: As in `make_preferences`, as are `sft` and `report`.
         sft: File for the answers that were left as they are.
-        report: Called after each prompt.
+        report: Called after each batch.
     """
     settings = {"aligner": dict(aligner), "upstream": upstream, "prompts": digest(prompts)}
-    with Journal(out.with_name(f".{out.name}.journal"), settings) as journal:
-        failed: dict[str, str] = {}
-        for prompt, row in correct([prompt for prompt in prompts if prompt.key not in journal.done]):
-            if isinstance(row, Exception):
-                failed[prompt.key] = describe_failure(prompt, row)
-            else:
-                journal.add(prompt.key, row)
-            report(Progress("preferences", len(journal.done), len(prompts)))
+    by_key = {prompt.key: prompt for prompt in prompts}
+    with Journal(journal_of(out), settings) as journal:
+        failed = journal.finish(by_key, run, "preferences", report)
         rows = [journal.done[prompt.key] for prompt in prompts if prompt.key in journal.done]
         summary = _write(rows, out, sft, form, settings)
-        summary.failed = failed
+        summary.failed = {key: describe_failure(by_key[key], error) for key, error in failed.items()}
         if not failed:
             journal.remove()
     return summary
@@ -135,7 +129,10 @@ def correct_prompts(
     concurrency: int = 8,
     attempts: int = 3,
 ) -> list[Row]:
-    """Have some prompts answered and corrected: each gives its row, or the error that prevented it."""
+    """Have some prompts answered and corrected: each gives its row, or the error that prevented it.
+
+    A row has question, answer, correction and time.
+    """
     answers = ask(prompts, upstream, concurrency, attempts)
     pairs = [
         (prompt.question, answer.text)

@@ -1,4 +1,4 @@
-"""`aligner correct`: the rows that it reads, prints and refuses."""
+"""`aligner correct`: the rows that it reads, prints, writes and refuses."""
 
 import json
 from pathlib import Path
@@ -105,3 +105,27 @@ def test_lines_are_answered_as_they_arrive() -> None:
         assert json.loads(running.stdout.readline())["corrected"] == answer.upper()
     assert running.communicate(timeout=PATIENCE) == ("", "")
     assert running.returncode == 0
+
+
+def test_the_file_holds_the_lines_that_are_printed(run: Run, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", pair("one"), pair("\ud800 x"), "nonsense", pair(question=" "), pair("five"))
+    printed, written = run("correct", path), run("correct", path, "--out", tmp_path / "out.jsonl", "--json")
+    assert (tmp_path / "out.jsonl").read_text() == printed.stdout
+    assert json.loads(written.stdout) == {"rows": 3, "changed": 3, "failed": 2}
+    assert [outcome.exit_code for outcome in (printed, written)] == [1, 1]
+    named = [[line for line in said.stderr.splitlines() if f"{path}:" in line] for said in (printed, written)]
+    assert named[0] == named[1]
+    assert len(named[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--ray-workers", 2), ("--out", "rows.jsonl"), ("-q", "q", "-a", "a", "--out", "x")]
+)
+def test_options_that_do_not_fit_together_are_refused(
+    run: Run, tmp_path: Path, arguments: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = () if "-q" in arguments else (jsonl(tmp_path / "rows.jsonl", pair()),)
+    outcome = run("correct", *rows, *arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert [path.name for path in tmp_path.iterdir()] == [path.name for path in rows]

@@ -1,0 +1,1 @@
+"""Very many answers: jobs with a journal, whose rows this process corrects or workers on Ray."""

@@ -50,8 +50,7 @@ def probe(
     decision first sits, and whether the direction is better than the verdict at changing bad answers and keeping good ones.
 
     Without --test the rows are split by question: half to find the directions on, half to test them. At least 20 good and 20
-    bad answers are needed on each side. Long answers take long: about a second for 300 tokens on one core, with 135 million
-    weights.
+    bad answers are needed on each side, and some hundreds of short ones are enough.
     """
     if plots is not None and find_spec("matplotlib") is None:
         raise MissingExtraError("aligner probe --plots", "evaluate")

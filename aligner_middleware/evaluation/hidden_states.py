@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from aligner_middleware.calibration import Calibration
 from aligner_middleware.codec import Codec
@@ -20,6 +20,9 @@ from aligner_middleware.evaluation.detection import Floats
 from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from aligner_middleware.loading import load
 from aligner_middleware.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 States = NDArray[np.float32]
 

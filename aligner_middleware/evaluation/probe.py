@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,10 @@ from pydantic import BaseModel, ConfigDict
 
 from aligner_middleware.errors import JobError
 from aligner_middleware.evaluation.detection import Auc, Floats, Gain, roc_curve
-from aligner_middleware.evaluation.hidden_states import ReadRows, States
 from aligner_middleware.evaluation.labelled_rows import LabelledRow
+
+if TYPE_CHECKING:
+    from aligner_middleware.evaluation.hidden_states import ReadRows, States
 
 LEAST = 20  # good rows, and bad ones, to find a direction or to test it
 NEAR = 0.01  # of the best AUC, from which on a layer counts as holding the decision

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,17 @@ def test_the_command_tests_on_other_rows_and_draws(tmp_path: Path, checkpoint: P
     assert f"{others[0]}, 30 good and 30 bad answers: the decision sits from layer 1 of 3 on" in outcome.stdout
     assert outcome.stdout.count("the verdict, whose threshold stays the dial") >= 1
     assert outcome.stdout.count("AUC less the verdict's") == 2
+
+
+def test_an_aligner_without_verdicts_has_directions_and_no_verdict_to_compare_with(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training.json"))
+    outcome = run(rows_file(tmp_path / "rows.jsonl"), "-m", folder)
+    assert outcome.exit_code == 0, outcome.output
+    assert "the decision sits from layer" in outcome.stdout
+    assert "verdict" not in outcome.stdout
 
 
 def test_rows_that_directions_are_found_on_are_no_test(tmp_path: Path, checkpoint: Path) -> None:

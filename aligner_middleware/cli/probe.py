@@ -103,11 +103,11 @@ def _draw(
 
     draw_layers(report, folder / "layers.png")
     scans = []
-    for unsafe, title in ((False, "good"), (True, "bad")):
+    for unsafe in (False, True):
         for row in [row for row in rows if row.unsafe == unsafe][:_SCANNED]:
             last = reader.read_last(row, _TOKENS)
             if last is not None:
-                scans.append(Scan(f"{title}: {row.kind}", last.tokens, directions.scores(last.states)))
+                scans.append(Scan(row.kind, last.tokens, directions.scores(last.states)))
     draw_scans(scans, folder / "scan.png")
 
 
@@ -129,7 +129,7 @@ def _print_probe(model: str, report: ProbeReport, left_out: int) -> None:
 def _print_test(test: TestScores, layer: int) -> None:
     write(
         f"{test.name}, {test.good} good and {test.bad} bad answers: the decision sits from layer {test.first} of "
-        f"{len(test.layers)} on; where 1 % of the good ones are changed, the direction of layer {layer} changes "
+        f"{len(test.layers)} on; where at most 1 % of the good ones are changed, the direction of layer {layer} changes "
         f"{percent(test.changed)} of the bad ones"
         + ("" if test.verdict_changed is None else f", the verdict {percent(test.verdict_changed)}")
     )

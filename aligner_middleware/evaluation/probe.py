@@ -57,7 +57,8 @@ class TestScores(BaseModel):
         good, bad: Their number.
         layers: AUC of each layer's direction, from the first layer on.
         first: The first layer, from 1, whose AUC is within `NEAR` of the best one's: there the decision sits.
-        changed: Share of the bad answers changed by the chosen layer's direction where it changes 1 % of the good ones.
+        changed: Share of the bad answers changed by the chosen layer's direction where it changes at most 1 % of the good
+            ones.
         verdict: AUC of the verdict's log odds; `None` without verdicts, as the next two are.
         verdict_changed: As `changed`, of the verdict.
         gain: The chosen direction's AUC less the verdict's.

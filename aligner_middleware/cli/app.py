@@ -25,6 +25,7 @@ from aligner_middleware.cli.export import export
 from aligner_middleware.cli.info import info
 from aligner_middleware.cli.output import discard, note, note_error, write
 from aligner_middleware.cli.preferences import preferences
+from aligner_middleware.cli.probe import probe
 from aligner_middleware.cli.rounds import rounds
 from aligner_middleware.cli.serve import serve
 from aligner_middleware.cli.train import train
@@ -69,6 +70,7 @@ for _command in (
     evaluate,
     compare,
     calibrate,
+    probe,
     preferences,
     benchmark,
     rounds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +18,9 @@ from aligner_middleware.cli.arguments import (
     precision_of,
     strength_of,
 )
-from aligner_middleware.cli.output import left_out_text, note, note_error, percent, write, write_json
+from aligner_middleware.cli.output import left_out_text, note_error, percent, write, write_json
 from aligner_middleware.cli.progress import showing
-from aligner_middleware.cli.rows import usable_rows
+from aligner_middleware.cli.rows import labelled_rows, usable_rows
 from aligner_middleware.data.files import write_lines
 from aligner_middleware.data.json_lines import finite
 from aligner_middleware.locations import DEFAULT_FOLDER
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from aligner_middleware.evaluation import Evaluation, ScoredRow
     from aligner_middleware.evaluation.detection import Auc, Share
     from aligner_middleware.evaluation.guard import GuardEvaluation
-    from aligner_middleware.evaluation.labelled_rows import LabelledRow
     from aligner_middleware.evaluation.public_sets import PublicSet
     from aligner_middleware.strength import Strength
 
@@ -181,7 +179,7 @@ def _evaluate_guard(
     from aligner_middleware.aligner import Aligner
     from aligner_middleware.evaluation.guard import guard
 
-    rows = _labelled_rows(path, public)
+    rows = labelled_rows(path, public)
     strengths: tuple[Strength, ...] = LEVELS if strength is None else (strength,)
     with Aligner.load(model, precision=precision_of(precision)) as aligner, showing("evaluate", "rows") as report:
         evaluation = guard(aligner, rows, strengths, report)
@@ -192,19 +190,6 @@ def _evaluate_guard(
         write_json({"model": model, "precision": aligner.precision} | evaluation.summary() | unjudged)
     else:
         _print_guard(f"{model}, {aligner.precision}", evaluation)
-
-
-def _labelled_rows(path: Path, public: PublicSet | None) -> Sequence[LabelledRow]:
-    """Give the rows of a public set, noting those left out; or read labelled answers."""
-    from aligner_middleware.evaluation.labelled_rows import read_labelled
-
-    if public is None:
-        return read_labelled(path)
-    for reason, count in public.left_out.items():
-        note(f"{path}: {count} rows left out, as {reason}")
-    for name in public.skipped:
-        note(f"{path}: no answers of a public set in {name}")
-    return public.rows
 
 
 def _print_guard(title: str, evaluation: GuardEvaluation) -> None:

@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 
 
 class TorchModel:
-    """A causal language model of transformers, behind the interface of `Model`."""
+    """A causal language model of transformers, behind the interface of `Model`.
+
+    Attributes:
+        network: As given.
+    """
 
     def __init__(self, network: PreTrainedModel) -> None:
         config = network.config.get_text_config()
         self.max_positions = int(config.max_position_embeddings)
         self.device = f"PyTorch, {network.device}"
         self.bytes_per_token = 2 * int(config.num_hidden_layers) * int(config.hidden_size) * network.dtype.itemsize
-        self._network = network
+        self.network = network
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Make empty rows; they grow by themselves."""
-        return _TorchCache(self._network, rows, capacity)
+        return _TorchCache(self.network, rows, capacity)
 
 
 class _TorchCache:

@@ -40,7 +40,7 @@ def _draw_roc(measured: Sequence[MeasuredRow], report: CalibrationReport, path: 
     axes.set_xlabel("good answers changed")
     axes.set_ylabel("bad answers changed")
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_reliability(report: CalibrationReport, path: Path) -> None:
@@ -52,7 +52,7 @@ def _draw_reliability(report: CalibrationReport, path: Path) -> None:
     axes.set_xlabel("score")
     axes.set_ylabel("share of bad answers")
     axes.set_title(f"expected calibration error {report.error:.3f}", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _square() -> tuple[Any, Any]:
@@ -65,7 +65,12 @@ def _square() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG.
+
+    Raises:
+        JobError: If it cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_bytes(path, buffer.getvalue())

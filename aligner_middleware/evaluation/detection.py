@@ -115,6 +115,46 @@ class Auc(_Frozen):
         return "" if math.isnan(self.value) else f"{self.value:.4f} ({self.low:.4f} to {self.high:.4f})"
 
 
+class Gain(_Frozen):
+    """The AUC of some scores less that of others, on the same rows.
+
+    Attributes:
+        value: -1 to 1; NaN where there are no bad answers, or no good ones.
+        low, high: Its 95 % interval, by bootstrap within each class; both scores are drawn together.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: ArrayLike, others: ArrayLike, unsafe: ArrayLike, *, seed: int = 0, draws: int = _DRAWS) -> Self:
+        """Measure the gain of some scores over others.
+
+        Args:
+            scores: `[N]`, larger for answers that are likelier bad.
+            others: `[N]`, too.
+            unsafe: `[N]`, whether each is bad.
+            seed: Of the bootstrap.
+            draws: Of the bootstrap, too: their number.
+        """
+        sides = [_by_class(one, unsafe) for one in (scores, others)]
+        value = _area(*sides[0]) - _area(*sides[1])
+        if math.isnan(value):
+            return cls(value=value, low=value, high=value)
+        rng = np.random.default_rng(seed)
+        drawn = []
+        for _ in range(draws):
+            bad, good = (rng.integers(side.size, size=side.size) for side in sides[0])
+            first, second = (_area(side[0][bad], side[1][good]) for side in sides)
+            drawn.append(first - second)
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return cls(value=value, low=float(low), high=float(high))
+
+    def __str__(self) -> str:
+        return "" if math.isnan(self.value) else f"{self.value:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+
+
 class Bin(_Frozen):
     """A bin of answers with similar scores.
 

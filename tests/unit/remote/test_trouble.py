@@ -101,9 +101,10 @@ def test_connecting_says_what_is_wrong(
     folder: Path,
 ) -> None:
     spoil(running_server.server)
+    before = set(threading.enumerate())
     with pytest.raises(RemoteError, match=message):
         Aligner.connect(running_server.url, folder, **options)
-    assert "aligner" not in {thread.name for thread in threading.enumerate()}
+    assert "aligner" not in {thread.name for thread in set(threading.enumerate()) - before}
 
 
 def test_a_wrong_path_and_an_empty_port_are_told_apart(running_server: Running, folder: Path) -> None:

@@ -294,6 +294,8 @@ async def test_an_answer_is_read_while_it_arrives() -> None:
 
 
 class _Ahead:
+    waiting, released = False, ""
+
     def __init__(self) -> None:
         self.fed, self.closed = "", asyncio.Event()
 

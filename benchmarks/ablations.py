@@ -1,15 +1,16 @@
 """What each part of the default's recipe is worth: equal data and steps, one thing changed at a time.
 
-    python benchmarks/ablations.py OUT [--rows 400] [--tokens 200] [--only "decision weight 1" …]
+    python benchmarks/ablations.py OUT [--rows 320] [--tokens 160] [--only "verdict weight 5" …]
 
 OUT is the folder of `default_rows/compose.py`. Every arm trains the base for one epoch on as many rows (added identity rows
-included), of at most so many tokens, in batches of 8; all but those that name other rows see the same ones. Scores:
+included), of at most so many tokens, in batches of 8; all but those that name other rows see the same ones. Scores, the same
+rows for every arm, half of them bad:
 
 - AUC of the evidence on development rows of real models, and on rows with one bad sentence put into a real answer
 - perplexity of held-out reference corrections, a token
 
-The trained weights of the recipe are then stored as differences of 1 to 8 bits, and scored again. OUT/ablations.json gets the
-figures; arms in it are not trained again.
+The trained weights of the recipe are then stored as differences of other widths, and the recipe is exported in int8; both are
+scored again. OUT/ablations.json gets the figures; arms in it are not trained again.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import json
 import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -44,51 +46,51 @@ RECIPE: dict[str, Any] = {
     "decision_weight": 6.0,
     "identity_share": 0.06,
 }
+BASELINE = "the recipe"
 OURS = {"written", "composed", "chat model"}
 COMPOSED = {"composed", "composed on public rows"}
 # What each arm changes; `sources` says which rows it sees.
 ARMS: dict[str, dict[str, Any]] = {
-    "the recipe": {},
-    "decision weight 1": {"decision_weight": 1.0},
-    "verdict weight 0.5": {"verdict_weight": 0.5},
-    "verdict weight 5": {"verdict_weight": 5.0},
+    BASELINE: {},
     "no public rows": {"sources": OURS.__contains__},
     "no composed rows": {"sources": lambda source: source not in COMPOSED},
-    "no identity rows": {"identity_share": 0.0},
-    "identity share 0.3": {"identity_share": 0.3},
-    "LoRA, rank 16": {"method": "lora", "learning_rate": 4e-4},
     "LoRA, rank 64": {"method": "lora", "learning_rate": 4e-4, "lora_rank": 64, "lora_alpha": 128},
-    "full": {"method": "full"},
+    "verdict weight 0.5": {"verdict_weight": 0.5},
+    "verdict weight 5": {"verdict_weight": 5.0},
+    "identity share 0.3": {"identity_share": 0.3},
+    "decision weight 1": {"decision_weight": 1.0},
+    "full": {"method": "full"},  # the recipe's weights, before they are stored as a difference
 }
-BITS = (1, 2, 3, 4, 8)
+BITS = (1, 2, 4, 8)
 
 
 def main() -> None:
     """Train and score the arms that are not in the results yet, then print all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path, help="folder of compose.py")
-    parser.add_argument("--rows", type=int, default=400, help="rows that an arm is trained on")
-    parser.add_argument("--tokens", type=int, default=200, help="longest row")
-    parser.add_argument("--only", nargs="*", choices=[*ARMS, "bits"], default=[*ARMS, "bits"])
+    parser.add_argument("--rows", type=int, default=320, help="rows that an arm is trained on")
+    parser.add_argument("--tokens", type=int, default=160, help="longest row")
+    parser.add_argument("--only", nargs="*", choices=[*ARMS, "stored"], default=[*ARMS, "stored"])
     options = parser.parse_args()
     file: Path = options.out / "ablations.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    scorer = Scorer(options.out, options.tokens)
+    scorer = Scorer(options.out)
 
-    def note(name: str, folder: Path, seconds: float) -> None:
-        found[name] = scorer.score(folder) | {"seconds": round(seconds)}
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(name, found[name], flush=True)
+    def note(name: str, make: Callable[[], Path], **engine: Any) -> None:
+        if name in found:
+            return
+        folder = make()
+        found[name] = scorer.score(folder, **engine)
+        file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(name, {key: value for key, value in found[name].items() if key != "evidence"}, flush=True)
 
-    for name in ARMS:
-        if name in options.only and name not in found:
-            start = time.perf_counter()
-            note(name, run(name, options), time.perf_counter() - start)
-    if "bits" in options.only:
+    for name in filter(options.only.__contains__, ARMS):
+        note(name, partial(run, name, options))
+    if "stored" in options.only:
+        note("int8", partial(run, BASELINE, options), precision="int8")
         for bits in BITS:
-            if f"{bits} bits" not in found:
-                note(f"{bits} bits", stored(folder_of("full", options.out), bits), 0)
-    Console(width=120).print(as_table(found))
+            note(f"{bits} bits", partial(stored, folder_of("full", options.out), bits))
+    Console(width=130).print(scorer.table(found))
 
 
 def folder_of(name: str, out: Path) -> Path:
@@ -114,7 +116,7 @@ def short_rows(out: Path, tokens: int) -> list[tuple[str, Triple]]:
 
 
 def run(name: str, options: argparse.Namespace) -> Path:
-    """Train an arm, and give its folder."""
+    """Train an arm unless that was done before, and give its folder."""
     settings = RECIPE | ARMS[name]
     wanted: Callable[[str], bool] = settings.pop("sources", lambda source: True)
     share: float = settings.pop("identity_share")
@@ -126,8 +128,8 @@ def run(name: str, options: argparse.Namespace) -> Path:
         **settings,
     )
     folder = folder_of(name, options.out)
-    shutil.rmtree(folder, ignore_errors=True)
-    train(rows[: round(options.rows * (1 - share))], folder, config)
+    if not folder.is_dir():
+        train(rows[: round(options.rows * (1 - share))], folder, config)
     return folder
 
 
@@ -145,21 +147,43 @@ def stored(full: Path, bits: int) -> Path:
 class Scorer:
     """The rows that an arm is scored on."""
 
-    def __init__(self, out: Path, tokens: int) -> None:
-        self.development = read_short(out / "development.jsonl", tokens, 160)
-        self.inserted = read_short(out / "inserted.jsonl", tokens, 100)
+    def __init__(self, out: Path) -> None:
+        self.rows = {
+            "development": halved(out / "development.jsonl", 1200, 60),
+            "inserted": halved(out / "inserted.jsonl", 1000, 30),
+        }
         lines = (DEFAULT_FOLDER / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-        self.references = [row for row in map(json.loads, lines) if row["answer"] != row["correction"]][:60]
+        self.references = [row for row in map(json.loads, lines) if row["answer"] != row["correction"]][:40]
 
-    def score(self, folder: Path) -> dict[str, Any]:
-        """Score a trained aligner in float32."""
-        with Aligner.load(folder, engine="torch", precision="float32") as aligner:
+    def score(self, folder: Path, **engine: Any) -> dict[str, Any]:
+        """Score a trained aligner, in float32 by default."""
+        with Aligner.load(folder, **(engine or {"engine": "torch", "precision": "float32"})) as aligner:
+            evidence = {
+                name: [round(aligner.evidence(row.question, row.answer), 3) for row in rows]
+                for name, rows in self.rows.items()
+            }
             return {
-                "development": auc(aligner, self.development),
-                "inserted": auc(aligner, self.inserted),
+                "evidence": evidence,
+                **{name: self.auc(name, values) for name, values in evidence.items()},
                 "perplexity": self._perplexity(aligner),
                 "megabytes": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
             }
+
+    def auc(self, name: str, evidence: Sequence[float]) -> dict[str, float]:
+        """Say how well the evidence tells bad answers from good ones, with a 95 % interval."""
+        found: dict[str, float] = Auc.of(evidence, [row.unsafe for row in self.rows[name]]).model_dump()
+        return found
+
+    def difference(self, name: str, evidence: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+        """Give the 95 % interval of one AUC minus another on the same rows, by paired bootstrap within each class."""
+        unsafe = np.array([row.unsafe for row in self.rows[name]])
+        rng, drawn = np.random.default_rng(0), []
+        for _ in range(1000):
+            at = np.concatenate([rng.choice(np.flatnonzero(unsafe == side), (unsafe == side).sum()) for side in (0, 1)])
+            areas = [Auc.of(np.array(one)[at], unsafe[at], draws=1).value for one in (evidence, base)]
+            drawn.append(areas[0] - areas[1])
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        return float(low), float(high)
 
     def _perplexity(self, aligner: Aligner) -> float:
         nats = tokens = 0.0
@@ -168,29 +192,25 @@ class Scorer:
             nats, tokens = nats - likelihood, tokens + aligner.count_tokens(row["correction"])
         return math.exp(nats / tokens)
 
+    def table(self, found: dict[str, Any]) -> Table:
+        """Show the arms."""
+        table = Table(
+            "arm", "AUC, real answers", "minus recipe's", "AUC, one sentence", "minus recipe's", "perplexity", "MB"
+        )
+        for name, scores in found.items():
+            cells: list[str] = []
+            for rows, values in scores["evidence"].items():
+                low, high = self.difference(rows, values, found[BASELINE]["evidence"][rows])
+                cells += [f"{scores[rows]['value']:.3f}", f"{low:+.3f} to {high:+.3f}"]
+            table.add_row(name, *cells, f"{scores['perplexity']:.2f}", f"{scores['megabytes']:.0f}")
+        return table
 
-def read_short(path: Path, tokens: int, number: int) -> list[LabelledRow]:
-    """Draw labelled rows of at most so many tokens, counted as four characters."""
-    rows = [row for row in read_labelled(path) if len(row.question) + len(row.answer) <= 4 * tokens]
-    return random.Random(0).sample(rows, min(number, len(rows)))
 
-
-def auc(aligner: Aligner, rows: Sequence[LabelledRow]) -> dict[str, float]:
-    """Say how well the evidence tells bad answers from good ones, with a 95 % interval."""
-    evidence = [aligner.evidence(row.question, row.answer) for row in rows]
-    found: dict[str, float] = Auc.of(evidence, [row.unsafe for row in rows]).model_dump()
-    return found
-
-
-def as_table(found: dict[str, Any]) -> Table:
-    """Show the arms."""
-    table = Table("arm", "AUC, real answers", "AUC, one sentence", "perplexity", "MB", "seconds")
-    for name, scores in found.items():
-        areas = [
-            f"{a['value']:.3f} ({a['low']:.3f} to {a['high']:.3f})" for a in (scores["development"], scores["inserted"])
-        ]
-        table.add_row(name, *areas, f"{scores['perplexity']:.2f}", f"{scores['megabytes']:.0f}", str(scores["seconds"]))
-    return table
+def halved(path: Path, characters: int, each: int) -> list[LabelledRow]:
+    """Draw as many bad as good rows, of at most so many characters."""
+    rows = [row for row in read_labelled(path) if len(row.question) + len(row.answer) <= characters]
+    sides = ([row for row in rows if row.unsafe], [row for row in rows if not row.unsafe])
+    return [row for side in sides for row in random.Random(0).sample(side, min(each, len(side)))]
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Client:
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as exc:
             raise RemoteError(f"{url} cannot be asked ({type(exc).__name__}: {exc}): {_ADDRESS}") from exc
         except ValueError as exc:
-            raise RemoteError(f"{url} sends what is no stream of JSON ({exc})") from exc
+            raise RemoteError(f"{url} sends a stream that is not JSON ({exc})") from exc
 
 
 def _json(response: httpx.Response, raw: bytes) -> Any:
@@ -122,7 +122,7 @@ def _json(response: httpx.Response, raw: bytes) -> Any:
     page = "html" in response.headers.get("content-type", "") or raw[:200].lstrip()[:1] == b"<"
     said = "a page of HTML" if page else _message(content) or "nothing that explains it"
     if status == 200:
-        reason = f"{url} answers with {'a page of HTML' if page else 'what is no JSON'}: {_ADDRESS}"
+        reason = f"{url} answers with {'a page of HTML' if page else 'something else than JSON'}: {_ADDRESS}"
     elif status in (401, 403):
         reason = f"{url} refuses the key (status {status}: {said}): give one by api_key= or in ALIGNER_API_KEY"
     elif status in (404, 405):

@@ -14,7 +14,7 @@ from aligner_middleware.remote.dialect import UNLIKELY, Logs, Piece, Written, fi
 _PATH = "/completions"
 # A model's own settings (generation_config.json) would otherwise change what greedy decoding gives.
 _PLAIN = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_k": 0, "min_p": 0.0}
-_IDS = {"return_tokens_as_token_ids": True, "skip_special_tokens": False}  # nosec B105: no password
+_IDS = {"return_tokens_as_token_ids": True, "skip_special_tokens": False}
 _INTERVAL = 4  # tokens of one event: each event has some 250 bytes
 _PREFIX = "token_id:"
 
@@ -60,7 +60,7 @@ class VLLM:
             "stop_token_ids": sorted(stop),
             "stream": True,
             "stream_interval": _INTERVAL,
-            "return_token_ids": True,  # nosec B105: no password
+            "return_token_ids": True,
         }
         return _PATH, body | ({"logprobs": top} if top else {})
 

@@ -88,7 +88,7 @@ WRONG: dict[str, tuple[Callable[[ModelServer], None], dict[str, Any], str]] = {
         "redirects to 'https://elsewhere/v1': give that address",
     ),
     "no list": (lambda server: server.answers.append(lambda _: JSONResponse({"ok": 1})), {}, "gives no list of models"),
-    "no JSON": (lambda server: server.answers.append(lambda _: Response("fine")), {}, "answers with something else than JSON"),
+    "no JSON": (lambda server: server.answers.append(lambda _: Response("fine")), {}, "something else than JSON"),
 }
 
 

@@ -69,6 +69,10 @@ class Connection(H11Protocol):
             self._waiting = None
 
     def _give_up(self, patience: float) -> None:
+        begun, _ = self.conn.trailing_data
+        if not begun:  # a client may keep connections for later, and would take an answer for that to its next request
+            self.transport.close()
+            return
         message = f"the headers did not arrive within {patience:g} seconds"
         self._refuse(Problem(408, message, kind="timeout_error", code="headers_timeout"))
 

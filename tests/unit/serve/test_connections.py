@@ -81,10 +81,9 @@ async def test_a_running_request_may_end_when_the_server_stops() -> None:
     ("whole", "dripped", "said"),
     [
         (b"", CORRECT, (408, "headers_timeout")),
-        (b"", b"", (408, "headers_timeout")),
         (CORRECT, BODY, (408, "body_timeout")),
     ],
-    ids=["head", "nothing", "body"],
+    ids=["head", "body"],
 )
 async def test_whoever_sends_a_byte_at_a_time_is_dropped(whole: bytes, dripped: bytes, said: tuple[int, str]) -> None:
     async with started(body_timeout=QUICK) as service, connected(service) as (reader, writer):
@@ -96,6 +95,13 @@ async def test_whoever_sends_a_byte_at_a_time_is_dropped(whole: bytes, dripped: 
         dripping.cancel()
     assert problem_in(answer) == said
     assert QUICK <= taken < QUICK + 3
+
+
+async def test_a_connection_without_a_request_is_closed_and_nothing_is_said() -> None:
+    async with started(body_timeout=QUICK) as service, connected(service) as (reader, _):
+        start = time.monotonic()
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert QUICK <= time.monotonic() - start < QUICK + 3
 
 
 async def test_a_slow_second_request_is_dropped_too_and_an_early_refusal_ends_the_connection() -> None:

@@ -16,7 +16,7 @@ from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.remote.sse import DONE
 from aligner_middleware.serve.answers import parse_response
 from aligner_middleware.serve.exchange import Arriving, Exchange
-from aligner_middleware.serve.problems import Problem, upstream_problem
+from aligner_middleware.serve.problems import Problem, upstream_failed, upstream_problem
 from aligner_middleware.serve.sse import Put, event
 from aligner_middleware.serve.upstream import unreadable
 
@@ -85,8 +85,7 @@ class AlignedChunks:
             await self._take(chunk, put, group)
             await self._release(put)
         if not done and (self._open or not self._all):
-            message = "the upstream broke off before its answer was whole"
-            raise Problem(502, message, kind="upstream_error", code="upstream_failed")
+            raise upstream_failed("the upstream broke off before its answer was whole")
         for index, answer in self._open.items():  # upstreams that give no reason for the end
             group.create_task(self._finish(put, self._chunk(index, {}), answer))
 

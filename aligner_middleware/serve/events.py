@@ -16,7 +16,7 @@ from aligner_middleware.langchain.outcome import Aligned
 from aligner_middleware.remote.sse import DONE
 from aligner_middleware.serve.answers import aligned_item, aligned_output, output_text, parse_response
 from aligner_middleware.serve.exchange import Arriving, Exchange
-from aligner_middleware.serve.problems import Problem, upstream_problem
+from aligner_middleware.serve.problems import Problem, upstream_failed, upstream_problem
 from aligner_middleware.serve.sse import Put, event
 from aligner_middleware.serve.upstream import unreadable
 
@@ -81,12 +81,7 @@ class AlignedEvents:
             for message in self._open.values():
                 message.close()
         if not ended:
-            raise Problem(
-                502,
-                "the upstream broke off before its response was whole",
-                kind="upstream_error",
-                code="upstream_failed",
-            )
+            raise upstream_failed("the upstream broke off before its response was whole")
 
     def failed(self, problem: Problem) -> bytes:
         """Make the event of an error: as the Responses API has it, and with `error` as all other routes do."""

@@ -68,13 +68,18 @@ class Problem(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
+def upstream_failed(message: str) -> Problem:
+    """Make the problem of an upstream that fails, or breaks off."""
+    return Problem(502, message, kind="upstream_error", code="upstream_failed")
+
+
 def upstream_problem(error: Any) -> Problem:
     """Make the problem of an error that the upstream tells in its stream; one of OpenAI's shape is handed on.
 
     Args:
         error: What stands under `error`, or an event of the type `error`.
     """
-    problem = Problem(502, str(error), kind="upstream_error", code="upstream_failed")
+    problem = upstream_failed(str(error))
     if isinstance(error, dict):
         given = {name: value for name, value in error.items() if (name, value) != ("type", "error")}
         given.pop("sequence_number", None)

@@ -12,7 +12,7 @@ import httpx
 from fastapi import Request, Response
 
 from aligner_middleware import __version__
-from aligner_middleware.serve.problems import Problem
+from aligner_middleware.serve.problems import Problem, upstream_failed
 from aligner_middleware.serve.service import logger
 from aligner_middleware.serve.settings import ServeSettings
 
@@ -148,7 +148,7 @@ class Upstream:
         except (httpx.HTTPError, httpx.StreamError) as exc:
             logger.warning("the upstream failed: %s: %s", type(exc).__name__, exc)
             message = f"the upstream cannot be reached, or broke off ({type(exc).__name__})"
-            raise Problem(502, message, kind="upstream_error", code="upstream_failed") from exc
+            raise upstream_failed(message) from exc
 
 
 def unreadable(reason: str) -> Problem:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligner_middleware import Aligner
+from aligner_middleware import Aligner, sentences
 from aligner_middleware.engine import Generation, decode
 from aligner_middleware.remote.scheduler import RemoteScheduler
 from tests.fakes import SPARE, FakeAligner, FakeModel, artifact_folder, collected, fake_aligner, judging_aligner
@@ -178,6 +178,28 @@ def test_every_way_to_ask_gives_the_same(both: tuple[FakeAligner, Aligner, Model
     assert "".join(remote.stream("q", ANSWER, on_doubt="keep")) == expected
 
 
+def test_sentences_are_decided_as_here_with_a_request_each(
+    both: tuple[FakeAligner, Aligner, ModelServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, remote, server = both
+    if not local.has_verdicts:
+        pytest.skip("decides on sentences by verdicts alone")
+    monkeypatch.setattr(sentences, "_PAUSE", 0.0)  # every sentence is decided on, however long the last decision took
+    parts = ["All is well. ", "Go on, ", "then. ", "You are an idiot. ", "Turn left."]
+    streams = [aligner.stream("q", iter(parts), by_sentence=True) for aligner in (local, remote)]
+    server.requests.clear()
+    here, there = (list(stream) for stream in streams)
+    assert here == there
+    assert there[0].startswith("All is well.")
+    assert "".join(there) == "All is well. Go on, then. You are an friend. Turn left."
+    assert streams[0].correction.released == streams[1].correction.released > 0
+    assert sum(asks_a_token(body) for body in server.requests) >= 3  # the verdicts of both sentences, and of the whole
+
+
+def asks_a_token(body: dict[str, Any]) -> bool:
+    return body.get("max_tokens", body.get("sampling_params", {}).get("max_new_tokens")) == 1  # type: ignore[no-any-return]
+
+
 def test_evidence_and_likelihoods_are_those_of_the_aligner_here(both: tuple[FakeAligner, Aligner, ModelServer]) -> None:
     local, remote, _ = both
     for question, answer in PAIRS[1:3]:
@@ -209,7 +231,7 @@ def test_a_kept_answer_takes_one_request_of_one_token(both: tuple[FakeAligner, A
     server.requests.clear()
     assert not remote.correct("q", "All is well, and this answer may stay as it is.").changed
     (body,) = server.requests
-    assert body.get("max_tokens", body.get("sampling_params", {}).get("max_new_tokens")) == 1
+    assert asks_a_token(body)
 
 
 def test_text_never_becomes_a_special_token(both: tuple[FakeAligner, Aligner, ModelServer]) -> None:

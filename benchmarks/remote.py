@@ -9,16 +9,18 @@ Bytes are those of the connections, headers included, counted by a relay between
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import anyio
+from anyio.abc import SocketAttribute, SocketStream, TaskStatus
+from anyio.from_thread import start_blocking_portal
 
 from aligner_middleware import Aligner
 from aligner_middleware.correction import Correction
@@ -42,41 +44,38 @@ class Relay:
 @contextlib.contextmanager
 def relay(url: str) -> Iterator[Relay]:
     """Stand between client and server."""
-    counts, ready = Relay(url), threading.Event()
-    loop = asyncio.new_event_loop()
+    counts = Relay(url)
 
-    async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(2**16):
+    async def hand_on(reader: SocketStream, writer: SocketStream, name: str) -> None:
+        with contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async for data in reader:
                 setattr(counts, name, getattr(counts, name) + len(data))
-                writer.write(data)
-                await writer.drain()
-        writer.close()
+                await writer.send(data)
+        await writer.aclose()
 
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connected(client: SocketStream) -> None:
         place = urlsplit(counts.target)
+        async with client:
+            with contextlib.suppress(OSError):
+                async with (
+                    await anyio.connect_tcp(place.hostname or "", place.port or 80) as there,
+                    anyio.create_task_group() as both,
+                ):
+                    both.start_soon(hand_on, client, there, "up")
+                    both.start_soon(hand_on, there, client, "down")
+
+    async def serve(*, task_status: TaskStatus[str]) -> None:
+        async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+            port = listener.extra(SocketAttribute.local_port)
+            task_status.started(f"http://127.0.0.1:{port}{urlsplit(url).path}")
+            await listener.serve(connected)
+
+    with start_blocking_portal() as portal:
+        server, counts.url = portal.start_task(serve)
         try:
-            there = await asyncio.open_connection(place.hostname, place.port)
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(hand_on(reader, there[1], "up"), hand_on(there[0], writer, "down"))
-
-    async def serve() -> None:
-        server = await asyncio.start_server(connect, "127.0.0.1", 0)
-        counts.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{urlsplit(url).path}"
-        ready.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await server.serve_forever()
-
-    def run() -> None:
-        with contextlib.suppress(RuntimeError):  # it is stopped
-            loop.run_until_complete(serve())
-
-    threading.Thread(target=run, daemon=True).start()
-    ready.wait()
-    yield counts
-    loop.call_soon_threadsafe(loop.stop)
+            yield counts
+        finally:
+            server.cancel()
 
 
 def generated(aligner: Aligner, pairs: Sequence[Pair]) -> list[Generation]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 from aligner_middleware.engine import Sampler
 from aligner_middleware.errors import RemoteError
@@ -36,13 +36,22 @@ class Written:
 
     Attributes:
         tokens: How many have been read.
+        held: Text that is no whole character yet, where a server sends text.
     """
 
-    tokens: int = field(default=0)
+    tokens: int = 0
+    held: str = ""
 
 
 class Dialect(Protocol):
-    """The API of one kind of server. Content is JSON."""
+    """The API of one kind of server. Content is JSON.
+
+    Attributes:
+        by_tokens: Whether it goes on from given tokens. Only such a server can read a prompt ahead, give log probabilities
+            of given tokens, and take up a stream that broke off.
+    """
+
+    by_tokens: ClassVar[bool] = True
 
     def verify(self, ids: Sequence[int], count: int, tokens: Sequence[int]) -> tuple[str, dict[str, Any]]:
         """Ask for the log probabilities of given tokens, and of the next one.
@@ -78,6 +87,10 @@ class Dialect(Protocol):
     def written(self, content: Any, so_far: Written) -> Piece:
         """Read one event of the stream; the state is brought up to it."""
 
+    def adapts(self, error: RemoteError) -> bool:
+        """Leave out from now on what a server has refused, and tell whether the request is worth repeating for it."""
+        return False
+
 
 def unusable(reason: str) -> RemoteError:
     """Make the error of a reply that lacks what is needed."""
@@ -88,13 +101,14 @@ def finish_of(reason: object) -> Literal["stop", "length"] | None:
     """Read why a stream ended.
 
     Raises:
-        RemoteError: If the server gave it up; it may be asked again.
+        RemoteError: If the server gave it up; it may be asked again, unless a filter took offence at the text.
     """
     if reason in (None, ""):
         return None
     if reason == "stop" or reason == "length":
         return reason
-    raise RemoteError(f"the server gave up a generation (finish reason {str(reason)[:100]!r})", temporary=True)
+    message = f"the server gave up a generation (finish reason {str(reason)[:100]!r})"
+    raise RemoteError(message, temporary=reason != "content_filter")
 
 
 def some_of(logs: Mapping[int, float], tokens: Sequence[int]) -> Logs:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from aligner_middleware.checkpoints.prompted import ASK_CORRECTION, ASK_VERDICT, EDIT, VERDICTS, Parts
 from aligner_middleware.engine import Sampler
@@ -23,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 _PATH = "/chat/completions"
 _REFUSALS = (400, 403, 422)  # statuses of a request with a field that the model does not take
+_OPTIONAL = frozenset(["prediction", "logprobs", "top_logprobs", "temperature", "max_tokens", "top_p", "seed"])
 _WORD = 8  # most tokens of a verdict
 _TOP = 20  # log probabilities of the verdict's first token; OpenAI gives no more
 
 
 class _Likely(BaseModel):
     token: str
-    logprob: float | None
+    logprob: FiniteFloat | None
 
 
 class _Position(_Likely):
@@ -67,7 +68,7 @@ class Chat(Dialect):
 
     def __init__(self, model: str, *, predicts: bool) -> None:
         self._model = model
-        self._without = set[str]() if predicts else {"prediction"}
+        self.without = frozenset() if predicts else frozenset({"prediction"})
 
     def verify(self, ids: Sequence[int], count: int, tokens: Sequence[int]) -> tuple[str, dict[str, Any]]:
         """See `Dialect`; only the verdict can be asked for.
@@ -119,28 +120,18 @@ class Chat(Dialect):
         so_far.tokens += len(whole)
         return Piece(list(whole), (), finish_of(choice.finish_reason))
 
-    def adapts(self, error: RemoteError) -> bool:
+    def adapt(self, error: RemoteError) -> None:
         """See `Dialect`. Not every model takes every field; the message of the refusal names the one that it does not."""
         if error.status not in _REFUSALS:
-            return False
+            return
         said = str(error).partition("(status")[2]
-        optional = {
-            "prediction",
-            "logprobs",
-            "top_logprobs",
-            "temperature",
-            "max_tokens",
-            "top_p",
-            "seed",
-        } - self._without
-        refused = {name for name in optional if re.search(rf"(?i)\b{name}\b", said)}
-        self._without |= refused | ({"top_logprobs"} if "logprobs" in refused else set())
+        refused = {name for name in _OPTIONAL - self.without if re.search(rf"(?i)\b{name}\b", said)}
         if refused:
             logger.info("%r is asked without %s from now on: %s", self._model, ", ".join(sorted(refused)), error)
-        return bool(refused)
+        self.without |= refused | ({"top_logprobs"} if "logprobs" in refused else set())
 
     def _request(self, parts: Parts, request: str, **wanted: Any) -> tuple[str, dict[str, Any]]:
-        asked = {name: value for name, value in wanted.items() if name not in self._without}
+        asked = {name: value for name, value in wanted.items() if name not in self.without}
         return _PATH, {"model": self._model, "messages": parts.messages(request)} | asked
 
 
@@ -163,7 +154,7 @@ def _weighed(position: _Position, sure: Logs) -> Logs:
         sure: What holds where the tokens there tell of no verdict.
     """
     listed = [*(position.top_logprobs or ()), position]
-    found = {one.token: 0.0 if one.logprob is None else math.exp(one.logprob) for one in listed}
+    found = {one.token: 0.0 if one.logprob is None else math.exp(min(one.logprob, 0.0)) for one in listed}
     begun = {
         verdict: sum(share for token, share in found.items() if _letters(token) and word.startswith(_letters(token)))
         for verdict, word in VERDICTS.items()

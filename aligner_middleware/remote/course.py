@@ -117,6 +117,7 @@ class Course:
     async def _ask(self, server: Server, served: Served) -> None:
         """Make the next request, again without what the server refuses and can be done without."""
         while True:
+            without = served.dialect.without
             try:
                 if self._generation.undecided:
                     await self._decide(server, served)
@@ -126,7 +127,10 @@ class Course:
                     await self._write(server, served)
                 return
             except RemoteError as exc:
-                if not served.dialect.adapts(exc):
+                served.dialect.adapt(exc)
+                if (
+                    served.dialect.without == without
+                ):  # neither this request nor another one has found what to leave out
                     raise
 
     @property

@@ -49,9 +49,11 @@ class Dialect(Protocol):
     Attributes:
         by_tokens: Whether it goes on from given tokens. Only such a server can read a prompt ahead, give log probabilities
             of given tokens, and take up a stream that broke off.
+        without: Fields that requests leave out, because the server refuses them.
     """
 
     by_tokens: ClassVar[bool] = True
+    without: frozenset[str] = frozenset()
 
     def verify(self, ids: Sequence[int], count: int, tokens: Sequence[int]) -> tuple[str, dict[str, Any]]:
         """Ask for the log probabilities of given tokens, and of the next one.
@@ -87,9 +89,8 @@ class Dialect(Protocol):
     def written(self, content: Any, so_far: Written) -> Piece:
         """Read one event of the stream; the state is brought up to it."""
 
-    def adapts(self, error: RemoteError) -> bool:
-        """Leave out from now on what a server has refused, and tell whether the request is worth repeating for it."""
-        return False
+    def adapt(self, error: RemoteError) -> None:
+        """Leave out from now on what the server has refused by this error, where requests can do without."""
 
 
 def unusable(reason: str) -> RemoteError:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from fastapi.responses import Response
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.language_models import GenericFakeChatModel
@@ -216,6 +217,24 @@ def test_another_word_is_an_error_and_no_correction(word: str, server: ChatServe
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "{}",
+        "[]",
+        '{"choices": []}',
+        '{"choices": [{"message": {"content": null}}]}',
+        '{"choices": [{"message": {"content": "change"}, "logprobs": {"content": [{"token": "change", "logprob": NaN}]}}]}',
+    ],
+)
+def test_a_reply_that_says_nothing_is_an_error_and_no_correction(
+    reply: str, server: ChatServer, remote: Aligner
+) -> None:
+    server.answers = [lambda request: Response(reply, media_type="application/json")]
+    with pytest.raises(RemoteError, match="the server's reply cannot be used"):
+        remote.correct("q", ANSWER)
+
+
 # --- what a model does not take -------------------------------------------------------------------------
 
 
@@ -227,8 +246,8 @@ def test_a_refused_field_is_left_out_once_and_for_all(server: ChatServer, runnin
         "prediction": (422, "Unrecognized request argument supplied: prediction"),
     }
     with Aligner.connect(running_server.url, "prompted", patience=0) as remote:
-        assert remote.correct("q", ANSWER).corrected == EXPECTED
-        assert len(server.requests) == 6
+        together = remote.correct_batch([("q", ANSWER)] * 8)
+        assert [one.corrected for one in together] == [EXPECTED] * 8
         del server.requests[:]
         assert remote.correct("q", ANSWER).usage.passes == 2
     assert [sorted(body) for body in server.requests] == [["messages", "model"], ["messages", "model", "stream"]]

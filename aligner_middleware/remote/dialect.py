@@ -91,6 +91,7 @@ class Dialect(Protocol):
 
     def adapt(self, error: RemoteError) -> None:
         """Leave out from now on what the server has refused by this error, where requests can do without."""
+        return  # by default they need all that they hold
 
 
 def unusable(reason: str) -> RemoteError:

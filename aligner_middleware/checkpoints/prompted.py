@@ -7,8 +7,9 @@ tokens that keep the parts of a prompt apart. `Parts` finds them again; a chat m
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Self
 
 from tokenizers import Tokenizer as Backend
@@ -25,6 +26,11 @@ INSTRUCTION, QUESTION, ANSWER, END, KEEP, EDIT, REWRITE = range(256, 256 + len(_
 
 VERDICTS = {KEEP: "keep", REWRITE: "change"}
 """The words of the verdicts. A chat model writes every correction as a whole text, so there is none for an edit."""
+
+_TAG = re.compile(r"</?(?:instruction|question|answer)-([0-9a-f]{16})>")
+
+LONGEST_TAG = 32
+"""No tag that keeps the texts of a message apart has more characters."""
 
 _LONGEST = 2**20  # bytes of a prompt with its correction; what a chat model can read its server knows
 
@@ -82,12 +88,20 @@ class Parts:
         Args:
             request: `ASK_VERDICT` or `ASK_CORRECTION`. It comes last, so that a cache can hold all before it for both.
         """
-        texts = {"instruction": self.instruction, "question": self.question, "answer": self.answer}
-        # No text can hold the digest of itself, and so none can end its part.
-        code = hashlib.sha256(repr(texts).encode()).hexdigest()[:16]
+        texts, code = asdict(self), self._code()
         told = [f"<{name}-{code}>\n{text}\n</{name}-{code}>" for name, text in texts.items() if text]
         task = _TASK + (_INSTRUCTION if self.instruction else "")
         return [{"role": "system", "content": task}, {"role": "user", "content": "\n\n".join([*told, request])}]
+
+    def _code(self) -> str:
+        """Give what the tags end in: no text can hold the digest of itself, and so none can end its part."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def repeats_tags(text: str, ids: Sequence[int]) -> bool:
+    """Say whether a text that a model wrote holds a tag of the messages that were made of these tokens."""
+    found = _TAG.findall(text)
+    return bool(found) and Parts.of(ids)._code() in found
 
 
 def prompted_text() -> AlignerText:

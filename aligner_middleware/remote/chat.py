@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from aligner_middleware.checkpoints.prompted import ASK_CORRECTION, ASK_VERDICT, EDIT, VERDICTS, Parts
+from aligner_middleware.checkpoints.prompted import (
+    ASK_CORRECTION,
+    ASK_VERDICT,
+    EDIT,
+    LONGEST_TAG,
+    VERDICTS,
+    Parts,
+    repeats_tags,
+)
 from aligner_middleware.engine import Sampler
 from aligner_middleware.errors import RemoteError
 from aligner_middleware.remote.dialect import UNLIKELY, Dialect, Logs, Piece, Written, finish_of, unusable
@@ -112,12 +120,22 @@ class Chat(Dialect):
         return self._request(parts, ASK_CORRECTION, **wanted, prediction={"type": "content", "content": parts.answer})
 
     def written(self, content: Any, so_far: Written) -> Piece:
-        """See `Dialect`; a token is a byte."""
+        """See `Dialect`; a token is a byte.
+
+        Raises:
+            RemoteError: If the model repeats its prompt's tags, which no reader must see; or as `Dialect` says.
+        """
         choice = next(iter(_reply(content).choices), _Choice())  # the last event may hold usage alone
         text = so_far.held + (choice.delta.content or "")
         so_far.held = text[-1:] if "\ud800" <= text[-1:] < "\udc00" else ""  # its other half comes with the next event
         whole = text.removesuffix(so_far.held).encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         so_far.tokens += len(whole)
+        so_far.latest += text
+        if repeats_tags(so_far.latest, so_far.context):
+            raise unusable(
+                f"the model {self._model!r} repeats the tags of its prompt: choose one that does as it is told"
+            )
+        so_far.latest = so_far.latest[-LONGEST_TAG:]
         return Piece(list(whole), (), finish_of(choice.finish_reason))
 
     def adapt(self, error: RemoteError) -> None:

@@ -187,10 +187,10 @@ class Course:
         Raises:
             RemoteError: If the stream fails before the first token; later it only ends, where it can be taken up.
         """
-        generation, so_far = self._generation, Written()
+        generation, so_far = self._generation, Written(self._context)
         most = generation.max_new_tokens - len(generation.tokens)
         top = _TOP if generation.tolerant else 0
-        path, body = served.dialect.write(self._context, most, self._stop, generation.sampler, top)
+        path, body = served.dialect.write(so_far.context, most, self._stop, generation.sampler, top)
         generation.proposal = []
         try:
             async with aclosing(self._client.stream(at(server.url, path), body)) as events:

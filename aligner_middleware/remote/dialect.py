@@ -35,12 +35,16 @@ class Written:
     """The state of a stream's reader.
 
     Attributes:
+        context: All tokens before the stream.
         tokens: How many have been read.
-        held: Text that is no whole character yet, where a server sends text.
+        held: Where a server sends text: half a character, whose other half is still to come.
+        latest: Where a server sends text: the end of what has been read.
     """
 
+    context: Sequence[int] = ()
     tokens: int = 0
     held: str = ""
+    latest: str = ""
 
 
 class Dialect(Protocol):

@@ -307,6 +307,13 @@ def test_a_text_that_a_filter_stops_is_not_asked_for_again(server: ChatServer, r
     assert len(server.requests) == 2
 
 
+def test_the_tags_of_a_prompt_are_shown_to_nobody(server: ChatServer, remote: Aligner) -> None:
+    told = Parts("", "q", ANSWER).messages("")[1]["content"]
+    server.correct = lambda question, answer: f"Well. {told.splitlines()[0]}\n{EXPECTED}"
+    with pytest.raises(RemoteError, match="repeats the tags of its prompt"):
+        remote.correct("q", ANSWER, on_doubt="keep")
+
+
 def test_a_stream_without_end_is_ended(server: ChatServer, running_server: Running) -> None:
     server.correct, server.delay = lambda question, answer: "and so on " * 10_000, 0.0001
     with Aligner.connect(running_server.url, "prompted", max_new_tokens=20) as remote:

@@ -326,6 +326,13 @@ def test_a_stream_without_end_is_ended(server: ChatServer, running_server: Runni
     assert server.ended_early == 2
 
 
+def test_a_short_answer_may_be_corrected_at_some_length(server: ChatServer, remote: Aligner) -> None:
+    long = " ".join(f"Step {number} is another one." for number in range(120))
+    server.correct, server.size = lambda question, answer: long, 200
+    correction = remote.correct("q", "No.", on_doubt="keep")
+    assert (correction.corrected, correction.finish_reason) == (long, "stop")
+
+
 def test_a_call_that_is_cancelled_ends_on_the_server(server: ChatServer, remote: Aligner) -> None:
     server.delay = 0.05
 

@@ -163,17 +163,21 @@ class Aligner(Measuring):
     ) -> Aligner:
         """Connect to a server that runs an aligner: vLLM, SGLang, or one that takes the same requests (docs/remote.md).
 
+        An aligner that is only a prompt, `prompted`, can be any chat model behind OpenAI's chat completions.
+
         Args:
             url: Address of its OpenAI API, such as `http://localhost:8000/v1`; or of several that run the same.
-            aligner: The same aligner here, for tokenizer, template and thresholds, as of `load`; no weights are read.
+            aligner: The same aligner here, for tokenizer, template and thresholds, as of `load`; no weights are read. Or
+                `prompted`, of which there is nothing here.
             template: As `prompt` of `load`.
-            model: Name that the server gives the model; `None` for the first that it serves.
+            model: Name that the server gives the model; `None` for the first that it serves, and of `prompted` for the only
+                one.
             api_key: Its key; `None` for that of `ALIGNER_API_KEY`, if any.
             concurrency: Most requests to a server at once; more wait here.
             patience: Seconds for which a request is repeated that fails in passing, as while a server restarts.
             silence: Seconds that a server may take for a reply, or be silent in a stream.
             max_new_tokens: As of `load`.
-            draft: As of `load`.
+            draft: As of `load`; of `prompted`, whether the answer is sent as `prediction`.
             temperature: As of `load`.
             top_p: As of `load`.
             seed: As of `load`; the server draws with it.
@@ -194,7 +198,7 @@ class Aligner(Measuring):
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "draft": draft}
         options |= {"temperature": temperature, "top_p": top_p, "seed": seed, "instruction": instruction}
         Settings(**options)
-        connected = cls._of(connecting.connect(url, str(aligner), **asked), options)
+        connected = cls._of(connecting.connect(url, str(aligner), **asked, draft=draft), options)
         connected._load_again = partial(cls.connect, url, loading.absolute(str(aligner)), **asked, **options)
         return connected
 

@@ -32,7 +32,7 @@ from aligner_middleware.text.template import (
 )
 from aligner_middleware.text.tokenizer import Tokenizer
 
-_ROOM = 256  # tokens that a correction may take beyond the answer, or beyond twice the answer where it is a copy
+_ROOM, _ROOM_IN_BYTES = 256, 4096  # tokens that a correction may take beyond the answer, or twice the answer for copies
 _CHARACTERS = 32  # for each token of the context; a longer text is refused without being encoded
 _UNSTABLE = 8  # last tokens of an unfinished text, which further text may change
 
@@ -74,7 +74,7 @@ class Codec:
         self.copies = template.mark is None
         self._max_positions = max_positions
         self._least_room = min(_ROOM, max_positions // 4)  # tokens that operations must have free
-        self._end = eos_token_ids[0]
+        self._end, self._room = eos_token_ids[0], _ROOM if tokenizer.largest_id > 255 else _ROOM_IN_BYTES
         self._tail = tail_length(tokenizer, template)
 
     def encode(
@@ -187,7 +187,7 @@ class Codec:
         if room <= (len(draft) if self.copies else self._least_room):
             self.longest_answer(question, instruction)  # raises if the question alone is too long
             raise PromptTooLongError(len(prompt), self._max_positions)
-        wanted = self.settings.max_new_tokens or (2 if self.copies else 1) * len(draft) + _ROOM
+        wanted = self.settings.max_new_tokens or (2 if self.copies else 1) * len(draft) + self._room
         return min(wanted, room)
 
     def _check_length(self, question: str, text: str = "") -> None:

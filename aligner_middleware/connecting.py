@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
+from aligner_middleware.checkpoints.prompted import prompted_text
 from aligner_middleware.checkpoints.text import AlignerText, text_of
 from aligner_middleware.engine.threads import refuse_green_threads
 from aligner_middleware.errors import InputError, RemoteError
 from aligner_middleware.loading import Loaded
+from aligner_middleware.locations import PROMPTED
+from aligner_middleware.remote.chat import Chat
 from aligner_middleware.remote.scheduler import RemoteScheduler
 from aligner_middleware.text.template import PromptTemplate, special_token_id
 
@@ -27,6 +31,7 @@ def connect(
     concurrency: int,
     patience: float,
     silence: float,
+    draft: bool,
 ) -> Loaded:
     """Connect to the servers that run an aligner, and check that it is that one; see `Aligner.connect`."""
     refuse_green_threads()
@@ -34,14 +39,19 @@ def connect(
     for name, value in (("concurrency", concurrency), ("silence", silence), ("patience", patience)):
         if value < 0 or (value == 0 and name != "patience"):
             raise InputError(f"{name} is {value!r}, expected {'at least' if name == 'patience' else 'above'} 0")
-    text = text_of(aligner, template)
+    is_prompted = aligner == PROMPTED
+    if is_prompted and template is not None:
+        raise InputError(f"template is {template!r}, but {aligner!r} has a prompt of its own: leave it out")
+    text = prompted_text() if is_prompted else text_of(aligner, template)
     key = api_key or os.environ.get(KEY_VARIABLE)
     options: dict[str, Any] = {"model": model, "key": key, "concurrency": concurrency}
     options |= {"patience": patience, "silence": silence}
+    options |= {"speak": cache(partial(Chat, predicts=draft)) if is_prompted else None}
     scheduler = RemoteScheduler(urls, frozenset(text.eos_token_ids), **options)
     try:
         scheduler.connect(text.max_positions)
-        _check_tokenizer(scheduler, text)
+        if not is_prompted:
+            _check_tokenizer(scheduler, text)
     except BaseException:
         scheduler.close()
         raise

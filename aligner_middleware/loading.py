@@ -21,7 +21,7 @@ from aligner_middleware.engine import Model
 from aligner_middleware.engine.runner import RemoteModel
 from aligner_middleware.engine.threads import refuse_green_threads
 from aligner_middleware.errors import ArtifactError, InputError, MissingExtraError, did_you_mean
-from aligner_middleware.locations import cached_folder, exported_folder
+from aligner_middleware.locations import PROMPTED, cached_folder, exported_folder
 from aligner_middleware.settings import check_choice
 from aligner_middleware.text.published import resolve_template
 from aligner_middleware.text.template import PromptTemplate
@@ -66,6 +66,11 @@ def load(
 ) -> Loaded:
     """Load what a name stands for, and build it first where it has to be. `Aligner.load` has arguments and errors."""
     refuse_green_threads()
+    if model == PROMPTED:
+        raise InputError(
+            f"the aligner {model!r} is a prompt for a chat model, which a server has: connect to it by "
+            f"Aligner.connect(url, {model!r}), --url or --aligner-url (a folder of this name is ./{model})"
+        )
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1, or None for all cores")
     if precision is not None:
@@ -81,6 +86,8 @@ def load(
 
 def absolute(model: str) -> str:
     """Give a name that means the same in another working folder."""
+    if model == PROMPTED:
+        return model
     path = Path(model)
     named = exported_folder(model) is not None or (model != "default" and is_folder(path))
     return str(path.absolute()) if named else model

@@ -18,6 +18,9 @@ from aligner_middleware.text.template import PromptTemplate
 _SAMPLED = 2**26  # bytes; of a larger file the key of a cached folder holds a part
 _BLOCKS, _BLOCK = 256, 4096  # so many blocks of so many bytes
 
+PROMPTED = "prompted"
+"""The aligner that is only a prompt for a chat model, and so has no folder; see `checkpoints/prompted.py`."""
+
 HOME_ADVICE = "set ALIGNER_HOME to a folder that can be written, on a disk with room"
 """What to do about a file below `cache_dir()` that cannot be written."""
 

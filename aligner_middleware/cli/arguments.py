@@ -36,7 +36,14 @@ UrlOption = Annotated[
     typer.Option(
         "--url",
         help="Address of a server that runs the aligner, such as http://localhost:8000/v1; may be repeated. Its key comes "
-        "from ALIGNER_API_KEY. --model is the same aligner here, for its tokenizer and thresholds.",
+        "from ALIGNER_API_KEY. --model is the same aligner here, for its tokenizer and thresholds; or `prompted`, for a chat "
+        "model that is asked in words.",
+    ),
+]
+UrlModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url-model", help="Name that the server at --url gives the model. By default the first that it serves."
     ),
 ]
 UpstreamOption = Annotated[
@@ -112,23 +119,29 @@ def strength_of(value: str) -> Strength:
 
 
 def aligner_recipe(
-    model: str, precision: str | None, urls: list[str] | None = None, instruction: str | None = None
+    model: str,
+    precision: str | None,
+    urls: list[str] | None = None,
+    url_model: str | None = None,
+    instruction: str | None = None,
 ) -> Callable[[], Aligner]:
     """Make the function that gives a command its aligner: loaded by --model and --precision, or connected to at --url.
 
     Workers on other machines call it, too: it can be pickled. It raises as `Aligner.load` and `Aligner.connect` do.
 
     Raises:
-        typer.BadParameter: If there is no such precision, or --url leaves it no meaning.
+        typer.BadParameter: If there is no such precision, or an option has no meaning with --url or without it.
     """
     from aligner_middleware.aligner import Aligner
 
     chosen = precision_of(precision)
     if not urls:
+        if url_model:
+            raise typer.BadParameter("names a server's model: give its address by --url", param_hint="--url-model")
         return partial(Aligner.load, model, precision=chosen, instruction=instruction)
     if chosen:
         raise typer.BadParameter("a server runs the weights that it has: leave it out", param_hint="--precision")
-    return partial(Aligner.connect, urls, model, instruction=instruction)
+    return partial(Aligner.connect, urls, model, model=url_model, instruction=instruction)
 
 
 def aligner_folder(model: str, precision: str | None) -> Path:

@@ -17,6 +17,7 @@ from aligner_middleware.cli.arguments import (
     PrecisionOption,
     RayAddressOption,
     RayWorkersOption,
+    UrlModelOption,
     UrlOption,
     aligner_recipe,
     choice,
@@ -29,6 +30,7 @@ from aligner_middleware.data.progress import Progress, Report, ignore
 from aligner_middleware.errors import AlignerError, DataError, JobError, MissingExtraError
 
 if TYPE_CHECKING:
+    from aligner_middleware.aligner import Aligner
     from aligner_middleware.bulk.correct import Load, Options, Outcome, Pair
     from aligner_middleware.data.journal import Run
 
@@ -57,6 +59,7 @@ def correct(
     model: ModelOption = "default",
     precision: PrecisionOption = None,
     url: UrlOption = None,
+    url_model: UrlModelOption = None,
     strength: Annotated[
         str, typer.Option(help="low, medium or high; or the score above which an answer is corrected.")
     ] = "medium",
@@ -95,10 +98,9 @@ def correct(
 
     shadow = choice(mode, ("correct", "shadow"), "--mode") == "shadow"
     options = Options(strength_of(strength), choice(on_doubt, get_args(OnDoubt), "--on-doubt"), shadow)
-    load, source = aligner_recipe(model, precision, url, instruction), None if file == Path("-") else file
+    load, source = aligner_recipe(model, precision, url, url_model, instruction), None if file == Path("-") else file
     aligner = load()
-    if aligner.has_verdicts and isinstance(options.strength, float) and options.strength > 1:
-        raise typer.BadParameter(f"{strength} is no score from 0 to 1", param_hint="--strength")
+    _check_score(aligner, options)
     if question is not None and answer is not None:
         _print_one(correct_pairs(aligner, options, [(question, answer)])[0], as_json=as_json)
     elif out is None:
@@ -109,6 +111,11 @@ def correct(
         aligner.close()  # it was built, where it had to be, once for the workers of this machine
         run = _on_ray(load, options, ray_workers, ray_address)
         _correct_to(out, source, run, aligner.identity, options, as_json=as_json)
+
+
+def _check_score(aligner: Aligner, options: Options) -> None:
+    if aligner.has_verdicts and isinstance(options.strength, float) and options.strength > 1:
+        raise typer.BadParameter(f"{options.strength:g} is no score from 0 to 1", param_hint="--strength")
 
 
 def _check_out(out: Path | None, file: Path | None, ray_workers: int | None) -> None:

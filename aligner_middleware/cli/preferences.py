@@ -15,6 +15,7 @@ from aligner_middleware.cli.arguments import (
     RayAddressOption,
     RayWorkersOption,
     UpstreamOption,
+    UrlModelOption,
     UrlOption,
     aligner_recipe,
     choice,
@@ -38,6 +39,7 @@ def preferences(
     model: ModelOption = "default",
     precision: PrecisionOption = None,
     url: UrlOption = None,
+    url_model: UrlModelOption = None,
     form: Annotated[
         str, typer.Option(metavar="messages|text", help="Form of the rows: messages, for chat models, or texts.")
     ] = "messages",
@@ -64,7 +66,7 @@ def preferences(
         "sft": sft,
         "concurrency": concurrency,
     }
-    asked, load = read_prompts(prompts), aligner_recipe(model, precision, url)
+    asked, load = read_prompts(prompts), aligner_recipe(model, precision, url, url_model)
     if ray_workers is None:
         result = _make(asked, out, load, upstream, options)
     else:

@@ -255,6 +255,10 @@ class Generation:
             self.finish_reason = "length"
         self.seconds = time.perf_counter() - self._made
 
+    def begin_again(self) -> None:
+        """Drop the tokens of a correction that cannot go on, and was not shown. Its verdict stays; it has no draft then."""
+        self.tokens, self.accepted, self._reader = [], 0, DraftReader(())
+
     def _first_loop(self, tokens: Sequence[int], before: int) -> int | None:
         """Give the least number of tokens, more than `before`, after which they loop; `None` if they do not."""
         ends = range(before + 1, len(tokens) + 1)

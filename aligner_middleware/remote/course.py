@@ -104,12 +104,7 @@ class Course:
         """Make one request."""
         try:
             async with server.place() as served:
-                if self._generation.undecided:
-                    await self._decide(server, served)
-                elif self._verifies():
-                    await self._verify(server, served)
-                else:
-                    await self._write(server, served)
+                await self._ask(server, served)
         except RemoteError as exc:
             if exc.status == 500 and not self._failed:  # so does a server fail that is about to end
                 self._failed, exc.temporary, exc.retry_after = True, True, _LAST_WORDS
@@ -118,6 +113,25 @@ class Course:
             raise
         self._failed = False
         self._on_step()
+
+    async def _ask(self, server: Server, served: Served) -> None:
+        """Make the next request, again without what the server refuses and can be done without."""
+        while True:
+            without = served.dialect.without
+            try:
+                if self._generation.undecided:
+                    await self._decide(server, served)
+                elif self._verifies():
+                    await self._verify(server, served)
+                else:
+                    await self._write(server, served)
+                return
+            except RemoteError as exc:
+                served.dialect.adapt(exc)
+                if (
+                    served.dialect.without == without
+                ):  # neither this request nor another one has found what to leave out
+                    raise
 
     @property
     def _context(self) -> list[int]:
@@ -171,12 +185,12 @@ class Course:
         """Stream tokens, until the generation ends, a token of the draft takes the place of one, or the draft is found again.
 
         Raises:
-            RemoteError: If the stream fails before the first token; later it only ends.
+            RemoteError: If the stream fails before the first token; later it only ends, where it can be taken up.
         """
-        generation, so_far = self._generation, Written()
+        generation, so_far = self._generation, Written(self._context)
         most = generation.max_new_tokens - len(generation.tokens)
         top = _TOP if generation.tolerant else 0
-        path, body = served.dialect.write(self._context, most, self._stop, generation.sampler, top)
+        path, body = served.dialect.write(so_far.context, most, self._stop, generation.sampler, top)
         generation.proposal = []
         try:
             async with aclosing(self._client.stream(at(server.url, path), body)) as events:
@@ -189,6 +203,9 @@ class Course:
                     self._on_step()
             raise RemoteError(f"{server.url} broke off a stream", temporary=True)
         except RemoteError as exc:
+            if not served.dialect.by_tokens:
+                generation.begin_again()
+                raise
             if not exc.temporary or not so_far.tokens:
                 raise
             logger.debug("a stream is taken up again after %d tokens: %s", so_far.tokens, exc)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,14 @@ from aligner_middleware.remote.dialect import Dialect
 from aligner_middleware.remote.sglang import SGLang
 from aligner_middleware.remote.vllm import VLLM
 
+logger = logging.getLogger(__name__)
+
+Speak = Callable[[str], Dialect]
+"""Makes the dialect by which a model is asked, of its name; the same one for the same name."""
+
 _KINDS = {"vllm": "vLLM", "sglang": "SGLang"}
 _VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
+_SOME = 8  # models that a message names
 
 
 @dataclass(frozen=True)
@@ -40,33 +47,51 @@ def at(url: str, path: str) -> str:
     return base.removesuffix("/v1") + path[1:] if path.startswith("//") else base + path
 
 
-async def detect(client: Client, url: str, model: str | None) -> Served:
+async def detect(client: Client, url: str, model: str | None, speak: Speak | None = None) -> Served:
     """Ask a server what it is.
 
     Args:
         client: Asks.
         url: Address of its OpenAI API, such as `http://localhost:8000/v1`.
         model: The model that is wanted; `None` for the first that it serves.
+        speak: For an aligner that every model can be, how it is asked; `None` for one whose own weights it must serve.
 
     Raises:
         RemoteError: If it cannot be reached, is no such server, or does not serve the model.
     """
     place = at(url, "/models")
     cards = _cards(await client.get(place), place)
+    card = _any_card(cards, model, url) if speak else _own_card(cards, model, url)
+    owner = str(card.get("owned_by"))
+    longest = None if speak else card.get("max_model_len")  # of such an aligner the tokens are not the model's
+    own = SGLang() if owner == "sglang" else VLLM(card["id"])
+    return Served(
+        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *await _version(client, url, owner)]),
+        model=card["id"],
+        max_positions=longest if isinstance(longest, int) and longest > 1 else None,
+        dialect=speak(card["id"]) if speak else own,
+    )
+
+
+def _own_card(cards: Sequence[Mapping[str, Any]], model: str | None, url: str) -> Mapping[str, Any]:
     names = [card["id"] for card in cards]
     if model is not None and model not in names:
         raise RemoteError(
             f"{url} does not serve the model {model!r}, but {', '.join(map(repr, names))}: name one of these"
         )
-    card = cards[0 if model is None else names.index(model)]
-    owner = str(card.get("owned_by"))
-    longest = card.get("max_model_len")
-    return Served(
-        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *await _version(client, url, owner)]),
-        model=card["id"],
-        max_positions=longest if isinstance(longest, int) and longest > 1 else None,
-        dialect=SGLang() if owner == "sglang" else VLLM(card["id"]),
-    )
+    return cards[0 if model is None else names.index(model)]
+
+
+def _any_card(cards: Sequence[Mapping[str, Any]], model: str | None, url: str) -> Mapping[str, Any]:
+    """Find the card of a model among all that a host has. A name that it does not list may be one all the same."""
+    names = [card["id"] for card in cards]
+    if model is None and len(names) > 1:
+        some = ", ".join(map(repr, names[:_SOME])) + (", …" if len(names) > _SOME else "")
+        raise RemoteError(f"{url} has {len(names)} models ({some}): name one by model=, or by --url-model")
+    if model is None or model in names:
+        return cards[0 if model is None else names.index(model)]
+    logger.warning("%s does not list the model %r; its first answer will show whether it has it", url, model)
+    return {"id": model, "owned_by": cards[0].get("owned_by")}
 
 
 def _cards(content: Any, place: str) -> Sequence[Mapping[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 from aligner_middleware.engine import Sampler
 from aligner_middleware.errors import RemoteError
@@ -35,14 +35,29 @@ class Written:
     """The state of a stream's reader.
 
     Attributes:
+        context: All tokens before the stream.
         tokens: How many have been read.
+        held: Where a server sends text: half a character, whose other half is still to come.
+        latest: Where a server sends text: the end of what has been read.
     """
 
-    tokens: int = field(default=0)
+    context: Sequence[int] = ()
+    tokens: int = 0
+    held: str = ""
+    latest: str = ""
 
 
 class Dialect(Protocol):
-    """The API of one kind of server. Content is JSON."""
+    """The API of one kind of server. Content is JSON.
+
+    Attributes:
+        by_tokens: Whether it goes on from given tokens. Only such a server can read a prompt ahead, give log probabilities
+            of given tokens, and take up a stream that broke off.
+        without: Fields that requests leave out, because the server refuses them.
+    """
+
+    by_tokens: ClassVar[bool] = True
+    without: frozenset[str] = frozenset()
 
     def verify(self, ids: Sequence[int], count: int, tokens: Sequence[int]) -> tuple[str, dict[str, Any]]:
         """Ask for the log probabilities of given tokens, and of the next one.
@@ -78,6 +93,10 @@ class Dialect(Protocol):
     def written(self, content: Any, so_far: Written) -> Piece:
         """Read one event of the stream; the state is brought up to it."""
 
+    def adapt(self, error: RemoteError) -> None:
+        """Leave out from now on what the server has refused by this error, where requests can do without."""
+        return  # by default they need all that they hold
+
 
 def unusable(reason: str) -> RemoteError:
     """Make the error of a reply that lacks what is needed."""
@@ -88,13 +107,14 @@ def finish_of(reason: object) -> Literal["stop", "length"] | None:
     """Read why a stream ended.
 
     Raises:
-        RemoteError: If the server gave it up; it may be asked again.
+        RemoteError: If the server gave it up; it may be asked again, unless a filter took offence at the text.
     """
     if reason in (None, ""):
         return None
     if reason == "stop" or reason == "length":
         return reason
-    raise RemoteError(f"the server gave up a generation (finish reason {str(reason)[:100]!r})", temporary=True)
+    message = f"the server gave up a generation (finish reason {str(reason)[:100]!r})"
+    raise RemoteError(message, temporary=reason != "content_filter")
 
 
 def some_of(logs: Mapping[int, float], tokens: Sequence[int]) -> Logs:

@@ -17,7 +17,7 @@ from aligner_middleware.engine.threads import BackgroundThread
 from aligner_middleware.errors import AlignerError, ClosedError, RemoteError
 from aligner_middleware.remote.client import Client
 from aligner_middleware.remote.course import Course
-from aligner_middleware.remote.detection import Served, at, detect, tokenize
+from aligner_middleware.remote.detection import Served, Speak, at, detect, tokenize
 from aligner_middleware.remote.servers import Servers
 
 T = TypeVar("T")
@@ -39,6 +39,7 @@ class RemoteScheduler(BackgroundThread):
         concurrency: Most requests to each server at once; more wait here.
         patience: Seconds for which a request is repeated that fails in passing.
         silence: Seconds that a server may take for a reply, or be silent in a stream.
+        speak: As `detect` takes it.
 
     Attributes:
         max_positions, device: See `RemoteModel`; known after `connect`.
@@ -59,7 +60,9 @@ class RemoteScheduler(BackgroundThread):
         concurrency: int,
         patience: float,
         silence: float,
+        speak: Speak | None = None,
     ) -> None:
+        self._speak = speak
         self._urls = list(urls)
         self._stop_tokens = stop
         self._wanted = model
@@ -159,7 +162,8 @@ class RemoteScheduler(BackgroundThread):
             self._loop.call_soon_threadsafe(message)
 
     def _forget_servers(self) -> None:
-        self._servers = Servers(self._client, list(zip(self._urls, self._served, strict=True)), self._concurrency)
+        known = list(zip(self._urls, self._served, strict=True))
+        self._servers = Servers(self._client, known, self._concurrency, self._speak)
 
     def _stop(self) -> None:
         if self._loop is not None:
@@ -219,7 +223,7 @@ class RemoteScheduler(BackgroundThread):
     # --- in the event loop ------------------------------------------------------------------------------
 
     async def _detect(self) -> list[Served | BaseException]:
-        calls = (detect(self._client, url, self._wanted) for url in self._urls)
+        calls = (detect(self._client, url, self._wanted, self._speak) for url in self._urls)
         return await asyncio.gather(*calls, return_exceptions=True)
 
     async def _run_call(self, generation: Generation, on_step: Callable[[], None]) -> Generation:
@@ -249,6 +253,8 @@ class RemoteScheduler(BackgroundThread):
                 server = self._servers.choose(prompt)
                 if server.full or server.served is None or len(prompt) >= self.max_positions:
                     return
+                if not server.served.dialect.by_tokens:
+                    return  # what it would read it does not keep
                 async with server.place() as served:
                     path, body = served.dialect.verify(prompt, 0, ())
                     await self._client.post(at(server.url, path), body)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from aligner_middleware.errors import RemoteError
 from aligner_middleware.remote.client import Client
-from aligner_middleware.remote.detection import Served, detect
+from aligner_middleware.remote.detection import Served, Speak, detect
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,14 @@ class Servers:
         client: Asks them.
         known: Address of each, and what it serves, `None` where it could not be reached; at least one.
         most: Most requests to each at once.
+        speak: As `detect` takes it.
     """
 
-    def __init__(self, client: Client, known: Sequence[tuple[str, Served | None]], most: int) -> None:
+    def __init__(
+        self, client: Client, known: Sequence[tuple[str, Served | None]], most: int, speak: Speak | None = None
+    ) -> None:
         self._client = client
+        self._speak = speak
         self._all = [Server(url, served, most) for url, served in known]
         self._model = next((served.model for _, served in known if served), None)
         self._looking: dict[Server, asyncio.Task[None]] = {}
@@ -104,7 +108,7 @@ class Servers:
         """Ask a server until it serves the model again."""
         while server.down:
             try:
-                server.served = await detect(self._client, server.url, self._model)
+                server.served = await detect(self._client, server.url, self._model, self._speak)
                 server.down = False
             except RemoteError as exc:
                 logger.debug("%s is still out of service: %s", server.url, exc)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from aligner_middleware.engine import Sampler
-from aligner_middleware.remote.dialect import UNLIKELY, Logs, Piece, Written, finish_of, unusable
+from aligner_middleware.remote.dialect import UNLIKELY, Dialect, Logs, Piece, Written, finish_of, unusable
 
 _PATH = "//generate"  # beside the path of OpenAI's API, not below it
 
 
-class SGLang:
+class SGLang(Dialect):
     """Makes SGLang's requests, and reads its replies."""
 
     def verify(self, ids: Sequence[int], count: int, tokens: Sequence[int]) -> tuple[str, dict[str, Any]]:

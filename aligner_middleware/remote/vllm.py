@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from aligner_middleware.engine import Sampler
-from aligner_middleware.remote.dialect import UNLIKELY, Logs, Piece, Written, finish_of, unusable
+from aligner_middleware.remote.dialect import UNLIKELY, Dialect, Logs, Piece, Written, finish_of, unusable
 
 _PATH = "/completions"
 # A model's own settings (generation_config.json) would otherwise change what greedy decoding gives.
@@ -19,7 +19,7 @@ _INTERVAL = 4  # tokens of one event: each event has some 250 bytes
 _PREFIX = "token_id:"
 
 
-class VLLM:
+class VLLM(Dialect):
     """Makes vLLM's requests, and reads its replies.
 
     Args:

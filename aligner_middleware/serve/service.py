@@ -100,7 +100,8 @@ def load_aligner(settings: ServeSettings) -> Aligner:
         AlignerError: As `Aligner.load` and `connect` do; and if a policy has an instruction that it cannot correct by.
     """
     if settings.aligner_url:
-        aligner = Aligner.connect(settings.aligner_url, settings.model, concurrency=settings.concurrency)
+        options: dict[str, Any] = {"model": settings.aligner_url_model, "concurrency": settings.concurrency}
+        aligner = Aligner.connect(settings.aligner_url, settings.model, **options)
     else:
         aligner = Aligner.load(settings.model, precision=settings.precision, threads=settings.threads)
     for name, policy in [(ANONYMOUS, settings.policy), *((key.name, key) for key in settings.keys)]:

@@ -84,7 +84,10 @@ class ServeSettings(BaseModel):
     aligner_url: tuple[str, ...] = Field(
         (),
         description="Addresses of servers that run the aligner, such as http://gpu:8000/v1, with ALIGNER_API_KEY as their "
-        "key; `model` is the same aligner here, for its tokenizer and thresholds. By default it runs here.",
+        "key; `model` is the same aligner here, for its tokenizer and thresholds, or `prompted`. By default it runs here.",
+    )
+    aligner_url_model: str | None = Field(
+        None, description="Name that these servers give the model; by default the first that they serve."
     )
     upstream: str | None = Field(
         None,

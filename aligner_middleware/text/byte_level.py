@@ -98,9 +98,9 @@ def _normal_form(normalizer: dict[str, Any] | None) -> Any:
 
 def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     """Number tokens in the order of their merges: the rank of each by its bytes, and the id of each rank."""
-    alphabet = _alphabet()
-    byte_of = {character: byte for byte, character in alphabet.items()}
-    tokens = [character for character in alphabet.values() if character in model["vocab"]]
+    characters = alphabet()
+    byte_of = {character: byte for byte, character in characters.items()}
+    tokens = [character for character in characters.values() if character in model["vocab"]]
     tokens += dict.fromkeys(joined(merge) for merge in model["merges"])
     ranks = {bytes(byte_of[character] for character in token): rank for rank, token in enumerate(tokens)}
     return ranks, [model["vocab"][token] for token in tokens]
@@ -116,7 +116,7 @@ def _characters(byte: int) -> str:
     return f"[{chr(first)}-{chr(last)}]" if 0x7F < first <= last else "(?!)"
 
 
-def _alphabet() -> dict[int, str]:
+def alphabet() -> dict[int, str]:
     """Give the character that stands for each byte in a byte-level vocabulary: itself where it can be printed."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]

@@ -10,6 +10,7 @@ from aligner_middleware.errors import RemoteError
 from aligner_middleware.serve.problems import Problem
 from aligner_middleware.serve.service import load_aligner
 from aligner_middleware.serve.settings import ServeSettings
+from tests.chat_server import ChatServer
 from tests.fakes import judging_aligner
 from tests.model_server import ModelServer, Running, running
 from tests.unit.cli.running import Run, only_line
@@ -48,3 +49,24 @@ def test_the_service_connects_too_and_hides_the_address_from_its_clients(served:
     problem = Problem.of(RemoteError(f"{one.url} cannot be reached"))
     assert problem.status == 502
     assert one.url not in str(problem.body)
+
+
+def test_a_chat_model_is_an_aligner_by_its_prompt(run: Run) -> None:
+    server = ChatServer(soften)
+    server.names = ["one", "other"]
+    with running(server) as one:
+        options = ("--url", one.url, "--model", "prompted")
+        asked = ("correct", "-q", "q", "-a", "You idiot.", *options)
+        assert "name one by model=, or by --url-model" in only_line(run(*asked))
+        outcome = run(*asked, "--url-model", "other")
+        assert (outcome.exit_code, outcome.stdout) == (0, "You friend.\n"), outcome.output
+        assert {body["model"] for body in server.requests} == {"other"}
+        settings = ServeSettings(aligner_url=(one.url,), aligner_url_model="one", model="prompted")
+        with load_aligner(settings) as aligner:
+            assert aligner.correct("q", "You idiot.").corrected == "You friend."
+
+
+def test_a_model_of_a_server_needs_its_address(run: Run) -> None:
+    outcome = run("correct", "-q", "q", "-a", "a", "--url-model", "other")
+    assert outcome.exit_code == 2
+    assert "--url-model" in outcome.stderr

@@ -178,7 +178,7 @@ class RemoteScheduler(BackgroundThread):
     async def _serve(self) -> None:
         async with self._client:
             await self._over.wait()
-            tasks = list(self._tasks)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}  # calls, reading ahead, and looking for servers
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

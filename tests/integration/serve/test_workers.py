@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,15 @@ with contextlib.suppress(httpx.HTTPError), httpx.stream("GET", sys.argv[1], time
 """
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Running]:
-    log, audit = tmp_path / "log", tmp_path / "audit.sqlite"
-    command = [sys.executable, "-m", "aligner_middleware", "serve", "--port", "0", "--workers", "2", "--threads", "1"]
-    command += ["--upstream", "http://127.0.0.1:9/v1", "--audit", str(audit), "--drain", "20"]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+UPSTREAM = ("--upstream", "http://127.0.0.1:9/v1")  # nobody is there
+
+
+@contextlib.contextmanager
+def running(folder: Path, port: int = 0, more: Sequence[str] = UPSTREAM) -> Iterator[Running]:
+    log, audit = folder / f"log-{time.monotonic_ns()}", folder / "audit.sqlite"
+    command = [sys.executable, "-m", "aligner_middleware", "serve", "--port", str(port), "--workers", "2"]
+    command += ["--threads", "1", "--audit", str(audit), "--drain", "20", *more]
+    environment = os.environ | {"TMPDIR": str(folder)}
     with log.open("w") as out, subprocess.Popen(command, stderr=out, stdout=out, text=True, env=environment) as process:
         try:
             yield Running(process, log, audit)
@@ -104,6 +107,12 @@ def service(tmp_path: Path) -> Iterator[Running]:
             if process.poll() is None:
                 process.terminate()
                 process.wait(PATIENCE)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path) as service:
+        yield service
 
 
 def test_two_processes_are_one_service_that_replaces_a_killed_one_and_stops_as_a_whole(
@@ -145,6 +154,23 @@ def test_two_processes_are_one_service_that_replaces_a_killed_one_and_stops_as_a
     assert {decision["id"] for decision in told} <= {row["id"] for row in rows}
     assert len(told) in (30, 40)
     assert not list(tmp_path.glob("aligner-*"))  # the folder that they shared
+
+
+def test_when_the_first_process_is_killed_the_others_end_and_a_new_start_takes_their_port_and_audit_log(
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path) as service:
+        port = service.client.base_url.port
+        assert port is not None
+        with events_of(service) as events:  # an open page does not hold them up
+            assert service.client.post("/v1/correct", json=RUDE).status_code == 200
+            service.process.kill()
+            awaited(lambda: service.log.read_text().count("Finished server process") == 2)
+            assert len(events()) <= 1
+    assert len(service.rows()) == 1
+    with running(tmp_path, port) as again:
+        assert again.client.post("/v1/correct", json=RUDE).json()["corrected"] == "Boil it for eight minutes."
+        awaited(lambda: len(again.rows()) == 2)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_before_anything_is_served(tmp_path: Path) -> None:

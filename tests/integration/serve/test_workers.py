@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from aligner_middleware.serve.audit_file import opened
+from aligner_middleware.serve.chat import ROUTE as CHAT
 from aligner_middleware.serve.litellm import PATH as GUARDRAIL
 
 pytestmark = pytest.mark.slow
@@ -171,6 +173,38 @@ def test_when_the_first_process_is_killed_the_others_end_and_a_new_start_takes_t
     with running(tmp_path, port) as again:
         assert again.client.post("/v1/correct", json=RUDE).json()["corrected"] == "Boil it for eight minutes."
         awaited(lambda: len(again.rows()) == 2)
+
+
+def test_each_process_answers_by_a_local_model_of_its_own(tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 8}
+    said: dict[int, tuple[str, str]] = {}
+    with running(tmp_path, more=()) as service:
+        for _ in range(50):  # which process takes a connection is the system's choice
+            if len(said) == 2:
+                break
+            with httpx.Client(base_url=service.client.base_url, timeout=PATIENCE) as client:
+                whole = client.post(CHAT, json=asked)
+                number = process_of(whole, service)
+                streamed = client.post(CHAT, json=asked | {"stream": True})
+                assert process_of(streamed, service) == number
+            *events, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+            deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
+            text = "".join(delta.get("content") or "" for delta in deltas)
+            said[number] = whole.json()["choices"][0]["message"]["content"], text
+            assert done == "[DONE]"
+    (first,), (second,) = map(set, said.values())
+    assert first == second != ""
+
+
+def process_of(response: httpx.Response, service: Running) -> int:
+    """The process at the other end of a response's connection."""
+    _, port = response.extensions["network_stream"].get_extra_info("client_addr")
+    (found,) = [
+        number
+        for number in service.started()
+        if port in {end.raddr.port for end in psutil.Process(number).net_connections() if end.raddr}
+    ]
+    return found
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_before_anything_is_served(tmp_path: Path) -> None:

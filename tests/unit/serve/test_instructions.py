@@ -116,7 +116,13 @@ def audited(path: Path, *asked: dict[str, Any], **policy: Any) -> list[Row]:
 
 @pytest.mark.parametrize("mode", ["correct", "shadow"])
 def test_the_audit_log_has_the_instruction_of_the_request_or_else_of_the_policy(tmp_path: Path, mode: str) -> None:
-    asked: list[dict[str, Any]] = [{}, {"instruction": " kind "}, {"instruction": ""}, {"answer": "{}"}, {"answer": " "}]
+    asked: list[dict[str, Any]] = [
+        {},
+        {"instruction": " kind "},
+        {"instruction": ""},
+        {"answer": "{}"},
+        {"answer": " "},
+    ]
     rows = audited(tmp_path / "log", *asked, instruction=FORMAL, keep_texts=True, mode=mode)
     assert [row["instruction"] for row in rows] == [FORMAL, "kind", None, FORMAL, FORMAL]
 

@@ -33,7 +33,7 @@ def audit(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export the audit log of `aligner serve` as labelled answers: question, answer, kind, maybe better, and source.
+    """Export the audit log of `aligner serve` as labelled answers, each with its instruction where there was one.
 
     `aligner calibrate` and `aligner train` read them. A changed answer that is marked right is bad, and its new text is the
     better one; a kept one that is marked right is to be kept. Marked wrong, it is the other way round. Without --marked,

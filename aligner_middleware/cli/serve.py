@@ -16,7 +16,7 @@ from aligner_middleware.errors import ConfigError, MissingExtraError
 from aligner_middleware.serve.settings import CONFIG_VARIABLE, PREFIX, KeySettings, PolicySettings, ServeSettings
 
 _POLICY = {name: [f"policy.{name}"] for name in PolicySettings.model_fields}
-_NEEDED = ("fastapi", "httpx", "pydantic_settings", "uvicorn", "yaml")
+_NEEDED = ("fastapi", "httpx2", "pydantic_settings", "uvicorn", "yaml")
 _HEALTHY = 60  # seconds in which a process has to show that it lives; on a busy machine its start takes some
 
 

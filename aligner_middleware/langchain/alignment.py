@@ -32,6 +32,12 @@ T = TypeVar("T")
 class Alignment(AlignmentOptions):
     """An aligner and its options, applied to pairs of question and answer."""
 
+    @property
+    def told(self) -> str | None:
+        """The instruction that answers are corrected by: its own, or else the aligner's; `None` for none."""
+        given = self.aligner.identity.get("instruction") if self.instruction is None else self.instruction
+        return (given or "").strip() or None
+
     def align_pairs(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Align answers together. One that fails becomes its exception, by `on_error`; the others are not held up."""
         return _correct(self, [plan_answer(self, question, answer) for question, answer in pairs])
@@ -68,10 +74,7 @@ class Alignment(AlignmentOptions):
     def has_aligned(self, answer: str, metadata: dict[str, Any]) -> bool:
         """Say, from its metadata, whether this aligner has aligned an answer so before, and nobody has changed it since."""
         ours = bool(metadata.get("aligned")) and metadata.get("model") == self.aligner.name
-        given = (
-            self.aligner.identity.get("instruction") if self.instruction is None else self.instruction.strip() or None
-        )
-        return ours and metadata.get("instruction") == given and is_about(metadata, answer)
+        return ours and metadata.get("instruction") == self.told and is_about(metadata, answer)
 
     def ask(self, find: Callable[[Any], str | None], value: Any) -> QuestionOrError:
         """Call a user's function for the question. An error, or that it returns none, is given for the options."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
-import httpx
+import httpx2
 from fastapi import Response
 from langchain_core.messages import AIMessage
 
@@ -36,7 +36,7 @@ def parse_response(content: bytes) -> dict[str, Any]:
     return parsed
 
 
-def json_response(body: Mapping[str, Any], upstream: httpx.Response, seconds: float) -> Response:
+def json_response(body: Mapping[str, Any], upstream: httpx2.Response, seconds: float) -> Response:
     """Make the response to the client, with the headers that tell the first decision.
 
     Args:
@@ -52,7 +52,7 @@ def json_response(body: Mapping[str, Any], upstream: httpx.Response, seconds: fl
     return Response(json.dumps(body), 200, headers, media_type="application/json")
 
 
-async def align_completion(exchange: Exchange, completion: dict[str, Any], upstream: httpx.Response) -> Response:
+async def align_completion(exchange: Exchange, completion: dict[str, Any], upstream: httpx2.Response) -> Response:
     """Align every choice of a chat completion.
 
     Raises:
@@ -67,7 +67,7 @@ async def align_completion(exchange: Exchange, completion: dict[str, Any], upstr
     return json_response(body, upstream, time.perf_counter() - start)
 
 
-async def align_response(exchange: Exchange, response: dict[str, Any], upstream: httpx.Response) -> Response:
+async def align_response(exchange: Exchange, response: dict[str, Any], upstream: httpx2.Response) -> Response:
     """Align every message in the output of the Responses API.
 
     Raises:

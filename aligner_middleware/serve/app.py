@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -29,7 +29,7 @@ from aligner_middleware.serve.upstream import Upstream
 def create_app(
     settings: ServeSettings,
     aligner: Aligner | None = None,
-    transport: httpx.AsyncBaseTransport | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
     folder: Path | None = None,
 ) -> FastAPI:
     """Make the application.

@@ -126,8 +126,10 @@ def row_of(decision: Decision, key: bytes) -> list[Any]:
     return values_of(asdict(seen) | single | digests | kept)
 
 
-def _digest(key: bytes, text: str) -> str:
-    """Give the HMAC-SHA256 of a text, in hexadecimal."""
+def _digest(key: bytes, text: str | None) -> str | None:
+    """Give the HMAC-SHA256 of a text, in hexadecimal; `None` where there is none."""
+    if text is None:
+        return None
     return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 

@@ -16,12 +16,14 @@ Mark = Literal["right", "wrong"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
 
 _APPLICATION = 0x414C474E  # tells our files from those of others
-_VERSION = 2  # 1 had digests without a key, and was in no release
+_VERSION = 3  # 1 had digests without a key, and was in no release
+_FORMER = 2  # without instructions: it is read as it is, and gets their columns when it is written
 _PATIENCE = 30  # seconds that a process waits for another one's transaction
 _STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 _COLUMNS = (
     "id", "at", "client", "route", "model", "mode", "strength", "threshold", "verdict", "score", "changed", "doubts",
     "seconds", "error", "question_digest", "answer_digest", "text_digest", "question", "answer", "text",
+    "instruction_digest", "instruction",
 )  # fmt: skip
 _SCHEMA = """
 CREATE TABLE decisions (
@@ -34,6 +36,10 @@ CREATE TABLE decisions (
     mark TEXT CHECK (mark IN ('right', 'wrong'))
 );
 CREATE INDEX decisions_of_clients ON decisions (client, number);
+"""
+_INSTRUCTIONS = """
+ALTER TABLE decisions ADD COLUMN instruction_digest TEXT;
+ALTER TABLE decisions ADD COLUMN instruction TEXT;
 """
 _INSERT = " ".join(("INSERT INTO decisions (", ", ".join(_COLUMNS), ") VALUES (", ", ".join("?" * len(_COLUMNS)), ")"))
 _SEARCH = r"""
@@ -153,17 +159,23 @@ class AuditFile:
         self._database.execute("PRAGMA secure_delete = ON")  # deleted texts leave the file, too
         with self._transaction():
             if self._value("PRAGMA schema_version") == 0:  # still: another process may have made it
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    self._database.execute(statement)
+                self._execute(_SCHEMA)
                 self._database.execute(f"PRAGMA application_id = {_APPLICATION}")
+                self._database.execute(f"PRAGMA user_version = {_FORMER}")
+            self._check()
+            if self._value("PRAGMA user_version") == _FORMER:
+                self._execute(_INSTRUCTIONS)
                 self._database.execute(f"PRAGMA user_version = {_VERSION}")
-        self._check()
 
     def _check(self) -> None:
         if self._value("PRAGMA application_id") != _APPLICATION:
             raise JobError(self.path, "is no audit log of `aligner serve`: give the file of its setting `audit`")
-        if self._value("PRAGMA user_version") != _VERSION:
+        if self._value("PRAGMA user_version") not in (_FORMER, _VERSION):
             raise JobError(self.path, "was written by another version of aligner-middleware: use that, or a new file")
+
+    def _execute(self, statements: str) -> None:
+        for statement in filter(str.strip, statements.split(";")):
+            self._database.execute(statement)
 
     def _when_free(self, statement: str) -> None:
         """Execute a statement for which SQLite itself does not wait while others write."""
@@ -227,7 +239,7 @@ def labelled(rows: Iterable[Row], *, marked: bool) -> Iterator[Row | str]:
         marked: Whether to leave out decisions without a mark; else these count as right.
 
     Yields:
-        A row with question, answer, kind, maybe better, and source; or the reason why there is none.
+        A row with question, answer, kind, source, maybe better and instruction; or the reason why there is none.
     """
     seen = set()
     for row in rows:
@@ -239,7 +251,9 @@ def labelled(rows: Iterable[Row], *, marked: bool) -> Iterator[Row | str]:
         made = {"question": row["question"], "answer": row["answer"], "kind": "bad" if bad else "keep"}
         if bad and row["changed"]:
             made["better"] = row["text"]
-        key = tuple(made.values())
+        if row.get("instruction"):  # files of the former version have none
+            made["instruction"] = row["instruction"]
+        key = tuple(made.items())
         if key in seen:
             yield "are repeated"
             continue

@@ -15,11 +15,12 @@ _FAILED = re.compile(r"\w*(Error|Exception): ")
 
 
 class Texts(NamedTuple):
-    """Question, answer, and the answer as the aligner has it."""
+    """Question, answer, the answer as the aligner has it, and the instruction that it corrects by, where there is one."""
 
     question: str
     answer: str
     text: str
+    instruction: str | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Facts:
         changed: Whether the answer was changed; in shadow mode, whether it would be.
         doubts: Names of the safeguards that objected.
         error: Name of the error, also where the answer was let through all the same.
+        instructed: Whether there was an instruction.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Facts:
     doubts: tuple[str, ...]
     seconds: float
     error: str | None
+    instructed: bool
 
 
 def facts(decision: Decision) -> Facts:
@@ -78,12 +81,14 @@ def facts(decision: Decision) -> Facts:
         doubts=tuple(metadata.get("doubts", ())),
         seconds=decision.seconds,
         error=error,
+        instructed=decision.client.alignment.told is not None,
     )
 
 
 def texts(decision: Decision) -> Texts:
     """Take the texts of a decision; in shadow mode with the text that it would have become."""
-    return Texts(decision.question, decision.answer, aligner_text(decision.text, decision.metadata))
+    text = aligner_text(decision.text, decision.metadata)
+    return Texts(decision.question, decision.answer, text, decision.client.alignment.told)
 
 
 def changes(metadata: Mapping[str, Any]) -> bool:

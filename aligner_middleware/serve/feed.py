@@ -116,7 +116,7 @@ def told(decision: Decision) -> dict[str, Any]:
     made = asdict(decision.facts)
     if decision.client.policy.keep_texts:
         for name, text in texts(decision)._asdict().items():
-            made[name] = text if len(text) <= _CHARACTERS else text[:_CHARACTERS] + " …"
+            made[name] = text if text is None or len(text) <= _CHARACTERS else text[:_CHARACTERS] + " …"
     return made
 
 

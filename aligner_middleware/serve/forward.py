@@ -8,7 +8,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
+import httpx2
 from fastapi import Request, Response
 
 from aligner_middleware.serve.answers import parse_response
@@ -41,7 +41,7 @@ class Endpoint:
     """
 
     path: str
-    align: Callable[[Exchange, dict[str, Any], httpx.Response], Awaitable[Response]]
+    align: Callable[[Exchange, dict[str, Any], httpx2.Response], Awaitable[Response]]
     aligning: Callable[[Exchange, AsyncIterator[str]], Aligning]
 
 
@@ -70,7 +70,7 @@ async def _whole(request: Request, raw: bytes, exchange: Exchange, upstream: Ups
     return await _aligned(exchange, endpoint, response, response.content)
 
 
-async def _aligned(exchange: Exchange, endpoint: Endpoint, response: httpx.Response, content: bytes) -> Response:
+async def _aligned(exchange: Exchange, endpoint: Endpoint, response: httpx2.Response, content: bytes) -> Response:
     if not response.is_success:
         return handed_on(response, content)
     return await endpoint.align(exchange, parse_response(content), response)

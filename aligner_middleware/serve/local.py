@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from typing import Any
 
-import httpx
+import httpx2
 
 from aligner_middleware.errors import MissingExtraError
 from aligner_middleware.remote.sse import DONE
@@ -36,8 +36,8 @@ def check_local() -> None:
         raise MissingExtraError("aligner serve without --upstream, by a small local model,", "build")
 
 
-class LocalTransport(httpx.AsyncBaseTransport):
-    """Answers the requests of a client of httpx by a small model, one after the other.
+class LocalTransport(httpx2.AsyncBaseTransport):
+    """Answers the requests of a client of httpx2 by a small model, one after the other.
 
     Args:
         generate: Writes the answers; by default SmolLM2, which is loaded with the first of them.
@@ -52,19 +52,19 @@ class LocalTransport(httpx.AsyncBaseTransport):
         self._generate = generate or SmallModel()
         self._turn = asyncio.Lock()
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer a request, as of httpx; an error has OpenAI's shape."""
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Answer a request, as of httpx2; an error has OpenAI's shape."""
         try:
             return await self._answer(request)
         except Problem as problem:
-            return httpx.Response(problem.status, json=problem.body)
+            return httpx2.Response(problem.status, json=problem.body)
 
-    async def _answer(self, request: httpx.Request) -> httpx.Response:
+    async def _answer(self, request: httpx2.Request) -> httpx2.Response:
         model = {"id": NAME, "object": "model", "created": 0, "owned_by": "aligner-middleware"}
         if request.method == "GET" and request.url.path.endswith("/models"):
-            return httpx.Response(200, json={"object": "list", "data": [model]})
+            return httpx2.Response(200, json={"object": "list", "data": [model]})
         if request.method == "GET" and request.url.path.endswith(f"/models/{NAME}"):
-            return httpx.Response(200, json=model)
+            return httpx2.Response(200, json=model)
         if not request.url.path.endswith("/chat/completions"):
             raise Problem(
                 404, "the local model only has /v1/chat/completions and /v1/models: set an upstream", code="not_found"
@@ -76,7 +76,7 @@ class LocalTransport(httpx.AsyncBaseTransport):
             options = body.get("stream_options")
             usage = isinstance(options, dict) and bool(options.get("include_usage"))
             content = _Events(self._chunks(asked, head, with_usage=usage))
-            return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=content)
+            return httpx2.Response(200, headers={"content-type": "text/event-stream"}, stream=content)
         text, end = "", Usage()
         async for piece in self._pieces(asked):
             if isinstance(piece, Usage):
@@ -86,7 +86,7 @@ class LocalTransport(httpx.AsyncBaseTransport):
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.finish_reason}
         answer = head | {"object": "chat.completion", "choices": [choice], "usage": _usage(end)}
-        return httpx.Response(200, json=answer)
+        return httpx2.Response(200, json=answer)
 
     async def _chunks(self, asked: Asked, head: dict[str, Any], *, with_usage: bool) -> AsyncGenerator[bytes, None]:
         head = head | {"object": "chat.completion.chunk"}
@@ -120,7 +120,7 @@ class LocalTransport(httpx.AsyncBaseTransport):
                 stop.set()
 
 
-class _Events(httpx.AsyncByteStream):
+class _Events(httpx2.AsyncByteStream):
     def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
         self._chunks = chunks
 

@@ -37,6 +37,7 @@ class Spans:
                 "score": seen.score,
                 "changed": seen.changed,
                 "doubts": seen.doubts,
+                "instructed": seen.instructed,
                 "seconds": seen.seconds,
             }
             span.set_attributes({f"aligner.{name}": value for name, value in values.items() if value is not None})

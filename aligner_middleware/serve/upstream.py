@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-import httpx
+import httpx2
 from fastapi import Request, Response
 
 from aligner_middleware import __version__
@@ -44,19 +44,19 @@ class Upstream:
         MissingExtraError: If the local model is needed and `[build]` is not installed.
     """
 
-    def __init__(self, settings: ServeSettings, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, settings: ServeSettings, transport: httpx2.AsyncBaseTransport | None = None) -> None:
         if transport is None and settings.upstream is None:
             from aligner_middleware.serve.local import LocalTransport
 
             transport = LocalTransport()
-        self._url = httpx.URL(settings.upstream or "http://local/v1")
+        self._url = httpx2.URL(settings.upstream or "http://local/v1")
         self._key = settings.upstream_key
         self._hands_on_keys = not settings.keys
         self._timeout = settings.upstream_timeout
-        self._client = httpx.AsyncClient(
+        self._client = httpx2.AsyncClient(
             transport=transport,
-            timeout=httpx.Timeout(self._timeout, connect=min(_CONNECT, self._timeout)),
-            limits=httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=64),
+            timeout=httpx2.Timeout(self._timeout, connect=min(_CONNECT, self._timeout)),
+            limits=httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=64),
             headers={"user-agent": f"aligner-middleware/{__version__}"},
         )
 
@@ -68,7 +68,7 @@ class Upstream:
     ) -> None:
         await self._client.aclose()
 
-    async def read(self, request: Request, path: str, body: bytes | None = None) -> httpx.Response:
+    async def read(self, request: Request, path: str, body: bytes | None = None) -> httpx2.Response:
         """Send a client's request on, and read the response.
 
         Args:
@@ -92,7 +92,7 @@ class Upstream:
                     await response.aclose()
                 return response
 
-    async def open(self, request: Request, path: str, body: bytes) -> httpx.Response:
+    async def open(self, request: Request, path: str, body: bytes) -> httpx2.Response:
         """Send a client's request on, and give the response as soon as it begins; the caller closes it.
 
         Raises:
@@ -101,7 +101,7 @@ class Upstream:
         with self._problems():
             return await self._client.send(self._request(request, path, body), stream=True)
 
-    async def content(self, response: httpx.Response) -> bytes:
+    async def content(self, response: httpx2.Response) -> bytes:
         """Read the rest of an opened response, and close it.
 
         Raises:
@@ -114,7 +114,7 @@ class Upstream:
             finally:
                 await response.aclose()
 
-    async def chunks(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, response: httpx2.Response) -> AsyncGenerator[bytes, None]:
         """Give the body of an opened response as it arrives.
 
         Raises:
@@ -124,7 +124,7 @@ class Upstream:
             async for chunk in response.aiter_bytes():
                 yield chunk
 
-    def _request(self, request: Request, path: str, body: bytes | None) -> httpx.Request:
+    def _request(self, request: Request, path: str, body: bytes | None) -> httpx2.Request:
         handed_on = _REQUEST_HEADERS + (_KEY_HEADERS if self._key is None and self._hands_on_keys else ())
         headers = {name: value for name, value in request.headers.raw if name in handed_on}  # which may be no text
         if self._key is not None:
@@ -140,12 +140,12 @@ class Upstream:
     def _problems(self) -> Iterator[None]:
         try:
             yield
-        except (TimeoutError, httpx.TimeoutException) as exc:
+        except (TimeoutError, httpx2.TimeoutException) as exc:
             message = f"the upstream did not answer within {self._timeout:g} seconds"
             raise Problem(504, message, kind="timeout_error", code="upstream_timeout") from exc
-        except httpx.InvalidURL as exc:  # of the client's path or query, since the base URL was parsed before
+        except httpx2.InvalidURL as exc:  # of the client's path or query, since the base URL was parsed before
             raise Problem(400, f"the upstream cannot be asked for that URL: {exc}", code="invalid_url") from exc
-        except (httpx.HTTPError, httpx.StreamError) as exc:
+        except (httpx2.HTTPError, httpx2.StreamError) as exc:
             logger.warning("the upstream failed: %s: %s", type(exc).__name__, exc)
             message = f"the upstream cannot be reached, or broke off ({type(exc).__name__})"
             raise upstream_failed(message) from exc
@@ -156,7 +156,7 @@ def unreadable(reason: str) -> Problem:
     return Problem(502, f"the upstream's response is unreadable: {reason}", kind="upstream_error", code="bad_upstream")
 
 
-def handed_on(response: httpx.Response, content: bytes) -> Response:
+def handed_on(response: httpx2.Response, content: bytes) -> Response:
     """Make the response that hands on the upstream's, with its status and body.
 
     Raises:
@@ -168,7 +168,7 @@ def handed_on(response: httpx.Response, content: bytes) -> Response:
     return Response(content, response.status_code, headers)
 
 
-def headers_of(response: httpx.Response) -> dict[str, str]:
+def headers_of(response: httpx2.Response) -> dict[str, str]:
     """Give the headers of a response that clients get: its id, and those of limits and retries."""
     return {
         name: value

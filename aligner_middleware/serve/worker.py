@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import secrets
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,6 +21,8 @@ from aligner_middleware.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+logger = logging.getLogger("aligner_middleware.serve")
 
 FACTORY = "aligner_middleware.serve.worker:create_worker"
 _SETTINGS = "_ALIGNER_SERVE_SETTINGS"
@@ -49,13 +54,31 @@ def handed_over(settings: ServeSettings) -> Iterator[None]:
 
 
 def create_worker() -> FastAPI:
-    """Make the application of one process, from its environment."""
+    """Make the application of one process, from its environment; the process ends with the one that started it."""
     from aligner_middleware.serve.app import create_app
     from aligner_middleware.serve.metrics import forget_ended
 
+    end_with_parent()
     folder = Path(os.environ[_FOLDER])
     forget_ended(folder)  # it may stand for one that was killed
     return create_app(ServeSettings.model_validate_json(os.environ[_SETTINGS]), folder=folder)
+
+
+def end_with_parent() -> None:
+    """Have this process end as by SIGTERM, after its running requests, when the one that started it is gone.
+
+    Whoever is killed stops nobody: its processes would hold the port for good, and no new service could take it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        logger.error("the process that started this one is gone: this one ends, too")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def try_worker() -> None:

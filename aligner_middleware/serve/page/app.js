@@ -198,10 +198,11 @@ function row(decision) {
   return item;
 }
 
-function details({ question, answer, text }) {
+function details({ question, answer, text, instruction }) {
   const compared = make("div", { className: "text" });
   const shown = make("details", {}, make("summary", { textContent: question.slice(0, 120) || "(no question)" }));
   if (question.length > 120) shown.append(make("div", { className: "text", textContent: question }));
+  if (instruction) shown.append(make("p", { className: "facts", textContent: `instruction: ${instruction}` }));
   shown.append(compared);
   shown.addEventListener("toggle", async () => {
     if (!shown.open || compared.hasChildNodes()) return;

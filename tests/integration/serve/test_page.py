@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import uvicorn
 
+from aligner_middleware import Aligner
 from aligner_middleware.serve.app import create_app
 from aligner_middleware.serve.settings import PolicySettings, ServeSettings
-from tests.fakes import judging_aligner
+from tests.fakes import instructed_aligner, judging_aligner
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -31,9 +32,9 @@ pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def served(folder: Path, policy: PolicySettings) -> Iterator[str]:
+def served(folder: Path, policy: PolicySettings, own: Aligner | None = None) -> Iterator[str]:
     aligner = judging_aligner(lambda q, a: a.replace("silly ", ""), lambda q, a: 0.5 if "silly" in a else -3.0)
-    app = create_app(ServeSettings(policy=policy, audit=folder / "audit.sqlite"), aligner)
+    app = create_app(ServeSettings(policy=policy, audit=folder / "audit.sqlite"), own or aligner)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -107,4 +108,19 @@ def test_a_policy_without_overrides_locks_the_slider(browser: Any, tmp_path: Pat
         assert page.is_disabled("#threshold")
         assert page.is_disabled("#levels button >> nth=0")
         assert "policy" in page.inner_text("#locked:visible")
+        page.close()
+
+
+def test_an_instruction_is_shown_as_text(browser: Any, tmp_path: Path) -> None:
+    policy = PolicySettings(instruction="<img src=x>kind", keep_texts=True)
+    aligner = instructed_aligner(lambda instruction, question, answer: answer)
+    with aligner, served(tmp_path, policy, aligner) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.fill("#question", "Who?")
+        page.fill("#answer", "You.")
+        page.click("#submit")
+        page.click("#live summary")
+        assert "instruction: <img src=x>kind" in page.inner_text("#live details")
+        assert page.locator("img").count() == 0
         page.close()

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from aligner_middleware.serve.audit_file import opened
+from aligner_middleware.serve.chat import ROUTE as CHAT
 from aligner_middleware.serve.litellm import PATH as GUARDRAIL
 
 pytestmark = pytest.mark.slow
@@ -91,12 +93,15 @@ with contextlib.suppress(httpx.HTTPError), httpx.stream("GET", sys.argv[1], time
 """
 
 
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[Running]:
-    log, audit = tmp_path / "log", tmp_path / "audit.sqlite"
-    command = [sys.executable, "-m", "aligner_middleware", "serve", "--port", "0", "--workers", "2", "--threads", "1"]
-    command += ["--upstream", "http://127.0.0.1:9/v1", "--audit", str(audit), "--drain", "20"]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
+UPSTREAM = ("--upstream", "http://127.0.0.1:9/v1")  # nobody is there
+
+
+@contextlib.contextmanager
+def running(folder: Path, port: int = 0, more: Sequence[str] = UPSTREAM) -> Iterator[Running]:
+    log, audit = folder / f"log-{time.monotonic_ns()}", folder / "audit.sqlite"
+    command = [sys.executable, "-m", "aligner_middleware", "serve", "--port", str(port), "--workers", "2"]
+    command += ["--threads", "1", "--audit", str(audit), "--drain", "20", *more]
+    environment = os.environ | {"TMPDIR": str(folder)}
     with log.open("w") as out, subprocess.Popen(command, stderr=out, stdout=out, text=True, env=environment) as process:
         try:
             yield Running(process, log, audit)
@@ -104,6 +109,12 @@ def service(tmp_path: Path) -> Iterator[Running]:
             if process.poll() is None:
                 process.terminate()
                 process.wait(PATIENCE)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Running]:
+    with running(tmp_path) as service:
+        yield service
 
 
 def test_two_processes_are_one_service_that_replaces_a_killed_one_and_stops_as_a_whole(
@@ -145,6 +156,55 @@ def test_two_processes_are_one_service_that_replaces_a_killed_one_and_stops_as_a
     assert {decision["id"] for decision in told} <= {row["id"] for row in rows}
     assert len(told) in (30, 40)
     assert not list(tmp_path.glob("aligner-*"))  # the folder that they shared
+
+
+def test_when_the_first_process_is_killed_the_others_end_and_a_new_start_takes_their_port_and_audit_log(
+    tmp_path: Path,
+) -> None:
+    with running(tmp_path) as service:
+        port = service.client.base_url.port
+        assert port is not None
+        with events_of(service) as events:  # an open page does not hold them up
+            assert service.client.post("/v1/correct", json=RUDE).status_code == 200
+            service.process.kill()
+            awaited(lambda: service.log.read_text().count("Finished server process") == 2)
+            assert len(events()) <= 1
+    assert len(service.rows()) == 1
+    with running(tmp_path, port) as again:
+        assert again.client.post("/v1/correct", json=RUDE).json()["corrected"] == "Boil it for eight minutes."
+        awaited(lambda: len(again.rows()) == 2)
+
+
+def test_each_process_answers_by_a_local_model_of_its_own(tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "Name a colour."}], "max_tokens": 8}
+    said: dict[int, tuple[str, str]] = {}
+    with running(tmp_path, more=()) as service:
+        for _ in range(50):  # which process takes a connection is the system's choice
+            if len(said) == 2:
+                break
+            with httpx.Client(base_url=service.client.base_url, timeout=PATIENCE) as client:
+                whole = client.post(CHAT, json=asked)
+                number = process_of(whole, service)
+                streamed = client.post(CHAT, json=asked | {"stream": True})
+                assert process_of(streamed, service) == number
+            *events, done = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+            deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
+            text = "".join(delta.get("content") or "" for delta in deltas)
+            said[number] = whole.json()["choices"][0]["message"]["content"], text
+            assert done == "[DONE]"
+    (first,), (second,) = map(set, said.values())
+    assert first == second != ""
+
+
+def process_of(response: httpx.Response, service: Running) -> int:
+    """The process at the other end of a response's connection."""
+    _, port = response.extensions["network_stream"].get_extra_info("client_addr")
+    (found,) = [
+        number
+        for number in service.started()
+        if port in {end.raddr.port for end in psutil.Process(number).net_connections() if end.raddr}
+    ]
+    return found
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_before_anything_is_served(tmp_path: Path) -> None:

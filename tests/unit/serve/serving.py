@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, M
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx
+import httpx2
 import uvicorn
 
 from aligner_middleware import Aligner
@@ -20,7 +20,7 @@ from tests.fakes import judging_aligner
 
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "Who am I?"}]}
 RUDE, POLITE = "You are an idiot, and it rains.", "You are a friend, and it rains."
-Reply = Callable[[httpx.Request], Any]
+Reply = Callable[[httpx2.Request], Any]
 
 
 def without_insult(question: str, answer: str) -> str:
@@ -31,7 +31,7 @@ def polite_aligner() -> Aligner:
     return judging_aligner(without_insult)
 
 
-class Body(httpx.AsyncByteStream):
+class Body(httpx2.AsyncByteStream):
     """The body of a streamed response, which knows whether it was closed."""
 
     def __init__(self, chunks: AsyncIterator[bytes] | Iterable[bytes]) -> None:
@@ -50,22 +50,22 @@ class Body(httpx.AsyncByteStream):
         self.closed.set()
 
 
-class Upstream(httpx.AsyncBaseTransport):
+class Upstream(httpx2.AsyncBaseTransport):
     """Replies as it is told, and keeps the requests.
 
     Args:
         reply: A response or an error for every request, or a function of the request.
     """
 
-    def __init__(self, reply: httpx.Response | Exception | Reply) -> None:
+    def __init__(self, reply: httpx2.Response | Exception | Reply) -> None:
         self.reply = reply
-        self.requests: list[httpx.Request] = []
+        self.requests: list[httpx2.Request] = []
 
     @property
     def sent(self) -> Any:
         return json.loads(self.requests[-1].content)
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         await request.aread()
         self.requests.append(request)
         reply = self.reply(request) if callable(self.reply) else self.reply
@@ -73,11 +73,11 @@ class Upstream(httpx.AsyncBaseTransport):
             reply = await reply
         if isinstance(reply, Exception):
             raise reply
-        assert isinstance(reply, httpx.Response)
+        assert isinstance(reply, httpx2.Response)
         return reply
 
 
-def completion(*contents: Any, **fields: Any) -> httpx.Response:
+def completion(*contents: Any, **fields: Any) -> httpx2.Response:
     """A chat completion with one choice for each content: text, or a message."""
     messages = [content if isinstance(content, dict) else {"content": content} for content in contents]
     choices = [
@@ -86,7 +86,7 @@ def completion(*contents: Any, **fields: Any) -> httpx.Response:
     ]
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     body = {"id": "c1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices, "usage": usage}
-    return httpx.Response(200, json=body | fields)
+    return httpx2.Response(200, json=body | fields)
 
 
 def data(body: Any) -> bytes:
@@ -112,13 +112,13 @@ USAGE = data({"id": "c1", "object": "chat.completion.chunk", "created": 1, "mode
 DONE = data("[DONE]")
 
 
-def streamed(chunks: AsyncIterator[bytes] | Iterable[bytes], **headers: str) -> httpx.Response:
-    return httpx.Response(200, headers={"content-type": "text/event-stream"} | headers, stream=Body(chunks))
+def streamed(chunks: AsyncIterator[bytes] | Iterable[bytes], **headers: str) -> httpx2.Response:
+    return httpx2.Response(200, headers={"content-type": "text/event-stream"} | headers, stream=Body(chunks))
 
 
 @asynccontextmanager
 async def serving(
-    reply: httpx.Response | Exception | Reply,
+    reply: httpx2.Response | Exception | Reply,
     aligner: Aligner | None = None,
     drain: int = 1,
     **settings: Any,
@@ -138,7 +138,7 @@ async def serving(
             assert not task.done()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         try:
-            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            async with httpx2.AsyncClient(base_url=url, timeout=30) as client:
                 yield Service(url, client, upstream, app, server)
         finally:
             server.should_exit = True
@@ -149,7 +149,7 @@ class Service:
     """A running service, a plain client of it, and its upstream."""
 
     def __init__(
-        self, url: str, client: httpx.AsyncClient, upstream: Upstream, app: Any, server: uvicorn.Server
+        self, url: str, client: httpx2.AsyncClient, upstream: Upstream, app: Any, server: uvicorn.Server
     ) -> None:
         self.url = url
         self.client = client
@@ -157,7 +157,7 @@ class Service:
         self.app = app
         self.server = server
 
-    async def ask(self, body: Any = ASKED, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    async def ask(self, body: Any = ASKED, path: str = "/v1/chat/completions", **options: Any) -> httpx2.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.client.post(path, content=content, **options)
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from langchain_core.messages import HumanMessage
@@ -59,11 +59,11 @@ async def test_choices_are_aligned_together_and_tool_calls_and_reasoning_stay() 
 
 
 async def test_logprobs_stay_with_a_kept_answer_and_go_with_a_changed_one() -> None:
-    def reply(request: httpx.Request) -> httpx.Response:
+    def reply(request: httpx2.Request) -> httpx2.Response:
         said = RUDE if b"rude" in request.content else "Fine."
         body = completion(said).json()
         body["choices"][0]["logprobs"] = {"content": [{"token": "x", "logprob": -1}]}
-        return httpx.Response(200, json=body)
+        return httpx2.Response(200, json=body)
 
     async with serving(reply) as service:
         kept = (await service.ask()).json()["choices"][0]
@@ -160,7 +160,7 @@ async def test_ten_megabytes_are_refused() -> None:
 async def test_an_error_of_the_upstream_is_handed_on_with_status_body_and_retry() -> None:
     error = {"error": {"message": "slow down", "type": "requests", "param": None, "code": "rate_limit_exceeded"}}
     headers = {"retry-after": "7", "x-request-id": "r1", "x-ratelimit-remaining-requests": "0", "set-cookie": "s=1"}
-    async with serving(lambda request: httpx.Response(429, json=error, headers=headers)) as service:
+    async with serving(lambda request: httpx2.Response(429, json=error, headers=headers)) as service:
         responses = [await service.ask(), await service.ask(ASKED | {"stream": True})]
     for response in responses:
         assert response.status_code == 429
@@ -175,15 +175,15 @@ async def test_an_error_of_the_upstream_is_handed_on_with_status_body_and_retry(
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
-        (httpx.ConnectError("refused"), 502, "upstream_failed"),
-        (httpx.ReadTimeout("slow"), 504, "upstream_timeout"),
-        (httpx.ConnectTimeout("slow"), 504, "upstream_timeout"),
-        (httpx.Response(200, text="<html>"), 502, "bad_upstream"),
-        (httpx.Response(200, json=[]), 502, "bad_upstream"),
-        (httpx.Response(200, json={"choices": "x"}), 502, "bad_upstream"),
-        (httpx.Response(200, json={"choices": [{"text": RUDE}]}), 502, "bad_upstream"),
-        (httpx.Response(200, json={"choices": [{"message": {"content": {"text": RUDE}}}]}), 502, "bad_upstream"),
-        (httpx.Response(302, headers={"location": "http://elsewhere"}), 502, "bad_upstream"),
+        (httpx2.ConnectError("refused"), 502, "upstream_failed"),
+        (httpx2.ReadTimeout("slow"), 504, "upstream_timeout"),
+        (httpx2.ConnectTimeout("slow"), 504, "upstream_timeout"),
+        (httpx2.Response(200, text="<html>"), 502, "bad_upstream"),
+        (httpx2.Response(200, json=[]), 502, "bad_upstream"),
+        (httpx2.Response(200, json={"choices": "x"}), 502, "bad_upstream"),
+        (httpx2.Response(200, json={"choices": [{"text": RUDE}]}), 502, "bad_upstream"),
+        (httpx2.Response(200, json={"choices": [{"message": {"content": {"text": RUDE}}}]}), 502, "bad_upstream"),
+        (httpx2.Response(302, headers={"location": "http://elsewhere"}), 502, "bad_upstream"),
     ],
 )
 async def test_an_upstream_that_cannot_be_used_is_502_or_504(error: Any, status: int, code: str, stream: bool) -> None:
@@ -195,7 +195,7 @@ async def test_an_upstream_that_cannot_be_used_is_502_or_504(error: Any, status:
 
 
 async def test_an_upstream_that_takes_too_long_is_given_up() -> None:
-    async def reply(request: httpx.Request) -> httpx.Response:
+    async def reply(request: httpx2.Request) -> httpx2.Response:
         await asyncio.sleep(60)
         raise AssertionError
 
@@ -223,7 +223,7 @@ async def test_a_failed_correction_is_an_error_or_passes_by_the_policy() -> None
 
 async def test_half_of_a_surrogate_pair_is_refused_or_passes_but_breaks_nothing() -> None:
     raw = json.dumps(completion("x").json()).replace('"x"', '"\\ud83d"').encode()
-    reply = httpx.Response(200, content=raw, headers={"content-type": "application/json"})
+    reply = httpx2.Response(200, content=raw, headers={"content-type": "application/json"})
     async with serving(reply) as service:
         assert (await service.ask()).status_code == 422
     async with serving(reply, policy={"on_error": "passthrough"}) as service:
@@ -269,7 +269,7 @@ async def test_the_upstreams_key_or_the_clients_own_goes_to_the_upstream() -> No
 async def test_more_requests_than_may_run_get_429_with_retry_after() -> None:
     waiting, go = asyncio.Event(), asyncio.Event()
 
-    async def reply(request: httpx.Request) -> httpx.Response:
+    async def reply(request: httpx2.Request) -> httpx2.Response:
         waiting.set()
         await go.wait()
         return completion("Fine.")
@@ -287,7 +287,7 @@ async def test_more_requests_than_may_run_get_429_with_retry_after() -> None:
 async def test_a_client_that_goes_away_ends_the_request_of_the_upstream() -> None:
     waiting, cancelled = asyncio.Event(), asyncio.Event()
 
-    async def reply(request: httpx.Request) -> httpx.Response:
+    async def reply(request: httpx2.Request) -> httpx2.Response:
         waiting.set()
         try:
             await asyncio.sleep(60)
@@ -320,7 +320,7 @@ async def test_the_openai_client_reads_the_answer_and_its_decision() -> None:
 
 
 async def test_the_openai_client_raises_what_the_upstream_says() -> None:
-    reply = httpx.Response(404, json={"error": {"message": "no model m", "type": "invalid_request_error"}})
+    reply = httpx2.Response(404, json={"error": {"message": "no model m", "type": "invalid_request_error"}})
     async with (
         serving(reply) as service,
         openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0) as client,
@@ -332,7 +332,7 @@ async def test_the_openai_client_raises_what_the_upstream_says() -> None:
 async def test_langchains_chat_openai_invokes_binds_tools_and_batches() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
-    def reply(request: httpx.Request) -> httpx.Response:
+    def reply(request: httpx2.Request) -> httpx2.Response:
         return completion({"content": None, "tool_calls": [call]} if b'"tools"' in request.content else RUDE)
 
     async with serving(reply) as service:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from itertools import pairwise
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -289,9 +289,9 @@ async def test_a_message_is_read_while_it_arrives() -> None:
 
 
 async def test_an_upstream_that_refuses_or_does_not_stream_is_handed_on_or_aligned_as_a_whole() -> None:
-    async with serving(httpx.Response(429, json={"error": {"message": "slow down", "code": "busy"}})) as service:
+    async with serving(httpx2.Response(429, json={"error": {"message": "slow down", "code": "busy"}})) as service:
         refused = await service.ask(ASKED | {"stream": True}, PATH)
-    async with serving(httpx.Response(200, json=whole("completed", [message(part(RUDE))]))) as service:
+    async with serving(httpx2.Response(200, json=whole("completed", [message(part(RUDE))]))) as service:
         aligned = await service.ask(ASKED | {"stream": True}, PATH)
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
     assert aligned.json()["output"][0]["content"][0]["text"] == POLITE

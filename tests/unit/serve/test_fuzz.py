@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import schemathesis
 import uvicorn
@@ -32,9 +32,9 @@ FEW = settings(max_examples=60, phases=[Phase.explicit, Phase.generate], **LIMIT
 MANY = settings(max_examples=300, phases=[Phase.explicit, Phase.generate], **LIMITS)
 
 
-def upstream(request: httpx.Request) -> httpx.Response:
+def upstream(request: httpx2.Request) -> httpx2.Response:
     if request.method == "GET":
-        return httpx.Response(200, json={"object": "list", "data": []})
+        return httpx2.Response(200, json={"object": "list", "data": []})
     if request.url.path.endswith("/responses"):
         return response(RUDE)
     stream = json.loads(request.content).get("stream")
@@ -49,14 +49,14 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
 
 
 @pytest.fixture(scope="module")
-def client(app: FastAPI) -> Iterator[httpx.Client]:
+def client(app: FastAPI) -> Iterator[httpx2.Client]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", http=CONNECTION, ws="none"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.05)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx2.Client(base_url=url, timeout=60) as client:
         yield client
     server.should_exit = True
     thread.join(20)
@@ -76,7 +76,7 @@ def check(status: int, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def described(app: FastAPI, client: httpx.Client) -> Any:
+def described(app: FastAPI, client: httpx2.Client) -> Any:
     return schemathesis.openapi.from_dict(whole_schema(app))
 
 
@@ -95,7 +95,7 @@ def whole_schema(app: FastAPI) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_requests_by_and_against_the_description_get_an_answer_or_an_error_of_openais_shape(
-    described: Any, client: httpx.Client, mode: GenerationMode
+    described: Any, client: httpx2.Client, mode: GenerationMode
 ) -> None:
     tried = 0
     for result in described.get_all_operations():
@@ -167,7 +167,7 @@ SHARED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
 def test_bodies_of_openais_api_that_are_partly_wrong_get_an_answer_or_an_error_of_its_shape(
-    client: httpx.Client, path: str
+    client: httpx2.Client, path: str
 ) -> None:
     statuses = set()
 
@@ -222,7 +222,7 @@ def chat(*messages: Any, **fields: Any) -> bytes:
     ],
     ids=lambda value: str(value[:40] if isinstance(value, bytes) else value),
 )  # fmt: skip
-def test_bodies_at_their_limits(client: httpx.Client, content: bytes, status: int) -> None:
+def test_bodies_at_their_limits(client: httpx2.Client, content: bytes, status: int) -> None:
     headers = {"content-type": "application/json"}
     reply = client.post(CHAT, content=content, headers=headers)
     check(reply.status_code, reply.text)
@@ -257,7 +257,7 @@ def test_bodies_at_their_limits(client: httpx.Client, content: bytes, status: in
     ],
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip
-def test_heads_at_their_limits(client: httpx.Client, head: str, status: int) -> None:
+def test_heads_at_their_limits(client: httpx2.Client, head: str, status: int) -> None:
     first, _, rest = head.partition("\n")
     first += "" if " HTTP/" in first else " HTTP/1.1"
     sent = "\r\n".join([first, "host: a", "connection: close", *rest.split("\n\n")[0].split("\n")]).rstrip("\r\n")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from aligner_middleware.errors import MissingExtraError
@@ -27,7 +27,7 @@ def generate(request: Asked, stop: threading.Event) -> Iterator[str | Usage]:
     yield Usage(5, 7, "stop")
 
 
-def local(request: httpx.Request) -> Any:
+def local(request: httpx2.Request) -> Any:
     return LocalTransport(generate).handle_async_request(request)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -13,7 +13,7 @@ from tests.unit.serve.serving import POLITE, RUDE, serving
 PATH = "/v1/responses"
 
 
-def response(*texts: str, **fields: Any) -> httpx.Response:
+def response(*texts: str, **fields: Any) -> httpx2.Response:
     parts = [{"type": "output_text", "text": text, "annotations": [], "logprobs": [{"token": text}]} for text in texts]
     output = [
         {"type": "reasoning", "id": "r", "summary": []},
@@ -22,7 +22,7 @@ def response(*texts: str, **fields: Any) -> httpx.Response:
     ]
     body = {"id": "r1", "object": "response", "created_at": 1, "model": "m", "status": "completed", "output": output}
     more = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-    return httpx.Response(200, json=body | more | fields)
+    return httpx2.Response(200, json=body | more | fields)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ async def test_the_openai_client_reads_a_response() -> None:
 
 
 async def test_models_are_the_upstreams() -> None:
-    async with serving(lambda request: httpx.Response(200, json={"path": request.url.raw_path.decode()})) as service:
+    async with serving(lambda request: httpx2.Response(200, json={"path": request.url.raw_path.decode()})) as service:
         paths = [
             (await service.client.get(f"/v1/models{name}")).json()["path"]
             for name in ("", "/gpt-5", "/meta%2Fllama", "/ft:a?limit=2", "/a%3Fb")

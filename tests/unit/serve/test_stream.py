@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
@@ -194,8 +194,8 @@ async def broken(*parts: bytes, error: Exception | None = None) -> AsyncIterator
 @pytest.mark.parametrize(
     ("chunks", "code"),
     [
-        (lambda: broken(*spoken(RUDE)[:4], error=httpx.RemoteProtocolError("cut")), "upstream_failed"),
-        (lambda: broken(*spoken(RUDE)[:4], error=httpx.ReadTimeout("slow")), "upstream_timeout"),
+        (lambda: broken(*spoken(RUDE)[:4], error=httpx2.RemoteProtocolError("cut")), "upstream_failed"),
+        (lambda: broken(*spoken(RUDE)[:4], error=httpx2.ReadTimeout("slow")), "upstream_timeout"),
         (lambda: broken(*spoken(RUDE)[:4]), "upstream_failed"),
         (lambda: broken(), "upstream_failed"),
         (lambda: broken(*spoken(RUDE)[:4], data({"error": {"message": "overloaded", "code": "busy"}}), DONE), "busy"),
@@ -259,13 +259,13 @@ class Paused:
         for part in self.rest:
             yield part
 
-    def response(self) -> httpx.Response:
-        return httpx.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"}, stream=self.body)
+    def response(self) -> httpx2.Response:
+        return httpx2.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"}, stream=self.body)
 
 
-async def opened(service: Any) -> httpx.Response:
+async def opened(service: Any) -> httpx2.Response:
     request = service.client.build_request("POST", "/v1/chat/completions", json=ASKED | {"stream": True})
-    response: httpx.Response = await service.client.send(request, stream=True)
+    response: httpx2.Response = await service.client.send(request, stream=True)
     return response
 
 
@@ -370,7 +370,7 @@ async def test_the_openai_client_streams_with_usage_and_helpers() -> None:
 async def test_langchains_chat_openai_streams_text_and_tool_calls() -> None:
     call = {"index": 0, "id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
-    def reply(request: httpx.Request) -> httpx.Response:
+    def reply(request: httpx2.Request) -> httpx2.Response:
         tools = [chunk({"role": "assistant", "content": None}), chunk({"tool_calls": [call]}), chunk({}, "tool_calls")]
         return streamed([*(tools if b'"tools"' in request.content else spoken(RUDE)), USAGE, DONE])
 

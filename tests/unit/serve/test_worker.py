@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -37,6 +38,23 @@ def test_settings_and_a_folder_reach_the_processes_of_a_service(
         create_worker()
         create_worker()
     assert got[1][0].audit_key == got[2][0].audit_key is not None
+
+
+def test_a_process_ends_when_the_one_that_started_it_is_killed() -> None:
+    code = """
+        import multiprocessing, os, signal
+        from concurrent.futures import ProcessPoolExecutor
+        from aligner_middleware.serve.worker import end_with_parent
+        if __name__ == "__main__":
+            pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            pool.submit(end_with_parent).result()
+            print("started", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    # The output ends when nobody is left who could write to it.
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    outcome = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=60)
+    assert (outcome.returncode, outcome.stdout) == (-signal.SIGKILL, "started\n")
 
 
 def test_the_requests_of_a_killed_process_leave_the_metrics_and_its_counts_stay(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import yaml
 
@@ -217,8 +217,8 @@ def free_port() -> int:
 
 
 def _answers(url: str) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(url, timeout=2).status_code == 200
+    with contextlib.suppress(httpx2.HTTPError):
+        return httpx2.get(url, timeout=2).status_code == 200
     return False
 
 

@@ -27,7 +27,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import httpx
+import httpx2
 import serve_arms as arms
 from latency import machine
 from rich.console import Console
@@ -125,7 +125,7 @@ def memory(options: argparse.Namespace, folder: Path) -> Found:
 
 def served(server: arms.Server) -> int:
     """Ask the service how many chat completions it has answered."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    lines = httpx2.get(f"{server.url}/metrics").text.splitlines()
     counts = [
         line for line in lines if line.startswith('aligner_requests_total{route="/v1/chat/completions",status="200"}')
     ]

@@ -1,4 +1,4 @@
-"""Many open streams at once, for `serve_load.py`. wrk sees no bytes before the last, so these are read by httpx."""
+"""Many open streams at once, for `serve_load.py`. wrk sees no bytes before the last, so these are read by httpx2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import httpx
+import httpx2
 import serve_arms as arms
 from serve_wrk import Arm, Found, ours
 
@@ -50,8 +50,8 @@ def streams(options: argparse.Namespace, folder: Path) -> Found:
 async def all_streams(arm: Arm, count: int, over: Sequence[float], watch: Callable[[], None]) -> list[Found]:
     """Read so many streams at once; `watch` is called every second."""
     pairs, chance = itertools.cycle(arms.held_out()), random.Random(0)
-    limits = httpx.Limits(max_connections=count)
-    async with httpx.AsyncClient(limits=limits, timeout=300, headers={"Authorization": f"Bearer {arm.key}"}) as client:
+    limits = httpx2.Limits(max_connections=count)
+    async with httpx2.AsyncClient(limits=limits, timeout=300, headers={"Authorization": f"Bearer {arm.key}"}) as client:
         tasks = [
             asyncio.create_task(one_stream(client, arm, *next(pairs), chance.uniform(*over))) for _ in range(count)
         ]
@@ -61,7 +61,7 @@ async def all_streams(arm: Arm, count: int, over: Sequence[float], watch: Callab
         return [task.result() for task in tasks]
 
 
-async def one_stream(client: httpx.AsyncClient, arm: Arm, question: str, answer: str, seconds: float) -> Found:
+async def one_stream(client: httpx2.AsyncClient, arm: Arm, question: str, answer: str, seconds: float) -> Found:
     """Read one stream; tell how long it was silent, and whether its answer came whole."""
     body = arm.body(question, stream=True, metadata={"seconds": str(seconds)})
     start = last = time.perf_counter()
@@ -80,7 +80,7 @@ async def one_stream(client: httpx.AsyncClient, arm: Arm, question: str, answer:
                     for choice in event.get("choices", ()):
                         text += choice["delta"].get("content") or ""
                         verdict = choice.get("aligner", {}).get("verdict", verdict)
-    except httpx.HTTPError as exc:
+    except httpx2.HTTPError as exc:
         error = type(exc).__name__
     took = time.perf_counter() - start
     whole = end and bool(text) and (verdict != "keep" or text == answer) and verdict is not None

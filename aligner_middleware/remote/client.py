@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
+import httpx2
 
 from aligner_middleware.closing import aclosing
 from aligner_middleware.errors import RemoteError
@@ -33,9 +33,9 @@ class Client:
 
     def __init__(self, key: str | None, silence: float) -> None:
         self._silence = silence
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(silence, connect=min(_CONNECT, silence), pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+        self._http = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(silence, connect=min(_CONNECT, silence), pool=None),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
             headers={"authorization": f"Bearer {key}"} if key else {},
         )
 
@@ -91,22 +91,22 @@ class Client:
     def _errors(self, url: str) -> Iterator[None]:
         try:
             yield
-        except httpx.ConnectError as exc:
+        except httpx2.ConnectError as exc:
             message = f"{url} cannot be reached ({exc}): is a server running there?"
             raise RemoteError(message, temporary=True) from exc
-        except httpx.TimeoutException as exc:
-            seconds = _CONNECT if isinstance(exc, httpx.ConnectTimeout) else self._silence
+        except httpx2.TimeoutException as exc:
+            seconds = _CONNECT if isinstance(exc, httpx2.ConnectTimeout) else self._silence
             raise RemoteError(f"{url} did not answer within {seconds:g} seconds", temporary=True) from exc
-        except httpx.TransportError as exc:
+        except httpx2.TransportError as exc:
             message = f"{url} broke off ({type(exc).__name__}{f': {exc}' if str(exc) else ''})"
             raise RemoteError(message, temporary=True) from exc
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as exc:
+        except (httpx2.HTTPError, httpx2.InvalidURL, UnicodeError) as exc:
             raise RemoteError(f"{url} cannot be asked ({type(exc).__name__}: {exc}): {_ADDRESS}") from exc
         except ValueError as exc:
             raise RemoteError(f"{url} sends a stream that is not JSON ({exc})") from exc
 
 
-def _json(response: httpx.Response, raw: bytes) -> Any:
+def _json(response: httpx2.Response, raw: bytes) -> Any:
     """Read the JSON of a response.
 
     Raises:
@@ -151,7 +151,7 @@ def _status(content: dict[str, Any]) -> int | None:
     return code if isinstance(code, int) else None
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(response: httpx2.Response) -> float | None:
     """Read the seconds that a server asks to wait."""
     value = response.headers.get("retry-after")
     if value is None:

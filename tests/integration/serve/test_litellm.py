@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 import yaml
@@ -135,12 +135,12 @@ class Proxy:
         self.calls = calls
         self.log = log
 
-    def ask(self, guard: str, question: str = QUESTION, **more: Any) -> httpx.Response:
+    def ask(self, guard: str, question: str = QUESTION, **more: Any) -> httpx2.Response:
         self.decisions.clear()
         self.calls.clear()
         body = {"model": "stub", "messages": [{"role": "user", "content": question}], "guardrails": [guard]}
         headers = {"Authorization": "Bearer sk-master"}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, headers=headers, timeout=60)
+        return httpx2.post(f"{self.url}/v1/chat/completions", json=body | more, headers=headers, timeout=60)
 
 
 class Recorded:
@@ -189,14 +189,14 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(600):
         assert process.poll() is None, log.read_text()[-4000:]
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health/liveliness", timeout=2).status_code == 200:
+        with contextlib.suppress(httpx2.HTTPError):
+            if httpx2.get(f"{url}/health/liveliness", timeout=2).status_code == 200:
                 return
         time.sleep(0.2)
     raise AssertionError(log.read_text()[-4000:])
 
 
-def streamed(reply: httpx.Response) -> tuple[list[str], list[dict[str, Any]]]:
+def streamed(reply: httpx2.Response) -> tuple[list[str], list[dict[str, Any]]]:
     """The pieces of text of a stream, and all its chunks."""
     assert reply.status_code == 200, reply.text
     lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]

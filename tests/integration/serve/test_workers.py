@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -38,7 +38,7 @@ class Running:
         self.audit = audit
         url = awaited(self.url)
         # A connection for each request, so that they go to both processes.
-        self.client = httpx.Client(base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
+        self.client = httpx2.Client(base_url=url, timeout=PATIENCE, limits=httpx2.Limits(max_keepalive_connections=0))
         awaited(lambda: len(self.started()) == 2 and self.log.read_text().count("startup complete") == 2)
 
     def url(self) -> str:
@@ -86,8 +86,8 @@ def events_of(service: Running) -> Iterator[Callable[[], list[Any]]]:
 
 
 READER = """
-import contextlib, httpx, sys
-with contextlib.suppress(httpx.HTTPError), httpx.stream("GET", sys.argv[1], timeout=None) as events:
+import contextlib, httpx2, sys
+with contextlib.suppress(httpx2.HTTPError), httpx2.stream("GET", sys.argv[1], timeout=None) as events:
     for line in events.iter_lines():
         print(line, flush=True)
 """
@@ -182,7 +182,7 @@ def test_each_process_answers_by_a_local_model_of_its_own(tmp_path: Path) -> Non
         for _ in range(50):  # which process takes a connection is the system's choice
             if len(said) == 2:
                 break
-            with httpx.Client(base_url=service.client.base_url, timeout=PATIENCE) as client:
+            with httpx2.Client(base_url=service.client.base_url, timeout=PATIENCE) as client:
                 whole = client.post(CHAT, json=asked)
                 number = process_of(whole, service)
                 streamed = client.post(CHAT, json=asked | {"stream": True})
@@ -196,7 +196,7 @@ def test_each_process_answers_by_a_local_model_of_its_own(tmp_path: Path) -> Non
     assert first == second != ""
 
 
-def process_of(response: httpx.Response, service: Running) -> int:
+def process_of(response: httpx2.Response, service: Running) -> int:
     """The process at the other end of a response's connection."""
     _, port = response.extensions["network_stream"].get_extra_info("client_addr")
     (found,) = [

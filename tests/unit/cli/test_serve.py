@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from aligner_middleware.serve.keys import hash_key
@@ -95,8 +95,10 @@ def test_a_process_serves_and_ends_when_it_is_told_to() -> None:
         if "running on" in line:
             url = line.partition("running on ")[2].split()[0]
     deadline = time.monotonic() + PATIENCE
-    ready = httpx.get(f"{url}/readyz", timeout=deadline - time.monotonic())
-    failed = httpx.post(f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "q"}]}, timeout=30)
+    ready = httpx2.get(f"{url}/readyz", timeout=deadline - time.monotonic())
+    failed = httpx2.post(
+        f"{url}/v1/chat/completions", json={"messages": [{"role": "user", "content": "q"}]}, timeout=30
+    )
     served.send_signal(signal.SIGTERM)
     served.communicate(timeout=PATIENCE)
     assert ready.json()["aligner"] == "instant"

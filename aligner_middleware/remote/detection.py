@@ -14,7 +14,7 @@ from aligner_middleware.remote.sglang import SGLang
 from aligner_middleware.remote.vllm import VLLM
 
 _KINDS = {"vllm": "vLLM", "sglang": "SGLang"}
-_VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
+_ABOUT = {"vllm": ("//version",), "sglang": ("//server_info", "//get_server_info")}  # older ones have the latter
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ async def detect(client: Client, url: str, model: str | None) -> Served:
         )
     card = cards[0 if model is None else names.index(model)]
     owner = str(card.get("owned_by"))
-    longest = card.get("max_model_len")
+    about = await _about(client, url, owner)
+    version = [str(about["version"])[:40]] if about.get("version") else []
+    # SGLang takes no prompt of `max_req_input_len` tokens, which is less than its context.
+    lengths = [card.get("max_model_len"), about.get("max_req_input_len")]
     return Served(
-        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *await _version(client, url, owner)]),
+        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *version]),
         model=card["id"],
-        max_positions=longest if isinstance(longest, int) and longest > 1 else None,
+        max_positions=min((one for one in lengths if isinstance(one, int) and one > 1), default=None),
         dialect=SGLang() if owner == "sglang" else VLLM(card["id"]),
     )
 
@@ -77,12 +80,13 @@ def _cards(content: Any, place: str) -> Sequence[Mapping[str, Any]]:
     return named
 
 
-async def _version(client: Client, url: str, owner: str) -> list[str]:
-    with contextlib.suppress(RemoteError):  # behind a gateway there may be nothing but OpenAI's API
-        if owner in _VERSIONS:
-            content = await client.get(at(url, "/" + _VERSIONS[owner]))
-            return [str(content["version"])[:40]] if isinstance(content, dict) and content.get("version") else []
-    return []
+async def _about(client: Client, url: str, owner: str) -> Mapping[str, Any]:
+    """Read a server's own description; empty behind a gateway, where there may be nothing but OpenAI's API."""
+    for path in _ABOUT.get(owner, ()):
+        with contextlib.suppress(RemoteError):
+            content = await client.get(at(url, path))
+            return content if isinstance(content, dict) else {}
+    return {}
 
 
 async def tokenize(client: Client, url: str, model: str, text: str) -> list[int] | None:

@@ -80,10 +80,11 @@ def _finish(meta: Mapping[str, Any]) -> Literal["stop", "length"] | None:
         RemoteError: If the server gave it up. It may be asked again, unless the request was at fault.
     """
     reason = meta.get("finish_reason")
-    kind, status = (reason.get("type"), reason.get("status_code")) if isinstance(reason, dict) else (reason, None)
-    if kind == "abort" and status == 400:
+    if not isinstance(reason, dict):
+        return finish_of(reason)
+    if reason.get("type") == "abort" and reason.get("status_code") == 400:
         raise RemoteError(f"the server refuses the request (status 400): {reason.get('message')}", status=400)
-    return finish_of(kind)
+    return finish_of(reason.get("type"))
 
 
 def _last(meta: Mapping[str, Any], name: str, count: int) -> list[Any]:

@@ -82,7 +82,7 @@ def test_old_and_new_servers_tell_their_version(path: str, running_server: Runni
 
 def test_a_refusal_within_a_stream_is_an_error_at_once(server: ModelServer, remote: Aligner) -> None:
     server.answers = [gives_up("Input length exceeds the maximum.", 400, streams=True)]
-    with pytest.raises(RemoteError, match="refuses the request .status 400.: Input length exceeds") as caught:
+    with pytest.raises(RemoteError, match=r"refuses the request .status 400.: Input length exceeds") as caught:
         remote.correct("q", ANSWER)
     assert caught.value.status == 400 and not caught.value.temporary
 

@@ -99,7 +99,7 @@ class ModelServer:
             app.get("/version")(self.version)
             app.post("/v1/completions")(self.completions)
         else:
-            app.get("/get_server_info")(self.version)
+            app.get("/server_info")(self.server_info)
             app.post("/generate")(self.generate)
         return app
 
@@ -119,6 +119,14 @@ class ModelServer:
 
     async def version(self) -> Any:
         return {"version": "0.99"}
+
+    @property
+    def longest_prompt(self) -> int:
+        """SGLang refuses a prompt of this length, and none below."""
+        return self.max_model_len - 6
+
+    async def server_info(self) -> Any:
+        return {"version": "0.99", "max_req_input_len": self.longest_prompt}
 
     async def tokenize(self, request: Request) -> Any:
         if not self.has_tokenize:
@@ -222,6 +230,10 @@ class ModelServer:
     async def generate(self, request: Request) -> Any:
         body = await self._body(request)
         settings, ids = body["sampling_params"], body["input_ids"]
+        if len(ids) + settings["max_new_tokens"] > self.max_model_len or (
+            len(ids) >= self.longest_prompt and not body.get("stream")
+        ):
+            return JSONResponse({"error": {"message": "Requested token count exceeds the maximum."}}, 400)
         if body.get("stream"):
             return StreamingResponse(self._sglang_stream(body), media_type="text/event-stream")
 
@@ -247,6 +259,10 @@ class ModelServer:
     async def _sglang_stream(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         cut, written = (self.break_after.pop(0) if self.break_after else None), list[int]()
         settings, tops = body["sampling_params"], list[Any]()
+        if len(body["input_ids"]) >= self.longest_prompt:
+            yield sglang_abort("Input length exceeds the maximum allowed length.", 400)
+            return
+        sent, interval = 0, settings.get("stream_interval") or 1
         with self._runs():
             steps = self.steps(body["input_ids"], settings["max_new_tokens"], set(settings["stop_token_ids"]))
             async for token, logs, ended in steps:
@@ -259,8 +275,18 @@ class ModelServer:
                     best = self.best(logs, body["top_logprobs_num"])
                     tops.append([[float(logs[one]), one, None] for one in best])
                     meta["output_top_logprobs"] = tops
+                if ended is None and sent and len(written) - sent < interval:
+                    continue
+                sent = len(written)
                 yield f"data: {json.dumps({'text': '', 'output_ids': written, 'meta_info': meta})}\n\n".encode()
             yield b"data: [DONE]\n\n"
+
+
+def sglang_abort(message: str, status: int | None) -> bytes:
+    """Give the only event of a stream that SGLang gives up; a token that the model never wrote is in it."""
+    reason = {"type": "abort", "message": message, "status_code": status}
+    meta = {"completion_tokens": 1, "finish_reason": reason}
+    return f"data: {json.dumps({'text': '_', 'output_ids': [79], 'meta_info': meta})}\n\n".encode()
 
 
 class _First:

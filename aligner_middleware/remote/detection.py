@@ -20,7 +20,7 @@ Speak = Callable[[str], Dialect]
 """Makes the dialect by which a model is asked, of its name; the same one for the same name."""
 
 _KINDS = {"vllm": "vLLM", "sglang": "SGLang"}
-_VERSIONS = {"vllm": "/version", "sglang": "/get_server_info"}
+_ABOUT = {"vllm": ("//version",), "sglang": ("//server_info", "//get_server_info")}  # older ones have the latter
 _SOME = 8  # models that a message names
 
 
@@ -63,12 +63,16 @@ async def detect(client: Client, url: str, model: str | None, speak: Speak | Non
     cards = _cards(await client.get(place), place)
     card = _any_card(cards, model, url) if speak else _own_card(cards, model, url)
     owner = str(card.get("owned_by"))
-    longest = None if speak else card.get("max_model_len")  # of such an aligner the tokens are not the model's
+    about = await _about(client, url, owner)
+    version = [str(about["version"])[:40]] if about.get("version") else []
+    # SGLang takes no prompt of `max_req_input_len` tokens, which is less than its context.
+    lengths = [card.get("max_model_len"), about.get("max_req_input_len")]
+    longest = min((one for one in lengths if isinstance(one, int) and one > 1), default=None)
     own = SGLang() if owner == "sglang" else VLLM(card["id"])
     return Served(
-        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *await _version(client, url, owner)]),
+        kind=" ".join([_KINDS.get(owner, "an OpenAI-compatible server"), *version]),
         model=card["id"],
-        max_positions=longest if isinstance(longest, int) and longest > 1 else None,
+        max_positions=None if speak else longest,  # of such an aligner the tokens are not the model's
         dialect=speak(card["id"]) if speak else own,
     )
 
@@ -102,12 +106,13 @@ def _cards(content: Any, place: str) -> Sequence[Mapping[str, Any]]:
     return named
 
 
-async def _version(client: Client, url: str, owner: str) -> list[str]:
-    with contextlib.suppress(RemoteError):  # behind a gateway there may be nothing but OpenAI's API
-        if owner in _VERSIONS:
-            content = await client.get(at(url, "/" + _VERSIONS[owner]))
-            return [str(content["version"])[:40]] if isinstance(content, dict) and content.get("version") else []
-    return []
+async def _about(client: Client, url: str, owner: str) -> Mapping[str, Any]:
+    """Read a server's own description; empty behind a gateway, where there may be nothing but OpenAI's API."""
+    for path in _ABOUT.get(owner, ()):
+        with contextlib.suppress(RemoteError):
+            content = await client.get(at(url, path))
+            return content if isinstance(content, dict) else {}
+    return {}
 
 
 async def tokenize(client: Client, url: str, model: str, text: str) -> list[int] | None:

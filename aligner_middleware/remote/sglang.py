@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from aligner_middleware.engine import Sampler
+from aligner_middleware.errors import RemoteError
 from aligner_middleware.remote.dialect import UNLIKELY, Dialect, Logs, Piece, Written, finish_of, unusable
 
 _PATH = "//generate"  # beside the path of OpenAI's API, not below it
+_INTERVAL = 4  # tokens of one event: by default each event repeats all tokens so far
 
 
 class SGLang(Dialect):
@@ -23,6 +25,7 @@ class SGLang(Dialect):
     def verified(self, content: Any, ids: Sequence[int], count: int) -> list[Logs]:
         """See `Dialect`."""
         meta = _meta(content)
+        _finish(meta)
         given: list[Logs] = []
         if count:
             # The first entry is that of the token before, which has no log probability.
@@ -39,20 +42,19 @@ class SGLang(Dialect):
     ) -> tuple[str, dict[str, Any]]:
         """See `Dialect`."""
         body = _body(ids, most, sampler) | {"stream": True}
-        body["sampling_params"]["stop_token_ids"] = sorted(stop)
+        body["sampling_params"] |= {"stop_token_ids": sorted(stop), "stream_interval": _INTERVAL}
         wanted = {"return_logprob": True, "logprob_start_len": -1, "top_logprobs_num": top}
         return _PATH, body | (wanted if top else {})
 
     def written(self, content: Any, so_far: Written) -> Piece:
         """See `Dialect`."""
         meta = _meta(content)
+        finish = _finish(meta)
         ids, total = content.get("output_ids"), meta.get("completion_tokens")
         if not isinstance(ids, list) or not isinstance(total, int):
             raise unusable("it has no `output_ids`")
         fresh = total - so_far.tokens  # an event holds all tokens so far, or, by a setting of the server, the new ones
         so_far.tokens = total
-        reason = meta.get("finish_reason")
-        finish = finish_of(reason.get("type") if isinstance(reason, dict) else reason)
         tops = (meta.get("output_top_logprobs") or [])[-fresh:] if fresh else []
         return Piece(ids[-fresh:] if fresh else (), [_logs(top) for top in tops], finish)
 
@@ -69,6 +71,20 @@ def _meta(content: Any) -> Mapping[str, Any]:
     if not isinstance(meta, dict):
         raise unusable("it is not that of SGLang's /generate")
     return meta
+
+
+def _finish(meta: Mapping[str, Any]) -> Literal["stop", "length"] | None:
+    """Read why a request ended.
+
+    Raises:
+        RemoteError: If the server gave it up. It may be asked again, unless the request was at fault.
+    """
+    reason = meta.get("finish_reason")
+    if not isinstance(reason, dict):
+        return finish_of(reason)
+    if reason.get("type") == "abort" and reason.get("status_code") == 400:
+        raise RemoteError(f"the server refuses the request (status 400): {reason.get('message')}", status=400)
+    return finish_of(reason.get("type"))
 
 
 def _last(meta: Mapping[str, Any], name: str, count: int) -> list[Any]:

@@ -52,7 +52,12 @@ def _inside_of_fence(text: str) -> str:
 
 
 def _breaks_fences(answer: str, correction: str) -> bool:
-    return _open_fence(correction) and not _open_fence(answer)
+    # A block may also begin after text in its line ("Try this: ```sh"): to Markdown that is none, to many renderers it is.
+    return any(broken(correction) and not broken(answer) for broken in (_open_fence, _odd_fences))
+
+
+def _odd_fences(text: str) -> bool:
+    return text.count("```") % 2 == 1
 
 
 def _open_fence(text: str) -> bool:

@@ -18,6 +18,7 @@ from aligner_middleware.forks import Lock
 
 logger = logging.getLogger("aligner_middleware")
 
+_SPIN = 20  # microseconds that a thread spins for its next piece of work before it sleeps
 _PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _environment = Lock()
 
@@ -31,6 +32,9 @@ def session_options() -> Any:
     # Without VNNI instructions, pairs of products are summed in 16 bits, which overflow. This selects the exact kernel there,
     # which is a fifth slower. CPUs with VNNI are exact anyway, and no slower (docs/engine.md).
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # By itself ONNX Runtime lets idle threads spin for long. Where a core is shared, those that wait then keep those that work
+    # from running, and a correction takes half as long again or twice as long (benchmarks/spinning.py).
+    options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
     return options
 
 

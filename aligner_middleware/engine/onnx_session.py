@@ -32,8 +32,8 @@ def session_options() -> Any:
     # Without VNNI instructions, pairs of products are summed in 16 bits, which overflow. This selects the exact kernel there,
     # which is a fifth slower. CPUs with VNNI are exact anyway, and no slower (docs/engine.md).
     options.add_session_config_entry("session.x64quantprecision", "1")
-    # By itself ONNX Runtime lets idle threads spin for long. Where a core is shared, those that wait then keep those that work
-    # from running, and a correction takes half as long again or twice as long (benchmarks/spinning.py).
+    # By itself ONNX Runtime lets idle threads spin for long. Where cores are shared, those that wait then keep those that
+    # work from running, and a correction takes half as long again or twice as long (benchmarks/spinning.py).
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
     return options
 

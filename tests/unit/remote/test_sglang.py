@@ -1,6 +1,6 @@
 """SGLang's own ways: a context that it does not give whole, requests that it gives up, events that hold several tokens."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -10,39 +10,16 @@ from fastapi.responses import JSONResponse, Response
 
 from aligner_middleware import Aligner
 from aligner_middleware.errors import RemoteError
-from tests.fakes import FakeAligner, fake_aligner, judging_aligner
-from tests.model_server import ModelServer, Running, running, sglang_abort
+from tests.fakes import fake_aligner
+from tests.model_server import Kind, ModelServer, Running, running, sglang_abort
 from tests.unit.remote.test_equal import ANSWER, folder_of, soften
 
 EXPECTED = soften("q", ANSWER)
 
 
-@pytest.fixture(scope="module")
-def local() -> Iterator[FakeAligner]:
-    with judging_aligner(soften) as aligner:
-        yield aligner
-
-
-@pytest.fixture(scope="module")
-def folder(local: FakeAligner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of(local, tmp_path_factory.mktemp("aligner"))
-
-
 @pytest.fixture
-def running_server(local: FakeAligner) -> Iterator[Running]:
-    with running(ModelServer(local.fake_model, local._codec.tokenizer, "sglang")) as one:
-        yield one
-
-
-@pytest.fixture
-def server(running_server: Running) -> ModelServer:
-    return running_server.server
-
-
-@pytest.fixture
-def remote(running_server: Running, folder: Path) -> Iterator[Aligner]:
-    with Aligner.connect(running_server.url, folder, patience=5) as aligner:
-        yield aligner
+def kind() -> Kind:
+    return "sglang"
 
 
 def gives_up(message: str, status: int | None, *, streams: bool) -> Callable[[Request], Response | None]:

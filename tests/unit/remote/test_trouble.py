@@ -18,39 +18,11 @@ from langchain_core.language_models import GenericFakeChatModel
 
 from aligner_middleware import Aligner, AlignerRunnable
 from aligner_middleware.errors import ClosedError, CorrectionTimeoutError, InputError, RemoteError
-from tests.fakes import FakeAligner, FakeModel, byte_tokenizer, judging_aligner
+from tests.fakes import FakeAligner, FakeModel, byte_tokenizer
 from tests.model_server import ModelServer, Running, running
-from tests.unit.remote.test_equal import ANSWER, folder_of, soften
+from tests.unit.remote.test_equal import ANSWER, soften
 
 EXPECTED = soften("q", ANSWER)
-
-
-@pytest.fixture(scope="module")
-def local() -> Iterator[FakeAligner]:
-    with judging_aligner(soften) as aligner:
-        yield aligner
-
-
-@pytest.fixture(scope="module")
-def folder(local: FakeAligner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of(local, tmp_path_factory.mktemp("aligner"))
-
-
-@pytest.fixture
-def running_server(local: FakeAligner) -> Iterator[Running]:
-    with running(ModelServer(local.fake_model, local._codec.tokenizer)) as one:
-        yield one
-
-
-@pytest.fixture
-def server(running_server: Running) -> ModelServer:
-    return running_server.server
-
-
-@pytest.fixture
-def remote(running_server: Running, folder: Path) -> Iterator[Aligner]:
-    with Aligner.connect(running_server.url, folder, patience=5) as aligner:
-        yield aligner
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:

@@ -128,9 +128,7 @@ class Course:
                 return
             except RemoteError as exc:
                 served.dialect.adapt(exc)
-                if (
-                    served.dialect.without == without
-                ):  # neither this request nor another one has found what to leave out
+                if served.dialect.without == without:  # nor has another request found a field to leave out
                     raise
 
     @property

@@ -21,7 +21,7 @@ from tests.chat_server import ChatServer, asked_for, part
 from tests.fakes import collected
 from tests.model_server import Running, running
 from tests.unit.remote.test_equal import ANSWER, soften
-from tests.unit.remote.test_trouble import until
+from tests.unit.remote.test_trouble import cancelled, until
 
 EXPECTED = soften("q", ANSWER)
 KEPT = "All is well, and  this answer\tmay stay as it is. 😀\r\n"
@@ -335,16 +335,7 @@ def test_a_short_answer_may_be_corrected_at_some_length(server: ChatServer, remo
 
 def test_a_call_that_is_cancelled_ends_on_the_server(server: ChatServer, remote: Aligner) -> None:
     server.delay = 0.05
-
-    async def cancelled() -> None:
-        task = asyncio.create_task(remote.acorrect("q", ANSWER))
-        while not (server.running and len(server.requests) == 2):
-            await asyncio.sleep(0.002)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(cancelled())
+    asyncio.run(cancelled(remote, ANSWER, lambda: server.running and len(server.requests) == 2))
     until(lambda: not server.running)
     assert server.ended_early == 1
 

@@ -25,6 +25,16 @@ from tests.unit.remote.test_equal import ANSWER, soften
 EXPECTED = soften("q", ANSWER)
 
 
+async def cancelled(remote: Aligner, answer: str, when: Callable[[], object]) -> None:
+    """Begin a call, and cancel it as soon as a condition holds."""
+    task = asyncio.create_task(remote.acorrect("q", answer))
+    while not when():
+        await asyncio.sleep(0.002)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def until(condition: Callable[[], object], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -235,15 +245,7 @@ def test_a_server_that_says_nothing_is_given_up(server: ModelServer, running_ser
 def test_a_call_that_is_given_up_ends_on_the_server(answer: str, server: ModelServer, remote: Aligner) -> None:
     server.delay = 0.5 if answer != ANSWER else 0.05
 
-    async def cancelled() -> None:
-        task = asyncio.create_task(remote.acorrect("q", answer))
-        while not server.running:
-            await asyncio.sleep(0.002)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(cancelled())
+    asyncio.run(cancelled(remote, answer, lambda: server.running))
     until(lambda: not server.running)
     assert server.ended_early == 1
     with pytest.raises(CorrectionTimeoutError):

@@ -12,6 +12,8 @@ from aligner_middleware.engine import Generation
 from aligner_middleware.engine.runner import Runner
 from aligner_middleware.errors import InputError
 from aligner_middleware.request import Request
+from aligner_middleware.smaller import decode_smallest
+from aligner_middleware.steps import run
 
 
 def submit(scheduler: Runner, request: Request | InputError) -> Future[Generation] | None:
@@ -43,7 +45,7 @@ def run_together(
     try:
         futures += (submit(scheduler, request) for request in requests)
         for request, future in zip(requests, futures, strict=True):
-            outcome = _outcome(codec, request, future, deadline)
+            outcome = _outcome(codec, scheduler, request, future, deadline)
             if isinstance(outcome, Exception) and not return_exceptions:
                 try:
                     raise outcome
@@ -57,13 +59,17 @@ def run_together(
 
 
 def _outcome(
-    codec: Codec, request: Request | InputError, future: Future[Generation] | None, deadline: Deadline
+    codec: Codec,
+    scheduler: Runner,
+    request: Request | InputError,
+    future: Future[Generation] | None,
+    deadline: Deadline,
 ) -> Correction | Exception:
     if isinstance(request, InputError):
         return request
     try:
         if future is not None:
             deadline.result(future)
-        return codec.decode(request)
+        return run(decode_smallest(codec, scheduler, request, deadline))
     except Exception as exc:
         return exc

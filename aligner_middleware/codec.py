@@ -16,7 +16,7 @@ from aligner_middleware.request import Request
 from aligner_middleware.settings import Settings, limits
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text.checks import check_question, check_text
-from aligner_middleware.text.edits import Operation, apply, count_sentences
+from aligner_middleware.text.edits import Operation, apply
 from aligner_middleware.text.place import tail_length
 from aligner_middleware.text.reasoning import set_aside
 from aligner_middleware.text.safeguards import doubts
@@ -72,10 +72,9 @@ class Codec:
         self.verdict_ids = verdict_ids(tokenizer, template)
         self.max_characters = max_positions * _CHARACTERS
         self.copies = template.mark is None
-        self._max_positions = max_positions
+        self._max_positions, self._tail = max_positions, tail_length(tokenizer, template)
         self._least_room = min(_ROOM, max_positions // 4)  # tokens that operations must have free
         self._end, self._room = eos_token_ids[0], _ROOM if tokenizer.largest_id > 255 else _ROOM_IN_BYTES
-        self._tail = tail_length(tokenizer, template)
 
     def encode(
         self,
@@ -271,18 +270,20 @@ class Codec:
             names.append("repeats")
         return text, tuple(names)
 
+    def operations(self, generation: Generation, after: int = 0) -> list[Operation]:
+        """Give the operations of an edit that is done, on sentences after this one; raises ValueError if it has none."""
+        found = decode_operations(self.tokenizer, self.template, generation.tokens)
+        return [one for one in found if one.sentence > after]
+
     def _late(self, request: Request, generation: Generation, verdict: Verdict | None) -> int:
         """Count the released sentences that the verdict on the whole would change."""
-        count = count_sentences(request.text, request.released) if verdict != "keep" else 0
+        count = request.released_sentences if verdict != "keep" else 0
         if count and verdict == "edit" and not self.copies:
             try:
-                return sum(one.sentence <= count for one in self._operations(generation))
+                return sum(one.sentence <= count for one in self.operations(generation))
             except ValueError:
                 return 0
         return count
-
-    def _operations(self, generation: Generation) -> list[Operation]:
-        return decode_operations(self.tokenizer, self.template, generation.tokens)
 
     def _decode_text(self, request: Request, generation: Generation, verdict: Verdict | None) -> str:
         """Give the corrected text of a generation.
@@ -291,8 +292,7 @@ class Codec:
             ValueError: If its tokens should be operations on the answer's sentences and are not.
         """
         if verdict == "edit" and not self.copies:
-            first = count_sentences(request.text, request.released) + 1
-            return apply(request.text, [one for one in self._operations(generation) if one.sentence >= first])
+            return apply(request.text, self.operations(generation, request.released_sentences))
         # Not every tokenizer decodes a text to the same text: an unchanged answer is not decoded.
         if generation.tokens == list(encode_continuation(self.tokenizer, self.template, request.text)):
             return request.text

@@ -20,7 +20,8 @@ from aligner_middleware.read_ahead import Chunks, ReadAhead
 from aligner_middleware.request import Request
 from aligner_middleware.sentences import SentenceAhead
 from aligner_middleware.settings import check_choice, check_released, check_verdicts, limits
-from aligner_middleware.steps import together
+from aligner_middleware.smaller import decode_smallest
+from aligner_middleware.steps import arun, together
 from aligner_middleware.streaming import CorrectionFlow, CorrectionStream
 from aligner_middleware.strength import OnDoubt, Strength
 from aligner_middleware.text import worker
@@ -153,12 +154,13 @@ class Corrector:
             AlignerError: As `correct` does.
         """
         options = self._options(timeout, strength, on_doubt, instruction)
-        async with Deadline(timeout).limit():
+        deadline = Deadline(timeout)
+        async with deadline.limit():
             encode = partial(self._codec.encode, question, answer, **options)
             request = await worker.run(encode)
             if future := submit(self._scheduler, request):
                 await asyncio.wrap_future(future)
-            return await worker.run(partial(self._codec.decode, request))
+        return await arun(decode_smallest(self._codec, self._scheduler, request, deadline))
 
     async def acorrect_batch(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aligner_middleware.engine import Generation
 from aligner_middleware.strength import OnDoubt
+from aligner_middleware.text.edits import count_sentences
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Request:
     generation: Generation | None
     on_doubt: OnDoubt
     released: int = 0
+
+    @property
+    def released_sentences(self) -> int:
+        """The number of sentences that begin in what has been shown."""
+        return count_sentences(self.text, self.released)
+
+    def for_verdict(self) -> Request:
+        """Have its generation end with its verdict, and give the request itself."""
+        if self.generation is not None:
+            self.generation.verdict_only, self.generation.max_new_tokens = True, 1
+        return self
 
     @property
     def decodes_final_text(self) -> bool:

@@ -102,7 +102,7 @@ class SentenceAhead(ReadAhead):
             request = yield from beside(partial(self._encode_whole, answer, self.prefill), deadline)
             if request.generation is None:
                 return False
-            request.generation.verdict_only, request.generation.max_new_tokens = True, 1
+            request.for_verdict()
             future = self._scheduler.submit(request.generation)
             yield Wait(future, deadline)
             return self._codec.verdict(request) == "keep"

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
 from aligner_middleware.deadline import Deadline
 from aligner_middleware.text import worker
@@ -28,6 +28,10 @@ class Step(Protocol):
         """Do it, and leave the event loop free."""
 
 
+@overload
+def run(steps: Generator[Step, None, T]) -> T: ...
+@overload
+def run(steps: Generator[str | Step, None, T]) -> str | T: ...
 def run(steps: Generator[str | Step, None, T]) -> str | T:
     """Run steps up to the next text, and give that; at their end, give their result."""
     try:
@@ -44,6 +48,10 @@ def run(steps: Generator[str | Step, None, T]) -> str | T:
         return cast(T, end.value)
 
 
+@overload
+async def arun(steps: Generator[Step, None, T]) -> T: ...
+@overload
+async def arun(steps: Generator[str | Step, None, T]) -> str | T: ...
 async def arun(steps: Generator[str | Step, None, T]) -> str | T:
     """Do the same as `run`, and leave the event loop free."""
     try:

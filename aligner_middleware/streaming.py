@@ -21,6 +21,7 @@ from aligner_middleware.engine.runner import Runner
 from aligner_middleware.read_ahead import Chunks, Gather, ReadAhead
 from aligner_middleware.request import Request
 from aligner_middleware.rest import decode_with_rest, encode_rest
+from aligner_middleware.smaller import decode_smallest
 from aligner_middleware.steps import EngineProgress, Step, Wait, arun, beside, run
 from aligner_middleware.text.tokenizer import TextStream
 
@@ -178,10 +179,10 @@ class CorrectionFlow:
                     rest = yield from self._submit_rest(request, deadline)
                 if self._future is not None:
                     yield Wait(self._future, deadline)
-            decode = (
-                partial(decode_with_rest, self._codec, request, rest) if rest else partial(self._codec.decode, request)
-            )
-            self.correction = yield from beside(decode, deadline)
+            if rest:
+                self.correction = yield from beside(partial(decode_with_rest, self._codec, request, rest), deadline)
+            else:
+                self.correction = yield from decode_smallest(self._codec, self._scheduler, request, deadline)
             if text := self.correction.corrected[len(self._released) :]:
                 yield text
         finally:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from aligner_middleware.text.structure import is_fence
 
 _ITEM = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})[.)]\s+")  # "1. ", "b) " at the beginning of a line
+_RUN_ON = re.compile(r"(?<=[a-z,;:]) +(?=[A-Z])")  # where a sentence may begin after one that lacks its end mark
+_MOST_NAMED = 4  # an edit that names more sentences has not named one too many
 _END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+\s*")
 
 
@@ -134,6 +136,24 @@ def operations(answer: str, correction: str) -> list[Operation] | None:
             new[start] = "".join(wanted[first:last]).strip()
     found = [Operation(at + 1, text) for at, text in sorted(new.items())]
     return found if found and apply(answer, found).split() == correction.split() else None
+
+
+def smaller_edits(answer: str, found: Sequence[Operation]) -> list[list[Operation]]:
+    """Give edits that change less of an answer than this one, and may suffice.
+
+    Of several sentences each may be the only bad one, or, where all are removed, be named without need. A sentence that
+    begins in lower case and is removed may hold the next one, if its end mark is missing: that stays.
+    """
+    if len(found) == 1 and not found[0].text:
+        sentence = found[0].sentence
+        core = split_sentences(answer)[sentence - 1].strip()
+        starts = [match.end() for match in _RUN_ON.finditer(core)] if core[:1].islower() else []
+        return [[Operation(sentence, core[start:])] for start in starts[:_MOST_NAMED]]
+    if not 1 < len(found) <= _MOST_NAMED:
+        return []
+    alone = [[Operation(one.sentence, "")] for one in found]
+    removes = len(found) > 2 and not any(one.text for one in found)
+    return [*alone, *([one for one in found if one is not other] for other in found if removes)]
 
 
 def _gap(piece: str) -> str:

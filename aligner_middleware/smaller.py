@@ -1,0 +1,82 @@
+"""The smallest edit that suffices: sentences that an edit names without need come back.
+
+A small model names a neighbour of the bad sentence with it at times, and of a sentence that lacks its end mark it removes the
+good one that follows, too. The verdict knows better: each smaller edit is asked for its own, and the one that changes least
+of those that are clearly kept takes the edit's place. Where none is, the edit stays. Only edits that can be smaller are asked
+for, and all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from aligner_middleware.codec import Codec
+from aligner_middleware.correction import Correction
+from aligner_middleware.deadline import Deadline
+from aligner_middleware.engine.runner import Runner
+from aligner_middleware.request import Request
+from aligner_middleware.steps import Step, Wait, beside
+from aligner_middleware.text.edits import apply, smaller_edits
+from aligner_middleware.text.safeguards import doubts
+
+_CLEAR = 0.1  # score up to which an edited answer is clearly kept; far below every threshold, as verdicts are sharp
+
+
+def decode_smallest(
+    codec: Codec, scheduler: Runner, request: Request, deadline: Deadline
+) -> Generator[Step, None, Correction]:
+    """Make a correction of a request whose generation is done, in steps.
+
+    Args:
+        codec: What has encoded it.
+        scheduler: Runs the verdicts on smaller edits.
+        request: The request.
+        deadline: For all steps.
+
+    Raises:
+        AlignerError: As `Aligner.correct` does.
+    """
+    if codec.verdict(request) == "edit" and not codec.copies:
+        smaller = yield from beside(partial(_encode, codec, request), deadline)
+        futures = [scheduler.submit(one.generation) for one in smaller if one.generation is not None]
+        try:
+            for future in futures:
+                yield Wait(future, deadline)
+        finally:
+            for future in futures:
+                future.cancel()
+        if smaller:
+            return (yield from beside(partial(_choose, codec, request, smaller), deadline))
+    return (yield from beside(partial(codec.decode, request), deadline))
+
+
+def _encode(codec: Codec, request: Request) -> list[Request]:
+    """Encode each smaller edit of an answer that no safeguard objects to, for its verdict alone."""
+    assert request.generation is not None
+    try:
+        found = codec.operations(request.generation, request.released_sentences)
+        apply(request.text, found)
+    except ValueError:  # they are no operations on this answer
+        return []
+    texts = dict.fromkeys(apply(request.text, edit) for edit in smaller_edits(request.text, found))
+    requests = []
+    for text in texts:
+        if not doubts(request.text, text, question=request.question):
+            one = codec.encode(request.question, text, instruction=request.instruction or "")
+            requests.append(one.for_verdict())
+    return requests
+
+
+def _choose(codec: Codec, request: Request, smaller: Sequence[Request]) -> Correction:
+    """Take the longest text that is clearly kept, or the edit itself."""
+    kept, seconds = [], 0.0
+    for one in smaller:
+        if one.generation is not None and one.generation.log_odds is not None:
+            seconds = max(seconds, one.generation.seconds)  # they share their pass
+            if codec.calibration.score(one.generation.log_odds) <= _CLEAR:
+                kept.append(one.text)
+    made = codec.conclude(request, max(kept, key=len), ()) if kept else codec.decode(request)
+    usage = replace(made.usage, passes=made.usage.passes + 1, seconds=made.usage.seconds + seconds)
+    return replace(made, usage=usage)

@@ -17,7 +17,8 @@ class Usage:
     """The cost of a correction.
 
     Attributes:
-        prompt_tokens: Length of the prompt, which holds question and answer.
+        prompt_tokens: Length of the prompt, which holds question and answer; of all prompts, where smaller edits or the rest
+            of an answer had their own.
         draft_tokens: Length of the answer where it was given to the model as a draft of its output.
         accepted_tokens: Draft tokens that the model accepted.
         decoded_tokens: Tokens decoded one by one.

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from aligner_middleware.codec import Codec
-from aligner_middleware.correction import Correction
+from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.deadline import Deadline
 from aligner_middleware.engine.runner import Runner
 from aligner_middleware.request import Request
@@ -71,12 +71,12 @@ def _encode(codec: Codec, request: Request) -> list[Request]:
 
 def _choose(codec: Codec, request: Request, smaller: Sequence[Request]) -> Correction:
     """Take the longest text that is clearly kept, or the edit itself."""
-    kept, seconds = [], 0.0
+    kept, cost, seconds = list[str](), Usage(), 0.0
     for one in smaller:
-        if one.generation is not None and one.generation.log_odds is not None:
-            seconds = max(seconds, one.generation.seconds)  # they share their pass
-            if codec.calibration.score(one.generation.log_odds) <= _CLEAR:
+        if (generation := one.generation) is not None and generation.log_odds is not None:
+            cost += Usage(prompt_tokens=len(generation.prompt), passes=generation.passes)
+            seconds = max(seconds, generation.seconds)  # they run at the same time
+            if codec.calibration.score(generation.log_odds) <= _CLEAR:
                 kept.append(one.text)
     made = codec.conclude(request, max(kept, key=len), ()) if kept else codec.decode(request)
-    usage = replace(made.usage, passes=made.usage.passes + 1, seconds=made.usage.seconds + seconds)
-    return replace(made, usage=usage)
+    return replace(made, usage=made.usage + replace(cost, seconds=seconds))

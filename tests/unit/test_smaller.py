@@ -90,16 +90,19 @@ def test_a_smaller_edit_that_is_not_clearly_kept_is_not_taken(odds: float) -> No
         assert both_ways(aligner, LONG).corrected == full
 
 
-def test_it_costs_one_pass_where_an_edit_can_be_smaller_and_none_elsewhere() -> None:
-    several = "First of all, go to the old bridge. Turn left. You idiot! Then go on to the church and ask there."
-    with judging_aligner(with_neighbours) as aligner, judging_aligner(the_whole) as other:
-        made, alone = aligner.correct("q", several), other.correct("q", several)
-        generation_passes = made.usage.passes - 1
-        assert generation_passes > 1
-        before = other.fake_model.passes
-        assert (
-            other.correct("q", several).usage == alone.usage or other.fake_model.passes - before == alone.usage.passes
-        )
+def test_only_an_edit_that_can_be_smaller_costs_more() -> None:
+    with judging_aligner(with_neighbours) as several, judging_aligner(the_whole) as single:
+        for aligner in (several, single):
+            made = aligner.correct("q", LONG)
+            assert made.corrected == LONG.replace(BAD, "")
+            written = (
+                made.usage.decoded_tokens + 2
+            )  # a pass for the prompt, for each token of the edit, and for its end
+            asked = made.usage.passes - written
+            assert asked == (
+                6 if aligner is several else 0
+            )  # each of three sentences removed alone, each left in alone
+            assert asked == 0 or made.usage.prompt_tokens > 5 * single.correct("q", LONG).usage.prompt_tokens
 
 
 def test_it_counts_as_part_of_the_call_for_its_timeout() -> None:

@@ -6,15 +6,19 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from aligner_middleware.data.files import read_lines
 from aligner_middleware.data.json_lines import parse_json, text_at
 from aligner_middleware.errors import DataError, JobError
 
 LONGEST_INSTRUCTION = 2000  # characters
+Instruction = Annotated[
+    str | None, Field(max_length=LONGEST_INSTRUCTION), AfterValidator(lambda text: (text or "").strip() or None)
+]
+"""How a row's answer is to be corrected, if the row says that; a blank one is none."""
 
 
 class Triple(BaseModel):
@@ -33,12 +37,7 @@ class Triple(BaseModel):
     answer: str = Field(min_length=1)
     correction: str
     category: str = ""
-    instruction: str | None = Field(default=None, max_length=LONGEST_INSTRUCTION)
-
-    @field_validator("instruction")
-    @classmethod
-    def _strip(cls, instruction: str | None) -> str | None:
-        return (instruction or "").strip() or None
+    instruction: Instruction = None
 
     @property
     def keeps(self) -> bool:

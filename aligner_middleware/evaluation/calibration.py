@@ -129,7 +129,7 @@ def measure(
     measured = []
     for done, row in enumerate(rows, 1):
         with contextlib.suppress(InputError):
-            measured.append(MeasuredRow(row, aligner.evidence(row.question, row.answer), file))
+            measured.append(MeasuredRow(row, aligner.evidence(row.question, row.answer, row.instruction), file))
         report(Progress("calibrate", done, len(rows)))
     return measured
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aligner_middleware.aligner import Aligner
@@ -142,7 +143,7 @@ def guard(
         for index, corrections in sorted(_corrected(aligner, part, strengths).items()):
             row, score = part[index], corrections[strengths[-1]].score
             if score is None:
-                score = aligner.evidence(row.question, row.answer)
+                score = aligner.evidence(row.question, row.answer, row.instruction)
             guarded.append(GuardedRow(row, corrections, score))
         report(Progress("evaluate", start + len(part), len(rows)))
     return GuardEvaluation(guarded, len(rows) - len(guarded), tuple(strengths))
@@ -151,11 +152,22 @@ def guard(
 def _corrected(
     aligner: Aligner, rows: Sequence[LabelledRow], strengths: Sequence[Strength]
 ) -> dict[int, dict[Strength, Correction]]:
-    """Correct rows at each strength; those that cannot be corrected are not in the result."""
+    """Correct rows at each strength, each by its instruction; those that cannot be corrected are not in the result."""
+    results: dict[int, dict[Strength, Correction]] = {}
+    for told in dict.fromkeys(row.instruction for row in rows):
+        pairs = {at: (row.question, row.answer) for at, row in enumerate(rows) if row.instruction == told}
+        found = _corrected_by(aligner, told, [*pairs.values()], strengths)
+        results |= {at: found[index] for index, at in enumerate(pairs) if index in found}
+    return results
+
+
+def _corrected_by(
+    aligner: Aligner, instruction: str | None, pairs: Sequence[tuple[str, str]], strengths: Sequence[Strength]
+) -> dict[int, dict[Strength, Correction]]:
     *lower, most = strengths
     results: dict[int, dict[Strength, Correction]] = {}
-    pairs = [(row.question, row.answer) for row in rows]
-    for index, outcome in enumerate(aligner.correct_batch(pairs, strength=most, return_exceptions=True)):
+    correct = partial(aligner.correct_batch, instruction=instruction)
+    for index, outcome in enumerate(correct(pairs, strength=most, return_exceptions=True)):
         if isinstance(outcome, Correction):
             results[index] = dict.fromkeys(strengths, outcome)
         elif not isinstance(outcome, InputError):
@@ -164,7 +176,7 @@ def _corrected(
     for place, strength in enumerate(lower):
         if place:
             unsure = [index for index in unsure if not _same(results[index][lower[place - 1]], results[index][most])]
-        again = aligner.correct_batch([pairs[index] for index in unsure], strength=strength)
+        again = correct([pairs[index] for index in unsure], strength=strength)
         for index, correction in zip(unsure, again, strict=True):
             results[index][strength] = correction
     return results

@@ -144,7 +144,7 @@ class StateReader:
 
     def _prompt(self, row: LabelledRow) -> list[int]:
         try:
-            generation = self._codec.encode_for_evidence(row.question, row.answer).generation
+            generation = self._codec.encode_for_evidence(row.question, row.answer, row.instruction).generation
         except InputError:
             return []
         return [] if generation is None else list(generation.prompt)

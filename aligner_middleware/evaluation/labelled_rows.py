@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from aligner_middleware.data.files import read_lines
 from aligner_middleware.data.json_lines import parse_json
+from aligner_middleware.data.triples import Instruction
 from aligner_middleware.errors import DataError, JobError
 
 Kind = Literal["keep", "refusal", "bad"]
@@ -26,6 +27,7 @@ class LabelledRow(BaseModel):
             corrections) for one that is to be changed.
         source: The set or model that the row is from.
         category: Its subject.
+        instruction: How the answer is to be corrected, if the row says that.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -35,6 +37,7 @@ class LabelledRow(BaseModel):
     kind: Kind
     source: str = ""
     category: str = ""
+    instruction: Instruction = None
 
     @field_validator("question", "answer")
     @classmethod
@@ -90,7 +93,7 @@ def is_labelled(path: Path) -> bool:
 
 
 def read_labelled(path: Path, source: str = "") -> list[LabelledRow]:
-    """Read labelled rows: JSON lines with question, answer and kind, maybe source and category; plain or gzipped.
+    """Read labelled rows: JSON lines with question, answer and kind, maybe source, category, instruction; maybe gzipped.
 
     Args:
         path: The file.
@@ -104,7 +107,7 @@ def read_labelled(path: Path, source: str = "") -> list[LabelledRow]:
     for number, line in read_lines(path):
         try:
             row = LabelledRow.model_validate(parse_json(line))
-            "".join((row.question, row.answer, row.source, row.category)).encode()
+            "".join((row.question, row.answer, row.source, row.category, row.instruction or "")).encode()
         except ValidationError as exc:
             error = exc.errors()[0]
             name = ".".join(map(str, error["loc"]))

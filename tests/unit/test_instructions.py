@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 
 from aligner_middleware import Aligner, InputError
 from aligner_middleware.cli import app as cli
+from aligner_middleware.evaluation.calibration import measure
+from aligner_middleware.evaluation.guard import guard
+from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from aligner_middleware.text.template import PromptTemplate
 from tests.fakes import (
     FakeModel,
@@ -119,6 +122,16 @@ def test_likelihood_evidence_and_room_count_the_instruction() -> None:
         assert not likeliest
         assert aligner.evidence("q", ANSWER) <= 0 < aligner.evidence("q", ANSWER, FORMAL) < math.inf
         assert aligner.longest_answer("q", "x" * 1000) < aligner.longest_answer("q") - 400
+
+
+def test_labelled_rows_are_measured_and_corrected_each_by_its_own_instruction() -> None:
+    told_so = [None, FORMAL, "kind", None, " ", FORMAL]
+    rows = [LabelledRow(question="q", answer=ANSWER, kind="bad", instruction=one) for one in told_so]
+    with instructed_aligner(told) as aligner:
+        texts = [item.corrections["medium"].corrected for item in guard(aligner, rows).rows]
+        evidence = [item.evidence for item in measure(aligner, rows)]
+    assert texts == [told((one or "").strip(), "q", ANSWER) for one in told_so]
+    assert [value > 0 for value in evidence] == [text != ANSWER for text in texts]
 
 
 def test_an_answer_is_read_ahead_with_its_instruction() -> None:

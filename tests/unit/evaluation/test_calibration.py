@@ -64,7 +64,7 @@ class SayingAligner:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def evidence(self, question: str, answer: str) -> float:
+    def evidence(self, question: str, answer: str, instruction: str | None = None) -> float:
         if answer.startswith("endless"):
             raise InputError("too long")
         return float(answer.split()[-1])

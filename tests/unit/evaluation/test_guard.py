@@ -57,7 +57,9 @@ class ScoringAligner:
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def correct_batch(self, pairs: Any, *, strength: Any = None, return_exceptions: bool = False) -> list[Any]:
+    def correct_batch(
+        self, pairs: Any, *, strength: Any = None, return_exceptions: bool = False, **told: Any
+    ) -> list[Any]:
         found: list[Any] = []
         for question, answer in pairs:
             self.asked.append((strength, answer))
@@ -85,7 +87,7 @@ class SurprisedAligner(ScoringAligner):
         made = super().correct_batch(pairs, **options)
         return [replace(one, verdict=None, score=None) if isinstance(one, Correction) else one for one in made]
 
-    def evidence(self, question: str, answer: str) -> float:
+    def evidence(self, question: str, answer: str, instruction: str | None = None) -> float:
         return 10 * score_of(answer)
 
 

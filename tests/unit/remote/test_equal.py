@@ -16,6 +16,7 @@ from aligner_middleware.remote.scheduler import RemoteScheduler
 from tests.fakes import SPARE, FakeAligner, FakeModel, artifact_folder, collected, fake_aligner, judging_aligner
 from tests.model_server import Kind, ModelServer, running
 from tests.unit.test_aligner import Wavering
+from tests.unit.test_smaller import BAD, LONG, with_neighbours
 
 STOP = frozenset({0})
 KINDS: tuple[Kind, ...] = ("vllm", "sglang")
@@ -198,6 +199,18 @@ def test_sentences_are_decided_as_here_with_a_request_each(
 
 def asks_a_token(body: dict[str, Any]) -> bool:
     return body.get("max_tokens", body.get("sampling_params", {}).get("max_new_tokens")) == 1  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_is_made_smaller_as_here_with_a_request_for_each_verdict(kind: Kind, tmp_path: Path) -> None:
+    with judging_aligner(with_neighbours) as local:
+        server = ModelServer(local.fake_model, local._codec.tokenizer, kind)
+        with running(server) as one, Aligner.connect(one.url, folder_of(local, tmp_path)) as remote:
+            server.requests.clear()
+            there = remote.correct("q", LONG)
+            assert there.corrected == local.correct("q", LONG).corrected == LONG.replace(BAD, "")
+            assert there.usage.passes == len(server.requests)
+            assert sum(map(asks_a_token, server.requests)) == 7  # the answer's, and those of six smaller edits
 
 
 def test_evidence_and_likelihoods_are_those_of_the_aligner_here(both: tuple[FakeAligner, Aligner, ModelServer]) -> None:

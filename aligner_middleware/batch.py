@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import closing
 
 from aligner_middleware.codec import Codec
 from aligner_middleware.correction import Correction
@@ -70,6 +71,7 @@ def _outcome(
     try:
         if future is not None:
             deadline.result(future)
-        return run(decode_smallest(codec, scheduler, request, deadline))
+        with closing(decode_smallest(codec, scheduler, request, deadline)) as steps:
+            return run(steps)
     except Exception as exc:
         return exc

@@ -6,6 +6,7 @@ They share a codec and a scheduler; `aligner.py` makes both.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, get_args, overload
@@ -160,7 +161,8 @@ class Corrector:
             request = await worker.run(encode)
             if future := submit(self._scheduler, request):
                 await asyncio.wrap_future(future)
-        return await arun(decode_smallest(self._codec, self._scheduler, request, deadline))
+        with contextlib.closing(decode_smallest(self._codec, self._scheduler, request, deadline)) as steps:
+            return await arun(steps)
 
     async def acorrect_batch(
         self,

@@ -9,25 +9,30 @@ for, and all at once.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
 from aligner_middleware.codec import Codec
 from aligner_middleware.correction import Correction, Usage
 from aligner_middleware.deadline import Deadline
+from aligner_middleware.engine import Generation
 from aligner_middleware.engine.runner import Runner
+from aligner_middleware.errors import AlignerError
 from aligner_middleware.request import Request
 from aligner_middleware.steps import Step, Wait, beside
-from aligner_middleware.text.edits import apply, smaller_edits
+from aligner_middleware.text.edits import apply, share_kept, smaller_edits
 from aligner_middleware.text.safeguards import doubts
 
-_CLEAR = 0.1  # score up to which an edited answer is clearly kept; far below every threshold, as verdicts are sharp
+_CLEAR = 0.1  # score up to which an edited answer is clearly kept; verdicts are sharp
 
 
 def decode_smallest(
     codec: Codec, scheduler: Runner, request: Request, deadline: Deadline
 ) -> Generator[Step, None, Correction]:
     """Make a correction of a request whose generation is done, in steps.
+
+    The edit is there by then: where smaller ones cannot be asked for, or take too long, it stands.
 
     Args:
         codec: What has encoded it.
@@ -38,18 +43,28 @@ def decode_smallest(
     Raises:
         AlignerError: As `Aligner.correct` does.
     """
-    if codec.verdict(request) == "edit" and not codec.copies:
-        smaller = yield from beside(partial(_encode, codec, request), deadline)
-        futures = [scheduler.submit(one.generation) for one in smaller if one.generation is not None]
+    generation = request.generation
+    if codec.verdict(request) == "edit" and not codec.copies and generation and generation.finish_reason == "stop":
         try:
-            for future in futures:
-                yield Wait(future, deadline)
-        finally:
-            for future in futures:
-                future.cancel()
+            smaller = yield from beside(partial(_encode, codec, request), deadline)
+            yield from _decided(scheduler, smaller, deadline)
+        except AlignerError:
+            return codec.decode(request)  # at once: the time may be over
         if smaller:
             return (yield from beside(partial(_choose, codec, request, smaller), deadline))
     return (yield from beside(partial(codec.decode, request), deadline))
+
+
+def _decided(scheduler: Runner, smaller: Sequence[Request], deadline: Deadline) -> Generator[Step, None, None]:
+    """Have all verdicts given at the same time."""
+    futures: list[Future[Generation]] = []
+    try:
+        futures += (scheduler.submit(one.generation) for one in smaller if one.generation is not None)
+        for future in futures:
+            yield Wait(future, deadline)
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def _encode(codec: Codec, request: Request) -> list[Request]:
@@ -65,18 +80,23 @@ def _encode(codec: Codec, request: Request) -> list[Request]:
     for text in texts:
         if not doubts(request.text, text, question=request.question):
             one = codec.encode(request.question, text, instruction=request.instruction or "")
-            requests.append(one.for_verdict())
+            if not one.reasoning:  # a block that the verdict would not read
+                requests.append(one.for_verdict())
     return requests
 
 
 def _choose(codec: Codec, request: Request, smaller: Sequence[Request]) -> Correction:
-    """Take the longest text that is clearly kept, or the edit itself."""
+    """Take the text that keeps most of the answer's words and is clearly kept itself, or the edit."""
+    assert request.generation is not None and request.generation.rule is not None
+    most = min(request.generation.rule.threshold, codec.calibration.log_odds(_CLEAR))
     kept, cost, seconds = list[str](), Usage(), 0.0
     for one in smaller:
         if (generation := one.generation) is not None and generation.log_odds is not None:
             cost += Usage(prompt_tokens=len(generation.prompt), passes=generation.passes)
             seconds = max(seconds, generation.seconds)  # they run at the same time
-            if codec.calibration.score(generation.log_odds) <= _CLEAR:
+            if generation.log_odds <= most:
                 kept.append(one.text)
-    made = codec.conclude(request, max(kept, key=len), ()) if kept else codec.decode(request)
+    made = (
+        codec.conclude(request, max(kept, key=partial(share_kept, request.text)), ()) if kept else codec.decode(request)
+    )
     return replace(made, usage=made.usage + replace(cost, seconds=seconds))

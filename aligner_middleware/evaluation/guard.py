@@ -156,7 +156,12 @@ def _corrected(
     results: dict[int, dict[Strength, Correction]] = {}
     for told in dict.fromkeys(row.instruction for row in rows):
         pairs = {at: (row.question, row.answer) for at, row in enumerate(rows) if row.instruction == told}
-        found = _corrected_by(aligner, told, [*pairs.values()], strengths)
+        try:
+            found = _corrected_by(aligner, told, [*pairs.values()], strengths)
+        except InputError:
+            if told is None:
+                raise
+            continue  # this aligner cannot be told how to correct
         results |= {at: found[index] for index, at in enumerate(pairs) if index in found}
     return results
 

@@ -17,7 +17,8 @@ from aligner_middleware.text.structure import is_fence
 
 _ITEM = re.compile(r"\s*\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{1,4})[.)]\s+")  # "1. ", "b) " at the beginning of a line
 _RUN_ON = re.compile(r"(?<=[a-z,;:]) +(?=[A-Z])")  # where a sentence may begin after one that lacks its end mark
-_MOST_NAMED = 4  # an edit that names more sentences has not named one too many
+_MOST = 4  # an edit that names more sentences has not named one too many; nor is a sentence cut at more places
+_COPIED = 0.5  # share of a new text's words that stand in other sentences, from which it is a copy of them
 _END = re.compile(r"[.!?…]+['\"’”)\]*_]*\s+|[。！？]+\s*")
 
 
@@ -148,12 +149,18 @@ def smaller_edits(answer: str, found: Sequence[Operation]) -> list[list[Operatio
         sentence = found[0].sentence
         core = split_sentences(answer)[sentence - 1].strip()
         starts = [match.end() for match in _RUN_ON.finditer(core)] if core[:1].islower() else []
-        return [[Operation(sentence, core[start:])] for start in starts[:_MOST_NAMED]]
-    if not 1 < len(found) <= _MOST_NAMED:
+        return [[Operation(sentence, core[start:])] for start in starts[:_MOST]]
+    if not 1 < len(found) <= _MOST:
         return []
-    alone = [[Operation(one.sentence, "")] for one in found]
+    pieces = split_sentences(answer)
+    alone = [[_alone(one, "".join(pieces[other.sentence - 1] for other in found if other is not one))] for one in found]
     removes = len(found) > 2 and not any(one.text for one in found)
     return [*alone, *([one for one in found if one is not other] for other in found if removes)]
+
+
+def _alone(one: Operation, others: str) -> Operation:
+    """Give an operation without the others; a new text that is taken from their sentences would then be there twice."""
+    return Operation(one.sentence, "") if share_kept(one.text, others) >= _COPIED else one
 
 
 def _gap(piece: str) -> str:

@@ -130,6 +130,8 @@ def test_labelled_rows_are_measured_and_corrected_each_by_its_own_instruction() 
     with instructed_aligner(told) as aligner:
         texts = [item.corrections["medium"].corrected for item in guard(aligner, rows).rows]
         evidence = [item.evidence for item in measure(aligner, rows)]
+    with fake_aligner(lambda q, a: a) as aligner:  # without a place for an instruction
+        assert guard(aligner, rows).left_out == len(measure(aligner, rows)) == 3
     assert texts == [told((one or "").strip(), "q", ANSWER) for one in told_so]
     assert [value > 0 for value in evidence] == [text != ANSWER for text in texts]
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware import Correction
-from aligner_middleware.errors import CorrectionTimeoutError
 from aligner_middleware.text.edits import Operation, apply, smaller_edits, split_sentences
 from tests.fakes import FakeAligner, judging_aligner
 
@@ -105,7 +104,8 @@ def test_only_an_edit_that_can_be_smaller_costs_more() -> None:
             assert asked == 0 or made.usage.prompt_tokens > 5 * single.correct("q", LONG).usage.prompt_tokens
 
 
-def test_it_counts_as_part_of_the_call_for_its_timeout() -> None:
+@pytest.mark.parametrize("how", ["thread", "task", "stream"])
+def test_where_smaller_edits_take_too_long_the_edit_stands(how: str) -> None:
     seen = list[str]()
 
     def slow(question: str, text: str) -> str:
@@ -114,9 +114,49 @@ def test_it_counts_as_part_of_the_call_for_its_timeout() -> None:
             time.sleep(1.0)
         return with_neighbours(question, text)
 
-    with judging_aligner(slow) as aligner, pytest.raises(CorrectionTimeoutError):
-        aligner.correct("q", LONG, timeout=0.5)
+    with judging_aligner(slow) as aligner:
+        start = time.monotonic()
+        if how == "thread":
+            corrected = aligner.correct("q", LONG, timeout=0.5).corrected
+        elif how == "task":
+            corrected = asyncio.run(aligner.acorrect("q", LONG, timeout=0.5)).corrected
+        else:
+            corrected = "".join(aligner.stream("q", LONG, timeout=0.5))
+        assert time.monotonic() - start < 0.9
+    assert corrected == with_neighbours("q", LONG)
     assert len(seen) > 1
+
+
+def test_a_smaller_edit_is_kept_by_the_strength_of_the_call() -> None:
+    smaller = LONG.replace(BAD, "")
+
+    def odds(question: str, text: str) -> float:
+        return -2.94 if text == smaller else 20.0 if BAD in text else -20.0  # a score of 0.05
+
+    with judging_aligner(with_neighbours, odds) as aligner:
+        assert aligner.correct("q", LONG, strength=0.5).corrected == smaller
+        assert aligner.correct("q", LONG, strength=0.01).corrected != smaller
+        assert BAD not in aligner.correct("q", LONG, strength=0.01).corrected
+
+
+def test_a_repaired_sentence_is_not_removed_in_its_place() -> None:
+    answer = f"{FIRST}Turn left, you idiot. Go on.{LAST}"
+
+    def repair(question: str, text: str) -> str:
+        return text.replace("Turn left, you idiot.", "Now turn left at the mill.").replace(" Go on.", "")
+
+    with judging_aligner(repair, lambda q, text: 20.0 if "idiot" in text else -20.0) as aligner:
+        assert both_ways(aligner, answer).corrected == f"{FIRST}Now turn left at the mill. Go on.{LAST}"
+
+
+def test_a_block_of_reasoning_inside_an_answer_stays() -> None:
+    answer = f"{BAD}<think>Which way?</think> Go on. {FIRST}{LAST.strip()}"
+
+    def clumsy(question: str, text: str) -> str:
+        return text.replace(BAD, "").replace("Go on. ", "") if "idiot" in text else text
+
+    with judging_aligner(clumsy) as aligner:
+        assert "<think>Which way?</think>" in both_ways(aligner, answer).corrected
 
 
 @given(st.lists(st.sampled_from(SENTENCES), min_size=1, max_size=8), st.data())
@@ -128,5 +168,5 @@ def test_smaller_edits_change_nothing_that_the_edit_leaves(sentences: list[str],
     edit = [Operation(number, data.draw(st.sampled_from(["", "New."]))) for number in named]
     for smaller in smaller_edits(answer, edit):
         assert {one.sentence for one in smaller} <= set(named)
-        assert len(smaller) < len(edit) or (len(edit) == 1 and smaller[0].text in answer)
+        assert smaller != edit
         apply(answer, smaller)

@@ -96,7 +96,6 @@ def _choose(codec: Codec, request: Request, smaller: Sequence[Request]) -> Corre
             seconds = max(seconds, generation.seconds)  # they run at the same time
             if generation.log_odds <= most:
                 kept.append(one.text)
-    made = (
-        codec.conclude(request, max(kept, key=partial(share_kept, request.text)), ()) if kept else codec.decode(request)
-    )
+    best = max(kept, key=partial(share_kept, request.text), default=None)
+    made = codec.decode(request) if best is None else codec.conclude(request, best, ())
     return replace(made, usage=made.usage + replace(cost, seconds=seconds))

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aligner_middleware import Aligner, Correction, InputError
@@ -90,6 +90,7 @@ def streamed(aligner: Aligner, answer: Any, **options: Any) -> tuple[list[str], 
 JUDGES = {name: (Judge(correct), Judge(correct, marks=False)) for name, correct in [("refuse", refuse), ("late", late)]}
 
 
+@example("Turn left.  idiot, Turn left. Turn left. ", [], "late", False, "passthrough")
 @given(ANSWER, CUTS, st.sampled_from(list(JUDGES)), st.booleans(), st.sampled_from(["passthrough", "keep"]))
 @settings(max_examples=50)
 def test_what_is_shown_was_decided_on_and_stays(
@@ -100,7 +101,8 @@ def test_what_is_shown_was_decided_on_and_stays(
     shown = "".join(pieces)
     *early, _ = accumulate(pieces) if correction.released else [""]
     if "think>" not in answer:  # the aligner is asked without the reasoning
-        assert all(any(text.startswith(begun) for text in judge.kept) for begun in early)
+        kept = [" ".join(text.split()) for text in judge.kept]  # nor does it see how wide a gap is
+        assert all(any(text.startswith(" ".join(begun.split())) for text in kept) for begun in early)
     assert all(correction.original.startswith(begun) for begun in early)
     assert shown == correction.corrected
     assert answer[: correction.released] == correction.corrected[: correction.released]

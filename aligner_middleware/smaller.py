@@ -8,7 +8,7 @@ for, and all at once.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -47,7 +47,7 @@ def decode_smallest(
     if codec.verdict(request) == "edit" and not codec.copies and generation and generation.finish_reason == "stop":
         try:
             smaller = yield from beside(partial(_encode, codec, request), deadline)
-            yield from _decided(scheduler, smaller, deadline)
+            yield from _decided(scheduler, smaller.values(), deadline)
         except AlignerError:
             return codec.decode(request)  # at once: the time may be over
         if smaller:
@@ -55,11 +55,11 @@ def decode_smallest(
     return (yield from beside(partial(codec.decode, request), deadline))
 
 
-def _decided(scheduler: Runner, smaller: Sequence[Request], deadline: Deadline) -> Generator[Step, None, None]:
+def _decided(scheduler: Runner, generations: Iterable[Generation], deadline: Deadline) -> Generator[Step, None, None]:
     """Have all verdicts given at the same time."""
     futures: list[Future[Generation]] = []
     try:
-        futures += (scheduler.submit(one.generation) for one in smaller if one.generation is not None)
+        futures += map(scheduler.submit, generations)
         for future in futures:
             yield Wait(future, deadline)
     finally:
@@ -67,35 +67,34 @@ def _decided(scheduler: Runner, smaller: Sequence[Request], deadline: Deadline) 
             future.cancel()
 
 
-def _encode(codec: Codec, request: Request) -> list[Request]:
-    """Encode each smaller edit of an answer that no safeguard objects to, for its verdict alone."""
+def _encode(codec: Codec, request: Request) -> dict[str, Generation]:
+    """Encode each smaller edit of an answer that no safeguard objects to, for its verdict alone; by its text."""
     assert request.generation is not None
     try:
         found = codec.operations(request.generation, request.released_sentences)
         apply(request.text, found)
     except ValueError:  # they are no operations on this answer
-        return []
+        return {}
     texts = dict.fromkeys(apply(request.text, edit) for edit in smaller_edits(request.text, found))
-    requests = []
+    smaller = {}
     for text in texts:
         if not doubts(request.text, text, question=request.question):
-            one = codec.encode(request.question, text, instruction=request.instruction or "")
-            if not one.reasoning:  # a block that the verdict would not read
-                requests.append(one.for_verdict())
-    return requests
+            one = codec.encode(request.question, text, instruction=request.instruction or "").for_verdict()
+            if one.generation is not None and not one.reasoning:  # a block that the verdict would not read
+                smaller[text] = one.generation
+    return smaller
 
 
-def _choose(codec: Codec, request: Request, smaller: Sequence[Request]) -> Correction:
+def _choose(codec: Codec, request: Request, smaller: Mapping[str, Generation]) -> Correction:
     """Take the text that keeps most of the answer's words and is clearly kept itself, or the edit."""
     assert request.generation is not None and request.generation.rule is not None
     most = min(request.generation.rule.threshold, codec.calibration.log_odds(_CLEAR))
     kept, cost, seconds = list[str](), Usage(), 0.0
-    for one in smaller:
-        if (generation := one.generation) is not None and generation.log_odds is not None:
-            cost += Usage(prompt_tokens=len(generation.prompt), passes=generation.passes)
-            seconds = max(seconds, generation.seconds)  # they run at the same time
-            if generation.log_odds <= most:
-                kept.append(one.text)
+    for text, generation in smaller.items():
+        cost += Usage(prompt_tokens=len(generation.prompt), passes=generation.passes)
+        seconds = max(seconds, generation.seconds)  # they run at the same time
+        if generation.log_odds is not None and generation.log_odds <= most:
+            kept.append(text)
     best = max(kept, key=partial(share_kept, request.text), default=None)
     made = codec.decode(request) if best is None else codec.conclude(request, best, ())
     return replace(made, usage=made.usage + replace(cost, seconds=seconds))

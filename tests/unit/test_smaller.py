@@ -94,13 +94,10 @@ def test_only_an_edit_that_can_be_smaller_costs_more() -> None:
         for aligner in (several, single):
             made = aligner.correct("q", LONG)
             assert made.corrected == LONG.replace(BAD, "")
-            written = (
-                made.usage.decoded_tokens + 2
-            )  # a pass for the prompt, for each token of the edit, and for its end
-            asked = made.usage.passes - written
-            assert asked == (
-                6 if aligner is several else 0
-            )  # each of three sentences removed alone, each left in alone
+            # The prompt, each token of the edit and its end take a pass each.
+            asked = made.usage.passes - (made.usage.decoded_tokens + 2)
+            # Of three sentences each is removed alone, and left in alone.
+            assert asked == (6 if aligner is several else 0)
             assert asked == 0 or made.usage.prompt_tokens > 5 * single.correct("q", LONG).usage.prompt_tokens
 
 

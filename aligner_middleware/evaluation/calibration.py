@@ -23,7 +23,8 @@ from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from aligner_middleware.strength import Level
 
 KEPT: dict[Level, float] = {"low": 0.99, "medium": 0.97, "high": 0.9}  # least share of good answers kept
-GIVEN_UP = 0.05  # share of the bad answers that a threshold may give up to keep good answers of kinds that are not here
+# Share of the bad answers that a threshold may give up to keep good answers of kinds that are not among the rows.
+GIVEN_UP: dict[Level, float] = {"low": 0.2, "medium": 0.15, "high": 0.05}
 REFUSALS_KEPT = 0.99  # share of good refusals that medium should keep
 LEAST_GOOD, LEAST_BAD = 50, 20  # rows; a share of 97 % cannot be estimated from fewer
 _RIDGE = 1e-4  # regularises the fit towards scale 1, bias 0; without it separable classes have no finite fit
@@ -141,8 +142,8 @@ def calibrate(
 
     In the fit each source has the same weight within its class (good, bad), so that no large file dominates. The thresholds
     are chosen without weights: low, medium and high keep 99 %, 97 % and 90 % of the good answers, of all together and of
-    each file that has enough of them. Each threshold is then raised as far as that gives up 5 % of the bad answers at most:
-    good answers of other kinds score higher than these, and are to be kept too.
+    each file that has enough of them. Each threshold is then raised as far as that gives up 20, 15 and 5 % of the bad
+    answers at most: good answers of other kinds score higher than these, and are to be kept too.
 
     Args:
         measured: Rows that the aligner was not trained on.
@@ -250,7 +251,7 @@ def thresholds(
     if files is not None:
         groups += [group for name in np.unique(files) if (group := ~unsafe & (files == name)).sum() >= LEAST_GOOD]
     chosen = {level: max(_keeping(share, evidence[good], evidence) for good in groups) for level, share in KEPT.items()}
-    return {level: _raised(limit, evidence[unsafe], evidence) for level, limit in chosen.items()}
+    return {level: _raised(limit, GIVEN_UP[level], evidence[unsafe], evidence) for level, limit in chosen.items()}
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
@@ -275,11 +276,11 @@ def _keeping(share: float, good: Floats, everything: Floats) -> float:
     return float(last + (above.min() - last) / 2) if above.size else float(last + _MARGIN)
 
 
-def _raised(threshold: float, bad: Floats, everything: Floats) -> float:
-    """Raise a threshold as far as it gives up `GIVEN_UP` of the bad at most: midway below the first that is still changed."""
+def _raised(threshold: float, given_up: float, bad: Floats, everything: Floats) -> float:
+    """Raise a threshold as far as it gives up this share of the bad at most: midway below the first that is still changed."""
     ordered = np.sort(bad)
     first_changed = int(np.searchsorted(ordered, threshold, "right"))
-    first = min(first_changed + math.floor(GIVEN_UP * bad.size), bad.size - 1)
+    first = min(first_changed + math.floor(given_up * bad.size), bad.size - 1)
     below = max(threshold, float(everything[everything < ordered[first]].max(initial=-np.inf)))
     return max(threshold, below + (float(ordered[first]) - below) / 2)
 

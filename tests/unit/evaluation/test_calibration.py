@@ -151,8 +151,8 @@ def found_for(refusals: list[float], bad: list[float]) -> dict[Any, float]:
 def test_a_threshold_is_raised_to_the_first_bad_answer_that_it_may_not_give_up() -> None:
     found = found_for([5.0] * 4, [10.0] * 50)
     assert found["low"] == found["medium"] == found["high"] == 7.5
-    found = found_for([5.0] * 4, [6.0, 7.0, *[10.0] * 48])  # two of 50 may go
-    assert found["low"] == found["medium"] == found["high"] == 8.5
+    found = found_for([5.0] * 4, [6.0] * 7 + [7.0] * 3 + [10.0] * 40)  # ten, seven and two of 50 may go
+    assert found == {"low": 8.5, "medium": 6.5, "high": 5.5}
 
 
 def test_refusals_are_not_kept_at_any_price() -> None:

@@ -70,8 +70,8 @@ def evaluate(
     Labelled answers hold question, answer and kind (keep, refusal, bad; maybe source and category) and no correction. The
     scores are the shares kept byte for byte and changed, by source and kind, at each strength; precision, recall and F1 of
     changes as a sign of bad answers; and the AUC of the score. --out gets every row at medium. The answers of XSTest,
-    JailbreakBench, HarmBench, WildGuardTest, BeaverTails and AlpacaEval are read from the files that they are published in
-    (CSV, JSON, JSON lines, Parquet; or a folder). For prompts without answers use `aligner compare`.
+    JailbreakBench, HarmBench, WildGuardTest, BeaverTails, Do-Not-Answer and AlpacaEval are read from the files that they are
+    published in (CSV, JSON, JSON lines, Parquet; or a folder). For prompts without answers use `aligner compare`.
     """
     if upstream or judge or pairwise or concurrency:
         note_error(

@@ -7,6 +7,7 @@
   `data/classifier_val_sets/text_behaviors_val_set.json`, `data/behavior_datasets/harmbench_behaviors_text_*.csv`
 - WildGuardTest: huggingface.co/datasets/allenai/wildguardmix, `test/wildguard_test.parquet`
 - BeaverTails: huggingface.co/datasets/PKU-Alignment/BeaverTails, `round0/*/*.jsonl.gz` and `.jsonl.xz`
+- Do-Not-Answer: github.com/Libr-AI/do-not-answer, `datasets/Review/Human/*.csv`
 - AlpacaEval: github.com/tatsu-lab/alpaca_eval, `results/*/model_outputs.json`
 - OR-Bench: huggingface.co/datasets/bench-llm/or-bench, `*.csv`
 """
@@ -184,6 +185,11 @@ def _wildguard(row: Row) -> Kind:
     return "bad" if harmful else "refusal" if refused else "keep"
 
 
+def _do_not_answer(row: Row) -> Kind:
+    harmful, refused = _label(row, "harmful", _TRUTH), str(row["action"]) in ("0", "0.0")
+    return "bad" if harmful else "refusal" if refused else "keep"
+
+
 # The first whose columns are all there is the file's. The last one, OR-Bench, has no others, as JSON lines of ours may.
 _SETS = (
     _Set("XSTest", "prompt completion type final_label", _xstest, "type", _prompts_of),
@@ -192,6 +198,7 @@ _SETS = (
     _Set("HarmBench", "test_case generation", _harmbench, "behavior_id"),
     _Set("WildGuardMix", "prompt response response_harm_label response_refusal_label", _wildguard, "subcategory"),
     _Set("BeaverTails", "prompt response is_safe", _flag("is_safe", bad=False)),
+    _Set("Do-Not-Answer", "question response harmful action", _do_not_answer, "action"),
     _Set("AlpacaEval", "instruction output generator", lambda row: "keep", "dataset", lambda row: row.get("generator")),
     _Set("XSTest prompts", "prompt type focus note", category="type"),
     _Set("HarmBench behaviors", "Behavior BehaviorID SemanticCategory", category="SemanticCategory"),

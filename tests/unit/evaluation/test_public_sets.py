@@ -208,6 +208,13 @@ def test_beavertails_is_read_plain_and_packed(tmp_path: Path, name: str) -> None
     assert found.rows[0].category == "financial_crime,property_crime,theft"
 
 
+def test_do_not_answer_is_labelled_by_people_and_action_0_is_a_refusal(tmp_path: Path) -> None:
+    labels = [("0", "0"), ("0", "4"), ("1", "5"), ("1", "0")]
+    rows = [{"id": 0, "question": "A?", "response": "b", "harmful": harm, "action": act} for harm, act in labels]
+    found = kinds(write(tmp_path / "annotated_response_GPT4.csv", rows))
+    assert found == [("Do-Not-Answer", kind) for kind in ("refusal", "keep", "bad", "bad")]
+
+
 def test_alpacaevals_answers_count_as_good(tmp_path: Path) -> None:
     assert kinds(write(tmp_path / "model_outputs.json", [ALPACA])) == [("AlpacaEval model-7b", "keep")]
 

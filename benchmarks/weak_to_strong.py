@@ -5,7 +5,7 @@ packaged triples. The strong model is the unaligned policy of `rounds.py`, with 
 neither has learnt from are corrected by the weak aligner, and it is fine-tuned on the corrections (SFT), or prefers them over
 its own answers (DPO).
 
-    python benchmarks/weak_to_strong.py build-out/weak-to-strong
+    python benchmarks/weak_to_strong.py build-out/weak-to-strong [--methods sft,dpo] [--prompts 614]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", default="sft,dpo")
+    parser.add_argument("--prompts", type=int, help="so many, drawn at random; by default all")
     options = parser.parse_args()
     out = options.out
     strong = cache_dir() / f"benchmark-unaligned-{UNALIGNED_ROWS}"
@@ -42,7 +43,7 @@ def main() -> None:
         process.submit(build_once, strong, make_unaligned).result()
     shallow = cache_dir() / "benchmark-shallow"
     build_once(shallow, cut_layers)
-    learnt, scored = split_prompts(out)
+    learnt, scored = split_prompts(out, options.prompts)
     weak, times = out / "weak-aligner", {}
     if not weak.is_dir():
         rows, held = DEFAULT_FOLDER / "corrections.jsonl", DEFAULT_FOLDER / "held_out.jsonl"

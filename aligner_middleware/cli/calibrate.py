@@ -45,9 +45,9 @@ def calibrate(
     that were never trained on: the aligner is too sure of its training rows. At least 50 good and 20 bad ones are needed.
 
     low, medium and high keep 99 %, 97 % and 90 % of the good answers, of all together and of each file with at least 50 of
-    them. They are then raised as far as that gives up 20 %, 15 % and 5 % of the bad answers at most: good answers of kinds
-    that are not among the rows score higher, and are to be kept too. A row without a source counts to its file; each source
-    weighs the same in the probability.
+    them. They are then raised as far as that gives up at most a further 20 %, 15 % and 5 % of the bad answers: good answers
+    of kinds that are not among the rows score higher, and are to be kept too. A row without a source counts to its file;
+    each source weighs the same in the probability.
 
     The calibration is written into the exported folder: the one given, or the one in the cache.
     """

@@ -23,7 +23,7 @@ from aligner_middleware.evaluation.labelled_rows import LabelledRow
 from aligner_middleware.strength import Level
 
 KEPT: dict[Level, float] = {"low": 0.99, "medium": 0.97, "high": 0.9}  # least share of good answers kept
-# Share of the bad answers that a threshold may give up to keep good answers of kinds that are not among the rows.
+# Share of the bad answers that raising a threshold may give up, to keep good answers of kinds that are not among the rows.
 GIVEN_UP: dict[Level, float] = {"low": 0.2, "medium": 0.15, "high": 0.05}
 REFUSALS_KEPT = 0.99  # share of good refusals that medium should keep
 LEAST_GOOD, LEAST_BAD = 50, 20  # rows; a share of 97 % cannot be estimated from fewer
@@ -142,8 +142,8 @@ def calibrate(
 
     In the fit each source has the same weight within its class (good, bad), so that no large file dominates. The thresholds
     are chosen without weights: low, medium and high keep 99 %, 97 % and 90 % of the good answers, of all together and of
-    each file that has enough of them. Each threshold is then raised as far as that gives up 20, 15 and 5 % of the bad
-    answers at most: good answers of other kinds score higher than these, and are to be kept too.
+    each file that has enough of them. Each threshold is then raised as far as that gives up at most a further 20, 15
+    and 5 % of the bad answers: good answers of other kinds score higher than these, and are to be kept too.
 
     Args:
         measured: Rows that the aligner was not trained on.

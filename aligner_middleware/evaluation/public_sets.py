@@ -35,6 +35,7 @@ from aligner_middleware.evaluation.labelled_rows import Kind, LabelledRow
 Row = dict[str, Any]
 Placed = tuple[int | None, str, Any]  # a row after its line; or after None and "row 3: " in formats without lines
 _ENDINGS = tuple(form + packed for form in (".csv", ".json", ".jsonl", ".parquet") for packed in ("", ".gz", ".xz"))
+_REFUSED = {str(form(action)): action == 0 for action in range(6) for form in (int, float)}  # Do-Not-Answer's actions
 _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
@@ -186,7 +187,8 @@ def _wildguard(row: Row) -> Kind:
 
 
 def _do_not_answer(row: Row) -> Kind:
-    harmful, refused = _label(row, "harmful", _TRUTH), str(row["action"]) in ("0", "0.0")
+    harmful = _label(row, "harmful", _TRUTH)
+    refused = harmful or _label(row, "action", _REFUSED)
     return "bad" if harmful else "refusal" if refused else "keep"
 
 
